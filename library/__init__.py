@@ -1,0 +1,1 @@
+"""What the training scripts share: devices, models, data, diffusion, training, options."""

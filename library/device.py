@@ -1,0 +1,88 @@
+"""The only module that knows Ascend NPUs, NVIDIA GPUs and the CPU apart.
+
+`torch_npu` is imported here and nowhere else, inside functions, so that everything else runs where it is not installed.
+"""
+
+import functools
+import importlib.util
+import os
+import resource
+from types import ModuleType
+
+import torch
+
+from library.errors import InputError
+
+
+@functools.lru_cache(maxsize=1)
+def torch_npu() -> ModuleType | None:
+    """The torch_npu package, imported once; None where it is not installed.
+
+    Raises:
+        InputError: it is installed but cannot be imported (usually CANN's environment is not set).
+    """
+    if importlib.util.find_spec("torch_npu") is None:
+        return None
+    try:
+        return importlib.import_module("torch_npu")
+    except Exception as error:
+        raise InputError(
+            f"torch_npu is installed but cannot be imported ({error}). Source CANN's set_env.sh first "
+            "(test/env_npu.sh does it), or uninstall torch_npu to train on another device."
+        ) from error
+
+
+def npu_available() -> bool:
+    """True if an Ascend NPU can be used."""
+    return torch_npu() is not None and bool(torch.npu.is_available())  # type: ignore[attr-defined]
+
+
+def default_device() -> torch.device:
+    """The device of this process: npu:LOCAL_RANK, cuda:LOCAL_RANK or cpu, in this order of preference."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if npu_available():
+        return torch.device("npu", local_rank)
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def _module(device: torch.device) -> ModuleType | None:
+    """`torch.cuda` or `torch.npu`; None for the CPU."""
+    return None if device.type == "cpu" else getattr(torch, device.type)
+
+
+def is_cpu(device: torch.device) -> bool:
+    """True for the CPU, where half precision is emulated and memory is the process's own."""
+    return device.type == "cpu"
+
+
+def is_npu(device: torch.device) -> bool:
+    """True for an Ascend NPU."""
+    return device.type == "npu"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything launched on the device is done; nothing to do on the CPU."""
+    module = _module(device)
+    if module is not None:
+        module.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: tensors on an accelerator, the process's resident set on the CPU."""
+    module = _module(device)
+    if module is None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return int(module.max_memory_allocated(device))
+
+
+def device_name(device: torch.device) -> str:
+    """What a report calls the device: 'NVIDIA H200', 'Ascend910B', 'CPU'."""
+    module = _module(device)
+    return "CPU" if module is None else str(module.get_device_name(device))
+
+
+def initial_loss_scale(device: torch.device) -> float:
+    """Where fp16 loss scaling starts: 2^7 on Ascend, where 2^16 overflows for long, torch's 2^16 elsewhere."""
+    return 2.0**7 if is_npu(device) else 2.0**16

@@ -1,0 +1,1 @@
+"""Noise schedules, prediction types and samplers, as functions without state."""
