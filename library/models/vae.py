@@ -1,0 +1,89 @@
+"""Pictures to scaled latents and back, through diffusers' AutoencoderKL.
+
+Shape legend: B batch, H W rows and columns of the picture in pixels, h w of the latents, C channels.
+The VAE's own dtype is used for its layers: SDXL's stock VAE overflows in fp16 (use madebyollin/sdxl-vae-fp16-fix, or
+keep it in fp32 by --no_half_vae), so the dtype is the caller's choice. What comes out of `encode_images` is fp32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def downscale_factor(vae: Any) -> int:
+    """Picture pixels per latent along a side: 8 for SDXL's VAE."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_shape(vae: Any, height_px: int, width_px: int) -> tuple[int, int, int]:
+    """(channels, rows, columns) of one picture's latents, for the noise that `encode_images` takes."""
+    factor = downscale_factor(vae)
+    return vae.config.latent_channels, height_px // factor, width_px // factor
+
+
+@torch.no_grad()
+def encode_images(
+    vae: Any, images_BHWC: Tensor, noise_BChw: Tensor | None = None, *, slice_size: int | None = None
+) -> Tensor:
+    """Pictures as the latents that the U-Net trains on.
+
+    Args:
+        vae: AutoencoderKL, of any dtype.
+        images_BHWC: uint8, RGB, on the VAE's device; sides divisible by `downscale_factor`.
+        noise_BChw: standard normal noise: the latents are then a sample of the posterior, mean + std * noise (Kingma
+            and Welling 2014), so they are a function of whatever the noise is a function of. None: the mean.
+        slice_size: pictures that go through the VAE at once, all when None. Bounds memory.
+
+    Returns:
+        fp32 latents_BChw, shifted and scaled by the VAE's config (scaling_factor 0.13025 for SDXL).
+    """
+    parts = []
+    for start in range(0, len(images_BHWC), slice_size or max(len(images_BHWC), 1)):
+        part_BHWC = images_BHWC[start : start + (slice_size or len(images_BHWC))]
+        # 127.5 and not 255 with 2: one rounding fewer in half precision.
+        part_BCHW = (part_BHWC.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0).to(vae.dtype)
+        posterior = vae.encode(part_BCHW.contiguous()).latent_dist
+        latents_BChw = posterior.mean.float()
+        if noise_BChw is not None:
+            latents_BChw = latents_BChw + posterior.std.float() * noise_BChw[start : start + len(part_BHWC)].float()
+        parts.append(latents_BChw)
+    return _normalise(vae, torch.cat(parts))
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents_BChw: Tensor, *, slice_size: int | None = None) -> Tensor:
+    """The uint8 pictures images_BHWC of scaled latents, values outside the range clipped.
+
+    Args:
+        latents_BChw: as `encode_images` returns them, any float dtype, on the VAE's device.
+        slice_size: latents that go through the VAE at once, all when None.
+    """
+    raw_BChw = _denormalise(vae, latents_BChw.float()).to(vae.dtype)
+    parts = []
+    for part_BChw in raw_BChw.split(slice_size or max(len(raw_BChw), 1)):
+        picture_BCHW = vae.decode(part_BChw).sample.float()
+        parts.append(((picture_BCHW + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
+    return torch.cat(parts).contiguous()
+
+
+def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation per latent channel, for VAEs whose config has them; SDXL's has not."""
+    mean, std = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    if mean is None or std is None:
+        return None
+    return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
+
+
+def _normalise(vae: Any, latents_BChw: Tensor) -> Tensor:
+    statistics = _channel_statistics(vae, latents_BChw)
+    if statistics is not None:
+        return (latents_BChw - statistics[0]) * vae.config.scaling_factor / statistics[1]
+    return (latents_BChw - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+def _denormalise(vae: Any, latents_BChw: Tensor) -> Tensor:
+    statistics = _channel_statistics(vae, latents_BChw)
+    if statistics is not None:
+        return latents_BChw * statistics[1] / vae.config.scaling_factor + statistics[0]
+    return latents_BChw / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
