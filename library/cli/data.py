@@ -1,0 +1,93 @@
+"""Options of the data set: where it is, how images meet buckets and captions are prepared."""
+
+from argparse import ArgumentParser, ArgumentTypeError
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.cli.parser import non_negative_int, positive_int, rate
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the samples are and how they become batches."""
+
+    train_data_dir: Path
+    resolution: tuple[int, int]  # width, height in px
+    enable_bucket: bool
+    min_bucket_reso: int  # px
+    max_bucket_reso: int  # px
+    bucket_reso_steps: int  # px
+    bucket_no_upscale: bool
+    caption_extension: str
+    caption_separator: str
+    shuffle_caption: bool
+    keep_tokens: int
+    caption_dropout_rate: float
+    train_batch_size: int
+    max_data_loader_n_workers: int
+
+
+def resolution(text: str) -> tuple[int, int]:
+    """An argparse type: 'W,H' or one number for a square, in px."""
+    parts = text.split(",")
+    if len(parts) not in (1, 2) or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ArgumentTypeError(f"must be 'width,height' or one number in px, such as 1024,1024; got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def extension(text: str) -> str:
+    """An argparse type: a file extension, with its dot added where it is missing."""
+    return text if text.startswith(".") else f".{text}"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add this group's flags to a parser."""
+    group = parser.add_argument_group("data set")
+    group.add_argument(
+        "--train_data_dir",
+        required=True,
+        type=Path,
+        help="folder of LAION shards (00000.tar with its .parquet), read in place, or of images with caption files",
+    )
+    group.add_argument("--resolution", required=True, type=resolution, help="'width,height' or one number, in px")
+    group.add_argument("--enable_bucket", action="store_true", help="sort images into buckets of like aspect ratio")
+    group.add_argument(
+        "--min_bucket_reso", type=positive_int, default=256, help="shortest bucket side in px (%(default)s)"
+    )
+    group.add_argument(
+        "--max_bucket_reso", type=positive_int, default=1024, help="longest bucket side in px (%(default)s)"
+    )
+    group.add_argument(
+        "--bucket_reso_steps",
+        type=positive_int,
+        default=64,
+        help="bucket sides are multiples of it, in px (%(default)s)",
+    )
+    group.add_argument(
+        "--bucket_no_upscale", action="store_true", help="never scale an image up; buckets follow the images"
+    )
+    group.add_argument(
+        "--caption_extension", type=extension, default=".caption", help="extension of caption files (%(default)s)"
+    )
+    group.add_argument("--caption_separator", default=",", help="what separates a caption's tags (%(default)s)")
+    group.add_argument(
+        "--shuffle_caption", action="store_true", help="shuffle the tags of a caption, anew at each step"
+    )
+    group.add_argument(
+        "--keep_tokens", type=non_negative_int, default=0, help="leave that many first tags in place (%(default)s)"
+    )
+    group.add_argument(
+        "--caption_dropout_rate",
+        type=rate,
+        default=0.0,
+        help="share of samples trained with an empty caption (%(default)s)",
+    )
+    group.add_argument(
+        "--train_batch_size", type=positive_int, default=1, help="images per device and pass (%(default)s)"
+    )
+    group.add_argument(
+        "--max_data_loader_n_workers",
+        type=non_negative_int,
+        default=8,
+        help="processes that read and decode, at most the machine's cores; 0: in the main process (%(default)s)",
+    )

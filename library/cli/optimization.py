@@ -1,0 +1,71 @@
+"""Options of the optimizer and its learning rates."""
+
+from argparse import ArgumentParser
+from dataclasses import dataclass
+
+from library.cli.parser import non_negative_float, non_negative_int, positive_int
+
+LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
+@dataclass(frozen=True)
+class OptimizationOptions:
+    """Which parameters train, by which optimizer, at which rates."""
+
+    optimizer_type: str
+    optimizer_args: list[str]
+    learning_rate: float
+    train_text_encoder: bool
+    learning_rate_te1: float | None
+    learning_rate_te2: float | None
+    lr_scheduler: str
+    lr_warmup_steps: int
+    lr_scheduler_num_cycles: int
+    lr_scheduler_power: float
+    max_grad_norm: float
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add this group's flags to a parser."""
+    group = parser.add_argument_group("optimizer and schedule")
+    group.add_argument(
+        "--optimizer_type",
+        default="AdamW",
+        help="AdamW, or oss: AdamW whose state is sharded over processes; on one process nothing is sharded (%(default)s)",
+    )
+    group.add_argument(
+        "--optimizer_args",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help='for example "weight_decay=0.01" "betas=0.9,0.999"',
+    )
+    group.add_argument("--learning_rate", type=non_negative_float, default=2e-6, help="of the U-Net (%(default)s)")
+    group.add_argument("--train_text_encoder", action="store_true", help="train both text encoders, too")
+    group.add_argument(
+        "--learning_rate_te1", type=non_negative_float, help="of CLIP-L (default: --learning_rate; 0: not trained)"
+    )
+    group.add_argument(
+        "--learning_rate_te2",
+        type=non_negative_float,
+        help="of OpenCLIP bigG (default: --learning_rate; 0: not trained)",
+    )
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="(%(default)s)")
+    group.add_argument(
+        "--lr_warmup_steps",
+        type=non_negative_int,
+        default=0,
+        help="steps of linear warm-up; not for constant (%(default)s)",
+    )
+    group.add_argument(
+        "--lr_scheduler_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts (%(default)s)"
+    )
+    group.add_argument(
+        "--lr_scheduler_power", type=non_negative_float, default=1.0, help="power of polynomial (%(default)s)"
+    )
+    group.add_argument(
+        "--max_grad_norm",
+        type=non_negative_float,
+        default=1.0,
+        help="clip the gradient's norm to it; 0: no clipping (%(default)s)",
+    )

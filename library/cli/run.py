@@ -1,0 +1,109 @@
+"""Options of the run: how long, how precise, what is written and when."""
+
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.cli.parser import non_negative_int, positive_int
+from library.diffusion.samplers import NAMES
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Length, precision and seed of the run."""
+
+    max_train_steps: int
+    max_train_epochs: int | None
+    mixed_precision: str
+    seed: int | None
+    gradient_checkpointing: bool
+    gradient_accumulation_steps: int
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class SavingOptions:
+    """Where checkpoints and logs go, in which form, how often."""
+
+    output_dir: Path
+    output_name: str | None
+    save_every_n_epochs: int | None
+    save_every_n_steps: int | None
+    save_precision: str | None
+    save_model_as: str | None
+    logging_dir: Path | None
+    case_name: str | None
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    """Which pictures are sampled while training, and when."""
+
+    sample_prompts: Path | None
+    sample_every_n_steps: int | None
+    sample_every_n_epochs: int | None
+    sample_at_first: bool
+    sample_sampler: str
+
+
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `RunOptions` to a parser."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--max_train_steps", type=positive_int, default=1600, help="optimizer steps (%(default)s)")
+    group.add_argument(
+        "--max_train_epochs", "--max_train_epoch", type=positive_int, help="epochs; takes precedence over the steps"
+    )
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="(%(default)s)")
+    group.add_argument(
+        "--seed",
+        type=non_negative_int,
+        help="of everything random; the same seed and data give the same run (default: drawn, logged)",
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations in backward: less memory, more time",
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps", type=positive_int, default=1, help="passes per optimizer step (%(default)s)"
+    )
+    group.add_argument(
+        "--dry_run", action="store_true", help="print the resolved plan and an estimate of memory, then stop"
+    )
+
+
+def add_saving_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `SavingOptions` to a parser."""
+    group = parser.add_argument_group("saving and logging")
+    group.add_argument("--output_dir", required=True, type=Path, help="where checkpoints, samples and metrics.jsonl go")
+    group.add_argument("--output_name", help="stem of the checkpoints' names (default: epoch, at and last)")
+    group.add_argument("--save_every_n_epochs", type=positive_int, help="checkpoint {name}-{epoch} each n epochs")
+    group.add_argument("--save_every_n_steps", type=positive_int, help="checkpoint {name}-step{step} each n steps")
+    group.add_argument(
+        "--save_precision", choices=["float", "fp16", "bf16"], help="of the saved weights (default: float)"
+    )
+    group.add_argument(
+        "--save_model_as",
+        choices=["ckpt", "safetensors", "diffusers", "diffusers_safetensors"],
+        help="form of the checkpoints (default: as the model that was loaded)",
+    )
+    group.add_argument("--logging_dir", type=Path, help="TensorBoard events go to a new folder in it")
+    group.add_argument(
+        "--case_name", help="at the end also write the run's figures as OUTPUT_DIR/CASE_NAME.log (the launchers set it)"
+    )
+
+
+def add_preview_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `PreviewOptions` to a parser."""
+    group = parser.add_argument_group("sample pictures while training")
+    group.add_argument(
+        "--sample_prompts",
+        type=Path,
+        help="prompts to sample, one a line (--w --h --d --s --l --n --ss), or .toml, .json",
+    )
+    group.add_argument("--sample_every_n_steps", type=positive_int)
+    group.add_argument("--sample_every_n_epochs", type=positive_int)
+    group.add_argument("--sample_at_first", action="store_true", help="sample before the first step, too")
+    group.add_argument(
+        "--sample_sampler", choices=NAMES, default="ddim", help="where a prompt names none (%(default)s)"
+    )

@@ -1,0 +1,51 @@
+"""SDXL's U-Net together with the two text encoders that condition it, as the one module that trains.
+
+One module, so that a wrapper (DistributedDataParallel and its kin) sees every gradient of a step.
+Legend: B batch, C channels, H W latent rows and columns, K chunks of a caption, T text tokens, V vector conditions.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from library.models.sdxl import SDXLModel
+from library.models.text_encoders import encode_sdxl, trainable_parameters
+from library.models.unet import size_embedding
+
+
+class ConditionedUNet(nn.Module):
+    """U-Net and text encoders; what does not train is frozen and stays out of the gradients."""
+
+    def __init__(self, model: SDXLModel, train_te1: bool, train_te2: bool, gradient_checkpointing: bool) -> None:
+        super().__init__()
+        self.unet, self.text_encoder1, self.text_encoder2 = model.unet, model.text_encoder1, model.text_encoder2
+        self.requires_grad_(False)
+        self.unet.requires_grad_(True)
+        self.trained_te1 = trainable_parameters(self.text_encoder1) if train_te1 else []
+        self.trained_te2 = trainable_parameters(self.text_encoder2) if train_te2 else []
+        for parameter in (*self.trained_te1, *self.trained_te2):
+            parameter.requires_grad_(True)
+        self.train()
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            for encoder, trained in ((self.text_encoder1, train_te1), (self.text_encoder2, train_te2)):
+                if trained:
+                    encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def cast_frozen(self, dtype: torch.dtype) -> None:
+        """Hold the encoders that do not train in `dtype`; what trains keeps fp32 weights."""
+        for encoder, trained in ((self.text_encoder1, self.trained_te1), (self.text_encoder2, self.trained_te2)):
+            if not trained:
+                encoder.to(dtype)
+
+    def conditions(self, ids1_BK77: Tensor, ids2_BK77: Tensor, size_ids_B6: Tensor) -> tuple[Tensor, Tensor]:
+        """Text states (B, T, C) and vector conditions (B, V): pooled text beside the six embedded sizes, in px."""
+        context_BTC, pooled_BP = encode_sdxl(self.text_encoder1, self.text_encoder2, ids1_BK77, ids2_BK77)
+        sizes_BV = size_embedding(size_ids_B6).to(pooled_BP.dtype)
+        return context_BTC, torch.cat([pooled_BP, sizes_BV], dim=1)
+
+    def forward(
+        self, noisy_BCHW: Tensor, t_B: Tensor, ids1_BK77: Tensor, ids2_BK77: Tensor, size_ids_B6: Tensor
+    ) -> Tensor:
+        """The prediction for noised latents, (B, C, H, W)."""
+        context_BTC, vector_BV = self.conditions(ids1_BK77, ids2_BK77, size_ids_B6)
+        return self.unet(noisy_BCHW, t_B, context_BTC, vector_BV)

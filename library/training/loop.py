@@ -1,0 +1,272 @@
+"""The training loop of every script, in three verbs: train -> train_step -> loss (the task's).
+
+Step numbers count optimizer steps done before: step 0 is the first. A step is a function of (seed, step) alone: its
+samples, noise and timesteps follow from them, so a step repeated after an overflow sees the same batch.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from library import device as devices
+from library.data.loader import MicroBatch
+from library.errors import TrainingError
+from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
+
+logger = logging.getLogger(__name__)
+
+MAX_OVERFLOWS = 40  # repeats of one step: the loss scale falls by 2**40, below any that could help
+MAX_NOT_FINITE = 3  # steps running whose loss is not finite
+
+
+class Task(Protocol):
+    """What a script trains: how a micro-batch becomes a loss, what is saved, which pictures are sampled."""
+
+    def loss(self, module: nn.Module, batch: MicroBatch) -> Tensor:
+        """The mean loss over the micro-batch, a scalar with gradients to `module`."""
+
+    def save(self, stem: str) -> Path:
+        """Write a checkpoint, complete or not at all; returns where it lies. Called on the main process."""
+
+    def preview(self, position: str, step: int) -> None:
+        """Sample pictures. Called on the main process."""
+
+
+class Epochs(Protocol):
+    """Where epochs begin; `library.data.plan.Plan` is one."""
+
+    def epoch_of_step(self, step: int) -> int:
+        """The epoch that a step belongs to, from 0."""
+
+    def steps_before_epoch(self, epoch: int) -> int:
+        """How many steps all epochs before this one have."""
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How long the loop runs and what it does between steps. `after_step` gets the number of steps done."""
+
+    max_train_steps: int
+    accumulation: int
+    global_batch: int  # images per step over all processes and micro-batches
+    max_grad_norm: float  # 0: gradients are not clipped
+    output_dir: Path
+    preview_at_first: bool = False
+    checkpoints_due: Callable[[int, int | None], Sequence[str]] = lambda steps_done, epochs_done: ()
+    previews_due: Callable[[int, int | None], Sequence[str]] = lambda steps_done, epochs_done: ()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. `updated` is False where the weights were left alone."""
+
+    loss: float
+    grad_norm: float
+    overflows: int
+    updated: bool
+    lr: dict[str, float]  # by parameter group, as this step used it
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The figures of the final block."""
+
+    images_per_second: float
+    average_loss: float
+    steps: int
+    overflows: int
+    steps_not_updated: int
+    quarantined: int
+
+
+class Trainer:
+    """Runs a task to its end: data in, steps, logs, checkpoints and previews out."""
+
+    def __init__(
+        self,
+        task: Task,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        epochs: Epochs,
+        options: LoopOptions,
+        writer: MetricsWriter,
+    ) -> None:
+        """`module` and `optimizer` are those that `accelerator.prepare` returned, `schedule` is over the bare optimizer."""
+        self.task, self.accelerator, self.module, self.optimizer = task, accelerator, module, optimizer
+        self.schedule, self.epochs, self.options, self.writer = schedule, epochs, options, writer
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.speed, self.average = SpeedMeter(), MovingAverage()
+        self.overflows = self.not_updated = self.not_finite_running = self.quarantined = 0
+
+    def train(self, batches: Iterator[MicroBatch]) -> RunReport:
+        """Train from step 0 to `max_train_steps`.
+
+        Args:
+            batches: this process's micro-batches, `accumulation` a step, in the order of the plan.
+
+        Raises:
+            TrainingError: the loss is not finite three steps running, or no loss scale avoids overflow.
+        """
+        if self.options.preview_at_first:
+            self._preview(["000000"], 0)
+        for step in range(self.options.max_train_steps):
+            began = time.perf_counter()
+            step_batches = [next(batches) for _ in range(self.options.accumulation)]
+            waited = time.perf_counter() - began
+            result = self.train_step(step_batches)
+            devices.synchronize(self.accelerator.device)
+            self._log(step, step_batches, result, waited, time.perf_counter() - began)
+            self._stop_if_not_finite(step, step_batches, result)
+            self._after_step(step + 1)
+        return RunReport(
+            self.speed.images_per_second,
+            self.average.value,
+            self.options.max_train_steps,
+            self.overflows,
+            self.not_updated,
+            self.quarantined,
+        )
+
+    def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
+        """One optimizer step over the micro-batches; after an fp16 overflow the same step again at a smaller loss scale."""
+        lr = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        for overflows in range(MAX_OVERFLOWS):
+            loss = self._forward_backward(batches)
+            if not math.isfinite(loss):
+                self.optimizer.zero_grad()
+                return StepResult(loss, math.nan, overflows, False, lr)
+            grad_norm = self._clip()
+            if self.accelerator.scaler is None and not math.isfinite(grad_norm):
+                self.optimizer.zero_grad()
+                return StepResult(loss, grad_norm, overflows, False, lr)
+            if self._update():
+                self.schedule.step()
+                return StepResult(loss, grad_norm, overflows, True, lr)
+        scaler = self.accelerator.scaler
+        raise TrainingError(
+            f"the gradients of one step overflow fp16 at every loss scale down to {scaler.get_scale() if scaler else 1:g}; "
+            f"train with --mixed_precision=bf16 or no. Samples: {self._names(batches)}"
+        )
+
+    def _forward_backward(self, batches: Sequence[MicroBatch]) -> float:
+        """Add the gradients of all micro-batches; returns their mean loss over all processes."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, batch in enumerate(batches):
+            # Gradients travel between processes once a step, with the last micro-batch.
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                loss = self.task.loss(self.module, batch) / len(batches)
+                self.accelerator.backward(loss)
+            total += loss.detach().float()
+        return float(self.accelerator.reduce(total, reduction="mean"))
+
+    def _clip(self) -> float:
+        """Unscale, measure the gradients' norm and, where asked, clip them to it."""
+        if self.options.max_grad_norm > 0:
+            return float(self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm))
+        self.accelerator.unscale_gradients()
+        return float(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+
+    def _update(self) -> bool:
+        """Step the optimizer; False if an overflow skipped it (then the loss scale has fallen)."""
+        scaler = self.accelerator.scaler
+        scale_before = scaler.get_scale() if scaler is not None else 1.0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        # A fused optimizer is called even when it then leaves the weights alone, so the scale is the one sure sign.
+        return scaler is None or scaler.get_scale() >= scale_before
+
+    def _log(self, step: int, batches: Sequence[MicroBatch], result: StepResult, waited: float, seconds: float) -> None:
+        images = self.options.global_batch
+        self.speed.add(images, seconds)
+        self.average.add(result.loss)
+        self.overflows += result.overflows
+        self.not_updated += not result.updated
+        self._write_quarantine(step, batches)
+        scaler = self.accelerator.scaler
+        self.writer.write(
+            StepMetrics(
+                step=step + 1,
+                epoch=self.epochs.epoch_of_step(step),
+                loss=finite_or_none(result.loss),
+                average_loss=finite_or_none(self.average.value),
+                lr=result.lr,
+                grad_norm=finite_or_none(result.grad_norm),
+                loss_scale=scaler.get_scale() if scaler is not None else None,
+                overflows=result.overflows,
+                images_per_second=images / seconds,
+                images_per_second_without_wait=images / max(seconds - waited, 1e-9),
+                data_wait_seconds=waited,
+                memory_bytes=devices.peak_memory_bytes(self.accelerator.device),
+                updated=result.updated,
+            )
+        )
+
+    def _write_quarantine(self, step: int, batches: Sequence[MicroBatch]) -> None:
+        """List the samples that could not be read in quarantine.jsonl, each process its own."""
+        bad = [(name, reason) for batch in batches for name, reason in batch.quarantined]
+        if not bad:
+            return
+        self.quarantined += len(bad)
+        rank = self.accelerator.process_index
+        name = "quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl"
+        with (self.options.output_dir / name).open("a", encoding="utf-8") as file:
+            for sample, reason in bad:
+                file.write(json.dumps({"step": step + 1, "sample": sample, "reason": reason}) + "\n")
+                self.writer.write_text(f"sample {sample} replaced: {reason}")
+
+    def _stop_if_not_finite(self, step: int, batches: Sequence[MicroBatch], result: StepResult) -> None:
+        if result.updated:
+            self.not_finite_running = 0
+            return
+        self.not_finite_running += 1
+        what = "loss" if not math.isfinite(result.loss) else "gradient"
+        names = self._names(batches)
+        if self.not_finite_running < MAX_NOT_FINITE:
+            self.writer.write_text(f"step {step + 1}: {what} not finite, weights left alone; samples: {names}")
+            return
+        raise TrainingError(
+            f"{what} not finite at step {step + 1}, {MAX_NOT_FINITE} steps running; the weights are those of step "
+            f"{step + 1 - MAX_NOT_FINITE}. Lower the learning rate, use --mixed_precision=bf16, or for fp16 another VAE "
+            f"(--vae, --no_half_vae). Samples of this step: {names}"
+        )
+
+    def _names(self, batches: Sequence[MicroBatch]) -> str:
+        """The samples of one step over all processes, for a message."""
+        return ", ".join(gather_object([name for batch in batches for name in batch.names]))
+
+    def _after_step(self, steps_done: int) -> None:
+        """Save and sample where it is due."""
+        epoch = self.epochs.epoch_of_step(steps_done - 1) + 1
+        epochs_done = epoch if self.epochs.steps_before_epoch(epoch) == steps_done else None
+        for stem in self.options.checkpoints_due(steps_done, epochs_done):
+            self._save(stem)
+        self._preview(self.options.previews_due(steps_done, epochs_done), steps_done)
+
+    def _save(self, stem: str) -> None:
+        if self.accelerator.is_main_process:
+            path = self.task.save(stem)
+            self.writer.write_text(f"saving checkpoint: {path}")
+        self.accelerator.wait_for_everyone()
+
+    def _preview(self, positions: Sequence[str], step: int) -> None:
+        if not positions:
+            return
+        if self.accelerator.is_main_process:
+            for position in positions:
+                self.task.preview(position, step)
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,158 @@
+"""What a run measures of itself: speed without warm-up, a moving average of the loss, metrics.jsonl, TensorBoard, the bar."""
+
+import json
+import math
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+AVERAGE_WINDOW = 100  # steps in the average loss that the bar and the final block show
+WARMUP_STEPS = 5  # left out of the speed: first-time allocations, kernel choices, workers starting
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, as a line of metrics.jsonl. Seconds and bytes; `loss` and `grad_norm` are None if not finite."""
+
+    step: int
+    epoch: int
+    loss: float | None
+    average_loss: float | None
+    lr: dict[str, float]
+    grad_norm: float | None
+    loss_scale: float | None
+    overflows: int
+    images_per_second: float
+    images_per_second_without_wait: float
+    data_wait_seconds: float
+    memory_bytes: int
+    updated: bool
+
+
+@dataclass
+class SpeedMeter:
+    """Images per second over the steps after warm-up, or over the last step of a run that is shorter.
+
+    Time spent between steps on samples and checkpoints is not counted: callers time steps, not the run.
+    """
+
+    warmup_steps: int = WARMUP_STEPS
+    _images: int = 0
+    _seconds: float = 0.0
+    _steps: int = 0
+    _last: tuple[int, float] | None = None
+
+    def add(self, images: int, seconds: float) -> None:
+        """Count one step, its wait for data included."""
+        self._steps += 1
+        self._last = (images, seconds)
+        if self._steps > self.warmup_steps:
+            self._images += images
+            self._seconds += seconds
+
+    @property
+    def measured_steps(self) -> int:
+        """How many steps the figure stands on."""
+        return max(self._steps - self.warmup_steps, min(self._steps, 1))
+
+    @property
+    def images_per_second(self) -> float:
+        """The figure of the final block; 0 before the first step."""
+        images, seconds = (self._images, self._seconds) if self._steps > self.warmup_steps else (self._last or (0, 0.0))
+        return images / seconds if seconds > 0 else 0.0
+
+
+@dataclass
+class MovingAverage:
+    """Mean of the last `window` finite values."""
+
+    window: int = AVERAGE_WINDOW
+    _values: deque[float] = field(default_factory=deque)
+
+    def add(self, value: float) -> None:
+        """Take in one value; one that is not finite is passed over."""
+        if math.isfinite(value):
+            self._values.append(value)
+            if len(self._values) > self.window:
+                self._values.popleft()
+
+    @property
+    def value(self) -> float:
+        """The mean; NaN before the first value."""
+        return sum(self._values) / len(self._values) if self._values else math.nan
+
+
+class MetricsWriter:
+    """Writes each step to metrics.jsonl and TensorBoard and shows it in the bar; only on the main process.
+
+    An earlier run's metrics.jsonl in the same folder is kept under the next free name (metrics.1.jsonl, ...).
+    """
+
+    def __init__(self, output_dir: Path, logging_dir: Path | None, total_steps: int, main: bool = True) -> None:
+        self.main = main
+        if not main:
+            return
+        path = output_dir / "metrics.jsonl"
+        if path.exists():
+            taken = next(n for n in range(1, 1_000_000) if not (output_dir / f"metrics.{n}.jsonl").exists())
+            path.rename(output_dir / f"metrics.{taken}.jsonl")
+        self._file = path.open("w", encoding="utf-8")
+        self._board = None
+        if logging_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = logging_dir / time.strftime("%Y%m%d%H%M%S") / "finetuning"
+            self._board = SummaryWriter(str(folder))
+        self.bar = tqdm(total=total_steps, desc="steps", smoothing=0.1, dynamic_ncols=True, mininterval=0.5)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Record one step."""
+        if not self.main:
+            return
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _scalars(metrics).items():
+                self._board.add_scalar(name, value, metrics.step)
+        self.bar.update(1)
+        shown = {"loss": metrics.loss, "avr_loss": metrics.average_loss, "img/s": metrics.images_per_second}
+        self.bar.set_postfix(
+            {name: "nan" if value is None else f"{value:.4g}" for name, value in shown.items()}, refresh=False
+        )
+
+    def write_text(self, line: str) -> None:
+        """Print a line above the bar."""
+        if self.main:
+            self.bar.write(line)
+
+    def close(self) -> None:
+        """Flush and close everything; safe to call twice."""
+        if self.main:
+            self.bar.close()
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+
+def _scalars(metrics: StepMetrics) -> dict[str, float]:
+    """TensorBoard's scalars, by the names that the field uses."""
+    scalars: dict[str, Any] = {
+        "loss": metrics.loss,
+        "avr_loss": metrics.average_loss,
+        "grad_norm": metrics.grad_norm,
+        "loss_scale": metrics.loss_scale,
+        "images_per_second": metrics.images_per_second,
+        "data_wait_seconds": metrics.data_wait_seconds,
+        "memory_bytes": metrics.memory_bytes,
+        **{f"lr/{name}": rate for name, rate in metrics.lr.items()},
+    }
+    return {name: value for name, value in scalars.items() if value is not None}
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN: what is not finite is null."""
+    return value if math.isfinite(value) else None

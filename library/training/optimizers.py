@@ -1,0 +1,108 @@
+"""Optimizers by the names that --optimizer_type takes, and the learning-rate schedules around them."""
+
+import ast
+import inspect
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from library.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZERS = ["AdamW", "oss"]
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate; `name` is what logs call it (lr/unet)."""
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+
+
+def parse_optimizer_args(arguments: Iterable[str]) -> dict[str, Any]:
+    """'weight_decay=0.01' and 'betas=0.9,0.999' as keyword arguments.
+
+    Raises:
+        InputError: an argument is not NAME=VALUE, or its value is no Python literal.
+    """
+    parsed = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        try:
+            if not (name and equals):
+                raise ValueError("no '='")
+            parsed[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise InputError(
+                f"--optimizer_args {argument!r} is not NAME=VALUE with a number, tuple, True, False or quoted text as value"
+            ) from error
+    return parsed
+
+
+def make_optimizer(
+    optimizer_type: str, groups: Sequence[ParameterGroup], arguments: Iterable[str], process_count: int = 1
+) -> torch.optim.Optimizer:
+    """The optimizer over the groups, in their order.
+
+    AdamW is torch's (Loshchilov & Hutter, 1711.05101), in its fused form: one kernel a tensor, on the CPU too.
+
+    Raises:
+        InputError: the type is not known, or an argument is not one that the optimizer takes.
+    """
+    kind = {name.lower(): name for name in OPTIMIZERS}.get(optimizer_type.lower())
+    if kind is None:
+        raise InputError(f"--optimizer_type {optimizer_type!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
+    if kind == "oss":
+        if process_count > 1:
+            raise InputError("--optimizer_type oss: sharding over several processes is not built yet; use AdamW")
+        logger.info("optimizer oss on one process: there is nothing to shard, plain AdamW runs")
+    keywords = parse_optimizer_args(arguments)
+    own = {"params", "lr", "fused", "foreach"}
+    known = [name for name in inspect.signature(torch.optim.AdamW).parameters if name not in own]
+    unknown = [name for name in keywords if name not in known]
+    if unknown:
+        raise InputError(f"--optimizer_args {unknown[0]}: AdamW takes {', '.join(known)}, and lr by --learning_rate")
+    parameters = [{"params": list(group.parameters), "lr": group.learning_rate, "name": group.name} for group in groups]
+    try:
+        return torch.optim.AdamW(parameters, lr=groups[0].learning_rate, fused=True, **keywords)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--optimizer_args: AdamW refuses them: {error}") from error
+
+
+def make_lr_schedule(
+    name: str, optimizer: torch.optim.Optimizer, max_train_steps: int, warmup_steps: int, num_cycles: int, power: float
+) -> LRScheduler:
+    """diffusers' schedule of that name, counted in optimizer steps whatever the number of processes.
+
+    Raises:
+        InputError: warm-up with a schedule that has none or longer than the run; polynomial below its final rate.
+    """
+    from diffusers.optimization import get_scheduler
+
+    if name == "constant" and warmup_steps:
+        raise InputError(
+            f"--lr_warmup_steps={warmup_steps} has no effect with --lr_scheduler=constant; use constant_with_warmup"
+        )
+    if warmup_steps > max_train_steps:
+        raise InputError(
+            f"--lr_warmup_steps={warmup_steps} is longer than the run of {max_train_steps} steps; shorten the warm-up"
+        )
+    try:
+        return get_scheduler(
+            name,
+            optimizer=optimizer,
+            num_warmup_steps=warmup_steps,
+            num_training_steps=max_train_steps,
+            num_cycles=num_cycles,
+            power=power,
+        )
+    except ValueError as error:
+        raise InputError(f"--lr_scheduler={name} does not go with these settings: {error}") from error

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""SDXL pre-training and full fine-tuning, on Ascend NPUs, NVIDIA GPUs and the CPU.
+
+One device:
+
+    python sdxl_pretrain.py \\
+        --pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 \\
+        --vae=madebyollin/sdxl-vae-fp16-fix --train_data_dir=laion --resolution=1024,1024 \\
+        --enable_bucket --min_bucket_reso=512 --max_bucket_reso=2048 --caption_extension=.txt \\
+        --train_batch_size=4 --max_train_epochs=1 --learning_rate=1e-6 \\
+        --train_text_encoder --learning_rate_te1=1e-7 --learning_rate_te2=1e-7 \\
+        --mixed_precision=fp16 --gradient_checkpointing --enable_npu_flash_attention --output_dir=test/output
+
+LAION shards are read in place. --dry_run prints the plan and an estimate of memory. The launchers in test/ set the
+whole configuration: `bash test/pretrain_full_1m_1p_sdxl.sh --demo` shows it at work on any machine.
+"""
+
+import argparse
+import sys
+import time
+
+from library.cli import data, model, optimization, run
+from library.cli.main import run_main
+from library.cli.parser import StrictParser, fill
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this script, one option group a concern."""
+    summary, _, details = (__doc__ or "").partition("\n")
+    parser = StrictParser(prog="sdxl_pretrain.py", description=summary, epilog=details)
+    model.add_arguments(parser)
+    data.add_arguments(parser)
+    optimization.add_arguments(parser)
+    run.add_run_arguments(parser)
+    run.add_saving_arguments(parser)
+    run.add_preview_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    started = time.perf_counter()
+    args = build_parser().parse_args(argv)
+    from library.training.sdxl import SDXLPretraining, SDXLRun  # after --help and bad flags have been answered
+
+    options = SDXLRun(
+        model=fill(model.ModelOptions, args),
+        data=fill(data.DataOptions, args),
+        optimization=fill(optimization.OptimizationOptions, args),
+        run=fill(run.RunOptions, args),
+        saving=fill(run.SavingOptions, args),
+        preview=fill(run.PreviewOptions, args),
+    )
+    return run_main(lambda: SDXLPretraining(options).run(started))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The command line of sdxl_pretrain.py: the reference's names and defaults, clear errors."""
+
+import pytest
+
+import sdxl_pretrain
+from library.cli import data, model, optimization, run
+from library.cli.parser import fill
+
+REQUIRED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--resolution=64", "--output_dir=o"]
+
+
+def parse(*arguments):
+    return sdxl_pretrain.build_parser().parse_args([*REQUIRED, *arguments])
+
+
+def test_defaults_are_the_references():
+    args = parse()
+    assert (args.min_bucket_reso, args.max_bucket_reso, args.bucket_reso_steps) == (256, 1024, 64)
+    assert (args.learning_rate, args.max_grad_norm, args.lr_scheduler) == (2e-6, 1.0, "constant")
+    assert (args.max_train_steps, args.train_batch_size, args.max_data_loader_n_workers) == (1600, 1, 8)
+    assert (args.caption_extension, args.mixed_precision, args.sample_sampler) == (".caption", "no", "ddim")
+
+
+def test_every_flag_of_the_mission_is_taken_and_lands_in_an_option_group():
+    args = parse(
+        "--max_train_epoch=3", "--vae=v", "--tokenizer1_path=a", "--tokenizer2_path=b", "--enable_bucket",
+        "--bucket_no_upscale", "--output_name=n", "--save_every_n_epochs=2", "--save_every_n_steps=5", "--save_precision=float",
+        "--save_model_as=ckpt", "--logging_dir=l", "--gradient_checkpointing", "--gradient_accumulation_steps=2",
+        "--train_text_encoder", "--learning_rate_te1=1e-7", "--learning_rate_te2=1e-7", "--lr_warmup_steps=4",
+        "--lr_scheduler=cosine_with_restarts", "--lr_scheduler_num_cycles=2", "--lr_scheduler_power=2", "--seed=1",
+        "--shuffle_caption", "--keep_tokens=1", "--optimizer_type=oss", "--max_token_length=512",
+        "--enable_npu_flash_attention", "--no_half_vae", "--sample_prompts=p.txt", "--sample_every_n_steps=7",
+        "--sample_every_n_epochs=1", "--sample_at_first", "--dry_run",
+    )  # fmt: skip
+    assert fill(run.RunOptions, args).max_train_epochs == 3
+    assert fill(model.ModelOptions, args).max_token_length == 512
+    assert fill(data.DataOptions, args).resolution == (64, 64)
+    assert fill(optimization.OptimizationOptions, args).learning_rate_te2 == 1e-7
+    assert fill(run.SavingOptions, args).save_model_as == "ckpt"
+    assert fill(run.PreviewOptions, args).sample_at_first
+
+
+def test_resolution_is_width_then_height():
+    assert parse("--resolution=1024,768").resolution == (1024, 768)
+
+
+def test_an_extension_without_its_dot_gets_one():
+    assert parse("--caption_extension=txt").caption_extension == ".txt"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resolutoin=64"], "--resolutoin.*did you mean --resolution"),
+        (["--resolut=64"], "unrecognized arguments"),
+        (["--network_module=networks.lora"], "unrecognized arguments: --network_module"),
+        (["--resolution=64x64"], "--resolution.*width,height"),
+        (["--resolution=0,64"], "--resolution.*width,height"),
+        (["--train_batch_size=0"], "--train_batch_size.*at least 1"),
+        (["--learning_rate=-1"], "--learning_rate.*at least 0"),
+        (["--learning_rate=nan"], "--learning_rate.*at least 0"),
+        (["--caption_dropout_rate=1.5"], "--caption_dropout_rate.*0 .. 1"),
+        (["--max_token_length=100"], "--max_token_length.*invalid choice"),
+        (["--seed=-1"], "--seed.*not be negative"),
+    ],
+)
+def test_a_bad_argument_is_named_and_ends_with_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*arguments)
+    assert stopped.value.code == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_help_shows_every_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sdxl_pretrain.main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "%(default)s" not in shown
+    assert "--enable_npu_flash_attention" in shown

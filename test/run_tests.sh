@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then lints, checks types and import directions, and runs the tests.
+#
+#   bash test/run_tests.sh [--all] [PYTEST_ARGUMENT ...]
+#
+# --all adds the long tests (the whole demo among them). With pytest arguments (-k NAME, a path) only pytest runs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+selection=(-m "not all")
+if [ "${1:-}" = --all ]; then selection=(); shift; fi
+
+python=$(bash test/setup_env.sh requirements-test.txt | tail -n 1)
+bin=$(dirname "$python")
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+
+if [ $# -eq 0 ]; then
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    "$python" -m mypy
+    "$bin/lint-imports"
+fi
+exec "$python" -m pytest "${selection[@]}" "$@"

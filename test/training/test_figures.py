@@ -1,0 +1,110 @@
+"""The figures that a run reports of itself: speed, average loss, names of files, the final block."""
+
+import json
+import math
+
+import pytest
+
+from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics
+from library.training.report import FinalFigures, write_case_log
+from library.training.saving import Cadence, epoch_name, last_name, sample_name, step_name
+
+
+def test_speed_leaves_the_warm_up_out():
+    meter = SpeedMeter(warmup_steps=2)
+    for seconds in (10, 10, 1, 1, 2):
+        meter.add(images=4, seconds=seconds)
+    assert meter.images_per_second == pytest.approx(12 / 4)
+    assert meter.measured_steps == 3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_run_shorter_than_the_warm_up_still_has_a_figure(steps):
+    meter = SpeedMeter(warmup_steps=5)
+    for step in range(steps):
+        meter.add(images=4, seconds=steps - step)
+    assert meter.images_per_second == pytest.approx(4.0)
+    assert meter.measured_steps == 1
+
+
+def test_the_average_is_over_the_last_values_that_are_finite():
+    average = MovingAverage(window=3)
+    assert math.isnan(average.value)
+    for value in (100.0, 1.0, math.nan, 2.0, 3.0):
+        average.add(value)
+    assert average.value == 2.0
+
+
+def test_names_are_the_references():
+    assert step_name("sdxl", 500) == "sdxl-step00000500"
+    assert step_name(None, 500) == "at-step00000500"
+    assert epoch_name("sdxl", 20) == "sdxl-000020"
+    assert epoch_name(None, 20) == "epoch-000020"
+    assert (last_name("sdxl"), last_name(None)) == ("sdxl", "last")
+    assert sample_name("sdxl", "20240131235959", "e000020", 0, 42) == "sdxl_20240131235959_e000020_00_42.png"
+    assert sample_name(None, "20240131235959", "000500", 11, None) == "20240131235959_000500_11.png"
+
+
+def test_cadence():
+    cadence = Cadence(every_n_steps=3, every_n_epochs=2)
+    assert [step for step in range(1, 10) if cadence.step_is_due(step)] == [3, 6, 9]
+    assert [epoch for epoch in range(1, 5) if cadence.epoch_is_due(epoch)] == [2, 4]
+    assert not any(Cadence().step_is_due(step) or Cadence().epoch_is_due(step) for step in range(1, 100))
+
+
+FIGURES = FinalFigures(10.4, 0.12344, 3600.4, global_batch=32, process_count=8, batch_per_device=4)
+
+
+def test_the_final_block_is_the_one_that_launchers_read():
+    assert FIGURES.block().splitlines() == [
+        "------------------ Final result ------------------",
+        "Final Performance images/sec : 10.40",
+        "Final Train Loss : 0.1234",
+        "E2E Training Duration sec : 3600",
+    ]
+
+
+def test_the_case_log_has_every_entry(tmp_path):
+    path = write_case_log(FIGURES, tmp_path, "SDXL_bs4_8p_acc", "SDXL")
+    entries = dict(line.split(" = ") for line in path.read_text().splitlines())
+    assert path.name == "SDXL_bs4_8p_acc.log"
+    assert entries.pop("DeviceType")
+    assert entries == {
+        "Network": "SDXL", "RankSize": "8", "BatchSize": "4", "CaseName": "SDXL_bs4_8p_acc", "ActualFPS": "10.40",
+        "TrainingTime": "3076.92", "ActualLoss": "0.1234", "E2ETrainingTime": "3600",
+    }  # fmt: skip
+
+
+def step_metrics(step, loss):
+    return StepMetrics(step, 0, loss, loss, {"unet": 1e-3}, 1.0, None, 0, 8.0, 9.0, 0.1, 1000, True)
+
+
+def test_metrics_are_written_as_they_come_and_an_earlier_runs_are_kept(tmp_path):
+    for run in range(3):
+        writer = MetricsWriter(tmp_path, tmp_path / "logs", total_steps=2)
+        writer.write(step_metrics(1, float(run)))
+        assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == run
+        writer.write(step_metrics(2, None))
+        writer.close()
+    assert [
+        json.loads((tmp_path / f"metrics{n}.jsonl").read_text().splitlines()[0])["loss"] for n in (".1", ".2", "")
+    ] == [0, 1, 2]
+
+
+def test_tensorboard_shows_loss_and_rates(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, tmp_path / "logs", total_steps=1)
+    writer.write(step_metrics(1, 0.5))
+    writer.close()
+    (folder,) = (tmp_path / "logs").glob("*/finetuning")
+    events = EventAccumulator(str(folder)).Reload()
+    assert events.Scalars("loss")[0].value == 0.5
+    assert events.Scalars("lr/unet")[0].value == pytest.approx(1e-3)
+
+
+def test_only_the_main_process_writes(tmp_path):
+    writer = MetricsWriter(tmp_path, None, total_steps=1, main=False)
+    writer.write(step_metrics(1, 0.5))
+    writer.close()
+    assert not list(tmp_path.iterdir())
