@@ -1,0 +1,274 @@
+"""Which bucket (width and height of a batch) each image goes to, and how it is scaled and cropped for it.
+
+Rules: shared/reference/formats.md, "Buckets", which are those that SDXL was trained with (Podell et al. 2023,
+appendix I) and that sd-scripts users know. Sizes are (width, height) in px throughout.
+"""
+# ruff: noqa: N815 (arrays carry their shape in the name)
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from library.data.decode import Fit
+from library.errors import InputError
+
+_LATENT_PX = 8  # the VAE makes one latent column of so many pixel columns
+_CHUNK = 1 << 16  # rows handled at once
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class BucketOptions:
+    """The flags that make buckets; sizes in px.
+
+    Attributes:
+        resolution: width and height of the single bucket, or whose area buckets keep to.
+        enable_bucket: several buckets by aspect ratio.
+        min_bucket_reso, max_bucket_reso: shortest and longest side; not used with bucket_no_upscale.
+        bucket_reso_steps: sides are multiples of it.
+        bucket_no_upscale: images are only scaled down, and buckets follow from their sizes.
+    """
+
+    resolution: tuple[int, int]
+    enable_bucket: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = 64
+    bucket_no_upscale: bool = False
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The buckets that images are in.
+
+    Attributes:
+        options: what made them.
+        sizes_K2: (buckets, 2) int64 width and height, sorted; each holds at least one image.
+        bucket_of_row: (rows,) int32.
+        mean_error_K: (buckets,) mean of |bucket's width / height - image's width / height|.
+    """
+
+    options: BucketOptions
+    sizes_K2: np.ndarray
+    bucket_of_row: np.ndarray
+    mean_error_K: np.ndarray
+
+    def size(self, bucket: int) -> tuple[int, int]:
+        """Width and height of a bucket."""
+        return int(self.sizes_K2[bucket, 0]), int(self.sizes_K2[bucket, 1])
+
+    @property
+    def mean_error(self) -> float:
+        """Mean aspect error over all images."""
+        counts = np.bincount(self.bucket_of_row, minlength=len(self.sizes_K2))
+        return float(counts @ self.mean_error_K / counts.sum())
+
+    def fit(self, bucket: int, width: int, height: int) -> Fit:
+        """How an image of any size meets one bucket: scaled to cover it and cropped at the centre."""
+        size_12 = np.array([[width, height]], np.int64)
+        bucket_12 = self.sizes_K2[bucket : bucket + 1]
+        scaled_12 = scaled_sizes(size_12, bucket_12, self.options)
+        crop_12 = center_crops(scaled_12, bucket_12)
+        return Fit((int(scaled_12[0, 0]), int(scaled_12[0, 1])), (int(crop_12[0, 0]), int(crop_12[0, 1])))
+
+
+def check_options(options: BucketOptions) -> None:
+    """Raise InputError for options that contradict each other, naming the flag and the way out."""
+    width, height = options.resolution
+    if not options.enable_bucket:
+        if width % _LATENT_PX or height % _LATENT_PX:
+            raise InputError(
+                f"--resolution {width},{height}: width and height must be multiples of {_LATENT_PX}, for example "
+                f"{_up(width, _LATENT_PX)},{_up(height, _LATENT_PX)}."
+            )
+        return
+    step, low, high = options.bucket_reso_steps, options.min_bucket_reso, options.max_bucket_reso
+    if step < 1 or step % _LATENT_PX:
+        raise InputError(f"--bucket_reso_steps {step} must be a multiple of {_LATENT_PX}, for example 64.")
+    if min(width, height) < step:
+        raise InputError(
+            f"--resolution {width},{height} has a side under --bucket_reso_steps {step}: "
+            "raise the one or lower the other."
+        )
+    if options.bucket_no_upscale:
+        return
+    for flag, value in (("--min_bucket_reso", low), ("--max_bucket_reso", high)):
+        if value % step or value < step:
+            raise InputError(
+                f"{flag} {value} must be a multiple of --bucket_reso_steps {step}, e.g. {_up(value, step)}."
+            )
+    if low > min(width, height):
+        raise InputError(
+            f"--min_bucket_reso {low} is more than the shorter side of --resolution {width},{height}: "
+            f"lower it to {max(step, min(width, height) // 2 // step * step)}, or raise the resolution."
+        )
+    if high < max(width, height):
+        raise InputError(
+            f"--max_bucket_reso {high} is less than the longer side of --resolution {width},{height}: "
+            f"raise it to {_up(2 * max(width, height), step)}, or lower the resolution."
+        )
+
+
+def bucket_list(options: BucketOptions) -> np.ndarray:
+    """(buckets, 2) int64 widths and heights, sorted, without repeats; the one W×H without enable_bucket.
+
+    Not for bucket_no_upscale, whose buckets follow from the images.
+
+    Raises:
+        InputError: as check_options.
+    """
+    check_options(options)
+    width, height = options.resolution
+    if not options.enable_bucket:
+        return np.array([[width, height]], np.int64)
+    step, high = options.bucket_reso_steps, options.max_bucket_reso
+    area_cells = (width // step) * (height // step)
+    square = math.isqrt(area_cells) * step
+    found = {(square, square)}
+    for side in range(options.min_bucket_reso, high + 1, step):
+        other = min(high, area_cells // (side // step) * step)
+        if other:  # 0: the side alone is over the area
+            found |= {(side, other), (other, side)}
+    return np.array(sorted(found), np.int64)
+
+
+def assign_buckets(sizes_N2: np.ndarray, options: BucketOptions, name: Callable[[int], str] = str) -> Buckets:
+    """The bucket of every image.
+
+    Args:
+        sizes_N2: (images, 2) widths and heights.
+        name: what an error calls an image, given its row.
+
+    Raises:
+        InputError: as check_options; or with bucket_no_upscale an image has a side under bucket_reso_steps.
+    """
+    check_options(options)
+    follow_images = options.enable_bucket and options.bucket_no_upscale
+    known_K2 = np.empty((0, 2), np.int64) if follow_images else bucket_list(options)
+    chunks = []
+    for start in range(0, len(sizes_N2), _CHUNK):
+        sizes_n2 = np.asarray(sizes_N2[start : start + _CHUNK], np.int64)
+        if follow_images:
+            buckets_n2 = _floored(_shrunk(sizes_n2, options), options.bucket_reso_steps)
+            if not buckets_n2.all():
+                raise InputError(
+                    _too_small(start + np.flatnonzero((buckets_n2 == 0).any(axis=1)), sizes_N2, options, name)
+                )
+        else:
+            buckets_n2 = known_K2[_nearest(sizes_n2, known_K2)]
+        chunks.append(_code(buckets_n2))
+    codes_N = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
+    codes_K, bucket_of_row = np.unique(codes_N, return_inverse=True)
+    sizes_K2 = np.stack([codes_K >> 32, codes_K & 0xFFFFFFFF], axis=1)
+    mean_error_K = _mean_error(sizes_N2, sizes_K2, bucket_of_row)
+    return Buckets(options, sizes_K2, bucket_of_row.astype(np.int32), mean_error_K)
+
+
+def scaled_sizes(sizes_N2: np.ndarray, buckets_N2: np.ndarray, options: BucketOptions) -> np.ndarray:
+    """(images, 2) int64 sizes that images are scaled to for their buckets, each at least the bucket's.
+
+    Covering means that one side becomes the bucket's and the other keeps the aspect ratio, rounded half up (in whole
+    numbers, so without the errors of floating point).
+    """
+    width, height = sizes_N2[:, 0], sizes_N2[:, 1]
+    bucket_w, bucket_h = buckets_N2[:, 0], buckets_N2[:, 1]
+    wider = width * bucket_h >= bucket_w * height  # than the bucket: the heights meet, and the width is cropped
+    covering_N2 = np.stack(
+        [
+            np.where(wider, (2 * width * bucket_h + height) // (2 * height), bucket_w),
+            np.where(wider, bucket_h, (2 * height * bucket_w + width) // (2 * width)),
+        ],
+        axis=1,
+    )
+    if not (options.enable_bucket and options.bucket_no_upscale):
+        return covering_N2
+    shrunk_N2 = _shrunk(np.asarray(sizes_N2, np.int64), options)
+    own = (_floored(shrunk_N2, options.bucket_reso_steps) == buckets_N2).all(axis=1)
+    return np.where(own[:, None], shrunk_N2, covering_N2)
+
+
+def center_crops(scaled_N2: np.ndarray, buckets_N2: np.ndarray) -> np.ndarray:
+    """(images, 2) int64: left and top of the bucket's rectangle in the middle of the scaled image."""
+    return (scaled_N2 - buckets_N2) // 2
+
+
+def _nearest(sizes_n2: np.ndarray, known_K2: np.ndarray) -> np.ndarray:
+    """The bucket of each image's own size if there is one, else that of the nearest width / height."""
+    ratios_K = known_K2[:, 0] / known_K2[:, 1]
+    ratios_R, first_R = np.unique(ratios_K, return_index=True)  # sorted; of equal ratios the first bucket
+    ratios_n = sizes_n2[:, 0] / sizes_n2[:, 1]
+    above = np.clip(np.searchsorted(ratios_R, ratios_n), 1, max(len(ratios_R) - 1, 1))
+    above = np.minimum(above, len(ratios_R) - 1)
+    below = np.maximum(above - 1, 0)
+    take_below = ratios_n - ratios_R[below] <= ratios_R[above] - ratios_n
+    nearest_n = first_R[np.where(take_below, below, above)]
+    codes_K = _code(known_K2)  # sorted, as known_K2 is
+    place_n = np.minimum(np.searchsorted(codes_K, _code(sizes_n2)), len(codes_K) - 1)
+    return np.where(codes_K[place_n] == _code(sizes_n2), place_n, nearest_n)
+
+
+def _shrunk(sizes_n2: np.ndarray, options: BucketOptions) -> np.ndarray:
+    """With bucket_no_upscale: the size that an image is scaled down to, its own where the area allows.
+
+    Over the area W·H: scaled to that area, then one side brought down to a multiple of the step, the side for which the
+    bucket distorts the ratio less. ("Rounded" is rounded to a pixel, then down to the step: up would enlarge.)
+    """
+    step, area = options.bucket_reso_steps, options.resolution[0] * options.resolution[1]
+    ratio = sizes_n2[:, 0] / sizes_n2[:, 1]
+    width = np.sqrt(area * ratio)
+    by_width_w, by_height_h = _to_step(width, step), _to_step(area / width, step)
+    by_width_h, by_height_w = _to_step(by_width_w / ratio, step), _to_step(by_height_h * ratio, step)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a side of 0 steps is judged by the caller
+        width_error = np.abs(by_width_w / by_width_h - ratio)
+        height_error = np.abs(by_height_w / by_height_h - ratio)
+    use_width = width_error < height_error
+    shrunk_n2 = np.where(
+        use_width[:, None],
+        np.stack([by_width_w, _half_up(by_width_w / ratio)], axis=1),
+        np.stack([_half_up(by_height_h * ratio), by_height_h], axis=1),
+    )
+    over = sizes_n2[:, 0] * sizes_n2[:, 1] > area
+    return np.where(over[:, None], shrunk_n2, sizes_n2)
+
+
+def _half_up(values: np.ndarray) -> np.ndarray:
+    return np.floor(values + 0.5).astype(np.int64)
+
+
+def _to_step(values: np.ndarray, step: int) -> np.ndarray:
+    return _half_up(values) // step * step
+
+
+def _floored(sizes_n2: np.ndarray, step: int) -> np.ndarray:
+    return sizes_n2 // step * step
+
+
+def _up(value: int, step: int) -> int:
+    """The next multiple of step, at least one."""
+    return max(1, -(-value // step)) * step
+
+
+def _code(sizes_n2: np.ndarray) -> np.ndarray:
+    """One number for a size, in the order of (width, height)."""
+    return (sizes_n2[:, 0] << 32) | sizes_n2[:, 1]
+
+
+def _mean_error(sizes_N2: np.ndarray, sizes_K2: np.ndarray, bucket_of_row: np.ndarray) -> np.ndarray:
+    total_K = np.zeros(len(sizes_K2))
+    for start in range(0, len(sizes_N2), _CHUNK):
+        buckets_n = bucket_of_row[start : start + _CHUNK]
+        sizes_n2 = sizes_N2[start : start + _CHUNK]
+        errors_n = np.abs(sizes_K2[buckets_n, 0] / sizes_K2[buckets_n, 1] - sizes_n2[:, 0] / sizes_n2[:, 1])
+        total_K += np.bincount(buckets_n, errors_n, len(sizes_K2))
+    return total_K / np.maximum(np.bincount(bucket_of_row, minlength=len(sizes_K2)), 1)
+
+
+def _too_small(rows: np.ndarray, sizes_N2: np.ndarray, options: BucketOptions, name: Callable[[int], str]) -> str:
+    names = "; ".join(f"{name(int(row))} ({sizes_N2[row, 0]}×{sizes_N2[row, 1]})" for row in rows[:_NAMED])
+    more = f"; and {len(rows) - _NAMED} or more others" if len(rows) > _NAMED else ""
+    return (
+        f"With --bucket_no_upscale an image's scaled sides must reach --bucket_reso_steps {options.bucket_reso_steps}; "
+        f"too small or too long: {names}{more}. Remove them, lower the step, or leave --bucket_no_upscale out."
+    )

@@ -1,0 +1,96 @@
+"""Bytes of images and captions of an index, read where they are."""
+
+import json
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+from library.data.decode import SampleError
+from library.data.index import Index
+from library.data.rows import CaptionKind
+
+_MAX_OPEN = 64  # shards kept open; the usual limit of a process is 1024 files
+
+
+class Reader:
+    """Reads rows of an index. Shards are opened when first needed; copies in other processes open their own."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def image(self, row: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            SampleError: it cannot be read any more.
+        """
+        source = self.index.source(row)
+        if not source.is_shard:
+            return self._file(source.path / self.index.key(row))
+        record = self.index.rows[row]
+        return self._range(source.path, int(record["image_offset"]), int(record["image_bytes"]))
+
+    def caption(self, row: int) -> str:
+        """The caption as the data set gives it, "" where there is none.
+
+        Of a caption file it is the first line that is not empty; a caption from JSON or parquet is one line.
+
+        Raises:
+            SampleError: it cannot be read, or is not UTF-8.
+        """
+        record = self.index.rows[row]
+        kind, offset, size = int(record["caption_kind"]), int(record["caption_offset"]), int(record["caption_bytes"])
+        if kind == CaptionKind.ABSENT:
+            return ""
+        if kind == CaptionKind.STORED:
+            return " ".join(self.index.stored_text(offset, size).split())
+        source = self.index.source(row)
+        if source.is_shard:
+            data = self._range(source.path, offset, size)
+        else:
+            data = self._file((source.path / self.index.key(row)).with_suffix(self.index.caption_extension))
+        try:
+            text = data.decode("utf-8-sig")
+            if kind == CaptionKind.JSON:
+                return " ".join(str(json.loads(text)["caption"]).split())
+        except (ValueError, KeyError, TypeError) as error:
+            raise SampleError(f"caption: {error}") from error
+        return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+    def close(self) -> None:
+        """Close the shards; the next read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _range(self, path: Path, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._descriptor(path), size, offset)
+        except OSError as error:
+            raise SampleError(f"cannot be read: {error.strerror}") from error
+        if len(data) < size:
+            raise SampleError(f"{path} has become shorter since it was indexed")
+        return data
+
+    def _descriptor(self, path: Path) -> int:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        descriptor = os.open(path, os.O_RDONLY)
+        self._open[path] = descriptor
+        if len(self._open) > _MAX_OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        return descriptor
+
+    @staticmethod
+    def _file(path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise SampleError(f"cannot be read: {error.strerror}") from error
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"index": self.index, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()

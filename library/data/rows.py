@@ -1,0 +1,111 @@
+"""One row an image: the table that scanning a shard or a folder makes, and that an index puts together.
+
+A row says where the bytes of image and caption are, never what they are, so that it takes 53 bytes at any image size
+and the whole table can be one array on disk.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif"})
+# Extensions that are searched for only to tell the user about a wrong --caption_extension.
+COMMON_CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags")
+
+
+class CaptionKind(IntEnum):
+    """Where the caption of a row is. Stored in caches: never renumber."""
+
+    ABSENT = 0  # there is none: the image trains with an empty caption
+    PLAIN = 1  # a text file: a member of the row's tar, or the file of the image's stem in a folder
+    JSON = 2  # the "caption" field of a JSON member of the row's tar
+    STORED = 3  # in the table's own text (from a parquet sidecar, or a DreamBooth folder's class words)
+
+
+ROW = np.dtype(
+    [
+        ("source", np.int32),  # which shard or folder of the index
+        ("image_offset", np.int64),  # of the image's first byte in the shard; 0 in a folder
+        ("image_bytes", np.int64),
+        ("caption_kind", np.uint8),
+        ("caption_offset", np.int64),  # in the shard, or for STORED in the table's text
+        ("caption_bytes", np.int32),
+        ("name_offset", np.int64),  # in the table's text: the sample's key in a shard, the file's name in a folder
+        ("name_bytes", np.int32),
+        ("width", np.int32),  # px, as the source says; decoding goes by the image itself
+        ("height", np.int32),
+    ]
+)
+
+
+@dataclass
+class Part:
+    """What scanning one shard or folder gives.
+
+    Attributes:
+        rows: ROW array, `source` still 0.
+        text: uint8, the bytes that name_offset and STORED captions point into.
+        bad: (key, reason) of images that cannot be used.
+        warnings: sentences for the user; the source's name is put before them.
+        without_image: extensions seen in samples that have no image, counted by sample.
+        other_captions: images that have a caption file, but with another extension than asked for, by extension.
+    """
+
+    rows: np.ndarray
+    text: np.ndarray
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    without_image: Counter[str] = field(default_factory=Counter)
+    other_captions: Counter[str] = field(default_factory=Counter)
+
+    def notes(self) -> dict[str, Any]:
+        """Everything but the arrays, ready for JSON."""
+        return {
+            "bad": self.bad,
+            "warnings": self.warnings,
+            "without_image": dict(self.without_image),
+            "other_captions": dict(self.other_captions),
+        }
+
+    @classmethod
+    def from_arrays(cls, rows: np.ndarray, text: np.ndarray, notes: dict[str, Any]) -> "Part":
+        """The inverse of keeping rows, text and `notes()`."""
+        return cls(
+            rows,
+            text,
+            [(name, reason) for name, reason in notes["bad"]],
+            list(notes["warnings"]),
+            Counter(notes["without_image"]),
+            Counter(notes["other_captions"]),
+        )
+
+
+class TextPool:
+    """Bytes laid end to end; `add` says where they are. The same text is kept once."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._where: dict[bytes, int] = {}
+        self._size = 0
+
+    def add(self, text: str) -> tuple[int, int]:
+        """(offset, bytes) of the text in UTF-8 (bytes of a file name that are no UTF-8 survive)."""
+        data = text.encode("utf-8", "surrogateescape")
+        if data not in self._where:
+            self._where[data] = self._size
+            self._parts.append(data)
+            self._size += len(data)
+        return self._where[data], len(data)
+
+    def array(self) -> np.ndarray:
+        """All of it, uint8."""
+        return np.frombuffer(b"".join(self._parts), np.uint8)
+
+
+def row_array(rows: Iterable[tuple[int, ...]]) -> np.ndarray:
+    """A ROW array from tuples in ROW's order."""
+    return np.array(list(rows), dtype=ROW)

@@ -1,0 +1,199 @@
+"""Rows of one LAION shard: a tar of KEY.jpg, KEY.json and KEY.txt, and the parquet file beside it."""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from library.data.decode import HEADER_BYTES, SampleError, upright_size
+from library.data.rows import (
+    COMMON_CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    CaptionKind,
+    Part,
+    TextPool,
+    row_array,
+)
+from library.data.tar_headers import Member, TornTarError, members
+
+_MAX_JSON_BYTES = 1 << 22
+
+
+@dataclass
+class _Sample:
+    """Members of one key, and whether the table's text was stored for it."""
+
+    image: Member | None = None
+    others: dict[str, Member] = field(default_factory=dict)  # by extension
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What sidecar or JSON say of a sample."""
+
+    width: int = 0
+    height: int = 0
+    caption: str | None = None
+
+
+def scan_shard(path: Path, caption_extension: str) -> Part:
+    """One pass over the tar's headers, and over its parquet file; images are opened only where no size is known.
+
+    The caption is the member with caption_extension, else the JSON member's "caption", else the parquet's. The size is
+    the parquet's, else the JSON's, else from the image's header. A tar that is cut short gives its whole samples and a
+    warning.
+
+    Raises:
+        OSError: the shard cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        samples, torn = _samples(fd)
+        sidecar, warnings = _read_sidecar(path.with_suffix(".parquet"))
+        pool = TextPool()
+        part = Part(row_array([]), pool.array())
+        rows = []
+        for key, sample in samples.items():
+            if sample.image is None:
+                part.without_image.update(sample.others)
+                continue
+            facts = sidecar.get(PurePosixPath(key).name)
+            try:
+                rows.append(_row(fd, key, sample.image, sample.others, facts, caption_extension, pool))
+            except SampleError as error:
+                part.bad.append((key, str(error)))
+                continue
+            part.other_captions.update(_other_caption_extensions(sample.others, caption_extension))
+    finally:
+        os.close(fd)
+    if torn:
+        warnings.append(f"{torn}; the {len(rows)} whole samples before that are used. Fetch this shard again.")
+    part.rows, part.text, part.warnings = row_array(rows), pool.array(), warnings
+    return part
+
+
+def _samples(fd: int) -> tuple[dict[str, _Sample], str]:
+    """Members by key (the base name up to its first dot, as in webdataset), and why the tar ended early ("" if not)."""
+    samples: dict[str, _Sample] = {}
+    key = ""
+    try:
+        for member in members(fd):
+            base, _, extension = PurePosixPath(member.name).name.partition(".")
+            extension = f".{extension.lower()}"
+            if not base or extension == ".":
+                continue
+            # The folder belongs to the key, so that a/1.jpg and b/1.jpg stay two samples.
+            key = str(PurePosixPath(member.name).parent / base)
+            sample = samples.setdefault(key, _Sample())
+            if extension in IMAGE_EXTENSIONS:
+                sample.image = member
+            else:
+                sample.others[extension] = member
+    except TornTarError as error:
+        samples.pop(key, None)  # the last one may lack members
+        return samples, str(error)
+    return samples, ""
+
+
+def _row(
+    fd: int,
+    key: str,
+    image: Member,
+    others: dict[str, Member],
+    facts: _Facts | None,
+    caption_extension: str,
+    pool: TextPool,
+) -> tuple[int, ...]:
+    """One row in ROW's order.
+
+    Raises:
+        SampleError: no size is given and the image's header cannot be read.
+    """
+    plain = others.get(caption_extension.lower())
+    has_plain = plain is not None and plain.size > 0
+    has_size = facts is not None and facts.width > 0 and facts.height > 0
+    json_facts = _Facts() if has_plain and has_size else _read_json(fd, others.get(".json"))
+    if plain is not None and has_plain:
+        caption = (CaptionKind.PLAIN, plain.offset, plain.size)
+    elif json_facts.caption:
+        caption = (CaptionKind.JSON, others[".json"].offset, others[".json"].size)
+    elif facts is not None and facts.caption:
+        caption = (CaptionKind.STORED, *pool.add(facts.caption))
+    else:
+        caption = (CaptionKind.ABSENT, 0, 0)
+    if facts is not None and has_size:
+        size = facts.width, facts.height
+    elif json_facts.width > 0 and json_facts.height > 0:
+        size = json_facts.width, json_facts.height
+    else:
+        size = _size_from_image(fd, image)
+    return (0, image.offset, image.size, *caption, *pool.add(key), *size)
+
+
+def _size_from_image(fd: int, image: Member) -> tuple[int, int]:
+    """The upright size from the image's header: its beginning is enough, unless much metadata comes before."""
+    with contextlib.suppress(SampleError):
+        return upright_size(os.pread(fd, min(image.size, HEADER_BYTES), image.offset))
+    return upright_size(os.pread(fd, image.size, image.offset))
+
+
+def _read_json(fd: int, member: Member | None) -> _Facts:
+    """Size and caption from a sample's JSON member; nothing from one that is missing or damaged."""
+    if member is None or member.size > _MAX_JSON_BYTES:
+        return _Facts()
+    try:
+        content = json.loads(os.pread(fd, member.size, member.offset))
+    except ValueError:  # also covers bytes that are not UTF-8
+        return _Facts()
+    if not isinstance(content, dict):
+        return _Facts()
+    return _Facts(_pixels(content.get("width")), _pixels(content.get("height")), _caption(content.get("caption")))
+
+
+def _read_sidecar(path: Path) -> tuple[dict[str, _Facts], list[str]]:
+    """Facts by key from a shard's parquet file, successful rows only, and warnings; nothing where there is no file."""
+    if not path.is_file():
+        return {}, []
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        present = [name for name in ("key", "status", "width", "height", "caption") if name in file.schema_arrow.names]
+        table = file.read(columns=present)
+    except (pa.ArrowException, OSError) as error:
+        return {}, [f"its parquet file cannot be read ({error}); sizes come from the shard itself."]
+    if "key" not in present:
+        return {}, ["its parquet file has no column 'key'; sizes come from the shard itself."]
+    columns = {name: table[name].to_pylist() for name in present}
+    nothing = [None] * table.num_rows
+    rows = zip(
+        columns["key"],
+        columns.get("status", ["success"] * table.num_rows),
+        columns.get("width", nothing),
+        columns.get("height", nothing),
+        columns.get("caption", nothing),
+        strict=True,
+    )
+    return {
+        str(PurePosixPath(str(key))): _Facts(_pixels(width), _pixels(height), _caption(caption))
+        for key, status, width, height, caption in rows
+        if status == "success"
+    }, []
+
+
+def _pixels(value: object) -> int:
+    """A size that a file gives, 0 unless it is a sensible whole number."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and 0 < value < 1 << 31 else 0
+
+
+def _caption(value: object) -> str | None:
+    """A caption that a file gives; None if there is none or it is empty."""
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _other_caption_extensions(others: dict[str, Member], caption_extension: str) -> list[str]:
+    return [name for name in COMMON_CAPTION_EXTENSIONS if name != caption_extension and name in others]

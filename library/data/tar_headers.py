@@ -1,0 +1,127 @@
+"""Where the members of a tar file are, found by one pass over its headers without reading their contents.
+
+Layout: POSIX.1-2001 (pax) and GNU tar's manual, "Basic Tar Format". tarfile from the standard library does the same
+with an object a member; this walker takes about a quarter of its time, which is hours on a set of 40,000 shards.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCK = 512  # bytes; headers and contents start at multiples of it
+_REGULAR = b"0\x007"  # regular file, its old spelling, contiguous file
+_MAX_EXTENSION_BYTES = 1 << 20  # a long name or pax header larger than this is no real one
+
+
+class TornTarError(ValueError):
+    """The tar ends early or holds something that is no header; what was yielded before is good."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a tar: its path there and where its contents are, in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(fd: int) -> Iterator[Member]:
+    """All regular files of an open tar in their order; other members are passed over.
+
+    Raises:
+        TornTarError: after the last whole member, when the file is cut short or damaged there.
+    """
+    file_bytes = os.fstat(fd).st_size
+    position = 0
+    shared_pax: dict[str, str] = {}
+    pax: dict[str, str] = {}
+    long_name: str | None = None
+    while True:
+        header = os.pread(fd, BLOCK, position)
+        if len(header) < BLOCK:
+            raise TornTarError(f"it ends at byte {file_bytes} without an end mark")
+        if header[0] == 0 and not any(header):
+            return
+        if not _checksum_holds(header):
+            raise TornTarError(f"there is no tar header at byte {position}")
+        kind = header[156:157]
+        size = _number(header[124:136])
+        offset = position + BLOCK
+        extension = kind in b"LKxg"
+        if not extension and "size" in (fields := {**shared_pax, **pax}):
+            size = _decimal(fields["size"])
+        if offset + size > file_bytes:
+            raise TornTarError(f"it ends at byte {file_bytes}, inside the member at byte {position}")
+        if extension:
+            if size > _MAX_EXTENSION_BYTES:
+                raise TornTarError(f"the extended header at byte {position} is {size} bytes long")
+            content = os.pread(fd, size, offset)
+            if kind == b"L":
+                long_name = _text(content)
+            elif kind == b"x":
+                pax = _pax_fields(content)
+            elif kind == b"g":
+                shared_pax.update(_pax_fields(content))
+        else:
+            if kind in _REGULAR:
+                name = pax.get("path") or long_name or shared_pax.get("path") or _short_name(header)
+                yield Member(name, offset, size)
+            pax, long_name = {}, None
+        position = offset + -(-size // BLOCK) * BLOCK
+
+
+def looks_like_tar(path: Path) -> bool:
+    """True if the file starts with a tar header."""
+    with path.open("rb") as file:
+        header = file.read(BLOCK)
+    return len(header) == BLOCK and _checksum_holds(header)
+
+
+def _checksum_holds(header: bytes) -> bool:
+    """The checksum is the sum of the header's bytes, its own field counted as spaces."""
+    try:
+        return sum(header) - sum(header[148:156]) + 8 * 32 == _number(header[148:156])
+    except TornTarError:
+        return False
+
+
+def _number(field: bytes) -> int:
+    """An octal number, or a base-256 one (GNU, for sizes of 8 GiB and more)."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError as error:
+        raise TornTarError(f"{field!r} is no number") from error
+
+
+def _decimal(text: str) -> int:
+    if not text.isdecimal():
+        raise TornTarError(f"a pax header gives the size {text!r}")
+    return int(text)
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _short_name(header: bytes) -> str:
+    """The name within the header; ustar keeps the front of a longer one in a field of its own (GNU has times there)."""
+    name = _text(header[:100])
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{name}" if prefix else name
+
+
+def _pax_fields(content: bytes) -> dict[str, str]:
+    """`LENGTH KEY=VALUE\\n` records, LENGTH counting the whole record."""
+    fields = {}
+    while content.strip(b"\0"):
+        length, _, _ = content.partition(b" ")
+        if not length.isdigit() or not len(length) < int(length) <= len(content):
+            raise TornTarError("it holds a damaged pax header")
+        key, _, value = content[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
+        fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        content = content[int(length) :]
+    return fields
