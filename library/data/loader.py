@@ -1,0 +1,260 @@
+"""Micro-batches of one rank in the plan's order, read and decoded by worker processes.
+
+B: samples of a micro-batch. H, W: rows and columns of the bucket in px. K: chunks of a tokenised caption.
+
+A global batch of `batch size × ranks × accumulation` places is dealt out so that micro-batch m of rank r has the places
+m·b·n + r·b … + b (b: batch size, n: ranks). What stands at a place is a function of (seed, step, place) alone: the
+number of ranks, accumulation and workers only says who computes it.
+"""
+# ruff: noqa: N815 (tensors carry their shape in the name)
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from library.data.buckets import Buckets
+from library.data.captions import CaptionOptions, process_caption
+from library.data.decode import SampleError, decode
+from library.data.index import Index
+from library.data.permutation import ROUNDS, permute
+from library.data.plan import Plan
+from library.data.reader import Reader
+from library.errors import InputError
+from library.keyed_random import Stream, generator
+
+MAX_REPLACEMENTS = 16  # samples tried at one place before the data set is called broken
+_PREFETCH = 2  # micro-batches that each worker keeps ready
+
+Tokenize = Callable[[Sequence[str]], tuple[Tensor, ...]]
+
+
+@dataclass
+class MicroBatch:
+    """Samples of one bucket that go through the model together.
+
+    Attributes:
+        images_BHWC: uint8 RGB.
+        captions: as trained.
+        size_ids_B6: float32 original height and width, crop top and left, target height and width, in px.
+        names: where the samples come from.
+        step: of the optimizer, from 0.
+        micro: number of this micro-batch in its step.
+        places_B: int64 places in the global batch.
+        ids1, ids2: int64 (B, K, 77) token ids for the two text encoders; None without a tokenizer.
+        quarantined: (name, reason) of samples that could not be read and have been replaced.
+    """
+
+    images_BHWC: Tensor
+    captions: list[str]
+    size_ids_B6: Tensor
+    names: list[str]
+    step: int
+    micro: int
+    places_B: Tensor
+    ids1: Tensor | None = None
+    ids2: Tensor | None = None
+    quarantined: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each global batch a process computes."""
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one step over all processes."""
+        return self.batch_size * self.world_size * self.accumulation
+
+    def places(self, micro: int) -> np.ndarray:
+        """(batch size,) int64: places in the global batch of this process's micro-batch number `micro`."""
+        start = (micro * self.world_size + self.rank) * self.batch_size
+        return np.arange(start, start + self.batch_size)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An InputError on its way from a worker process to the user, without the worker's traceback."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class _Sample:
+    pixels_HWC: np.ndarray
+    size_ids: tuple[int, int, int, int, int, int]
+    caption: str
+    name: str
+
+
+class MicroBatchDataset(Dataset):
+    """Item i is micro-batch i % accumulation of step i // accumulation: a pure function, so any worker can make it."""
+
+    def __init__(
+        self,
+        index: Index,
+        buckets: Buckets,
+        plan: Plan,
+        share: Share,
+        captions: CaptionOptions,
+        tokenize: Tokenize | None = None,
+    ) -> None:
+        if plan.global_batch != share.global_batch:
+            raise ValueError(f"the plan's global batch is {plan.global_batch}, the share's {share.global_batch}")
+        self._reader = Reader(index)
+        self._index, self._buckets, self._plan, self._share = index, buckets, plan, share
+        self._captions, self._tokenize = captions, tokenize
+
+    def __getitem__(self, item: int) -> MicroBatch:
+        """One micro-batch.
+
+        Raises:
+            InputError: no readable sample is found for a place.
+        """
+        step, micro = divmod(item, self._share.accumulation)
+        batch = self._plan.batch_of_step(step)
+        places = self._share.places(micro)
+        width, height = self._buckets.size(batch.bucket)
+        images_BHWC = np.empty((len(places), height, width, 3), np.uint8)
+        size_ids_B6 = np.empty((len(places), 6), np.float32)
+        captions: list[str] = []
+        names: list[str] = []
+        quarantined: list[tuple[str, str]] = []
+        for number, place in enumerate(places.tolist()):
+            sample = self._readable(int(batch.rows_G[place]), batch.bucket, step, place, quarantined)
+            images_BHWC[number], size_ids_B6[number] = sample.pixels_HWC, sample.size_ids
+            captions.append(sample.caption)
+            names.append(sample.name)
+        ids = self._tokenize(captions) if self._tokenize is not None else (None, None)
+        return MicroBatch(
+            torch.from_numpy(images_BHWC),
+            captions,
+            torch.from_numpy(size_ids_B6),
+            names,
+            step,
+            micro,
+            torch.from_numpy(places),
+            ids[0],
+            ids[1] if len(ids) > 1 else None,
+            quarantined,
+        )
+
+    def _readable(self, row: int, bucket: int, step: int, place: int, quarantined: list[tuple[str, str]]) -> _Sample:
+        """The planned sample, or the first that can be read in an order of its bucket keyed by step and place."""
+        failed: list[tuple[str, str]] = []
+        for candidate in self._candidates(row, bucket, step, place):
+            try:
+                sample = self._sample(candidate, bucket, step, place)
+            except SampleError as error:
+                failed.append((self._index.name(candidate), str(error)))
+                continue
+            quarantined += failed
+            return sample
+        width, height = self._buckets.size(bucket)
+        listed = "; ".join(f"{name}: {reason}" for name, reason in failed[:3])
+        raise InputError(
+            f"--train_data_dir: {len(failed)} samples of bucket {width}×{height}, tried one after the other for step "
+            f"{step}, cannot be read, so the data set is damaged or gone. The first: {listed}"
+        )
+
+    def _candidates(self, row: int, bucket: int, step: int, place: int) -> Iterator[int]:
+        """The planned row, then others of its bucket; those are only thought up when asked for."""
+        yield row
+        rows = self._plan.rows_of_bucket(bucket)
+        keys = generator(self._plan.seed, Stream.REPLACEMENT, step, place).integers(0, 2**64, ROUNDS, np.uint64)
+        order = permute(np.arange(min(MAX_REPLACEMENTS, len(rows))), len(rows), keys)
+        yield from (int(other) for other in rows[order] if other != row)
+
+    def _sample(self, row: int, bucket: int, step: int, place: int) -> _Sample:
+        """Read, decode and caption one row.
+
+        Raises:
+            SampleError: it cannot be read or decoded.
+        """
+        text = self._reader.caption(row)
+        pixels, size_ids = decode(
+            self._reader.image(row), self._buckets.size(bucket), partial(self._buckets.fit, bucket)
+        )
+        caption = process_caption(text, self._captions, generator(self._plan.seed, Stream.CAPTION, step, place))
+        return _Sample(pixels, size_ids, caption, self._index.name(row))
+
+
+class _Reporting(Dataset):
+    """A dataset whose InputErrors are values, since a DataLoader hands on exceptions as tracebacks."""
+
+    def __init__(self, inner: MicroBatchDataset) -> None:
+        self._inner = inner
+
+    def __getitem__(self, item: int) -> MicroBatch | _Failure:
+        try:
+            return self._inner[item]
+        except InputError as error:
+            return _Failure(str(error))
+
+
+@dataclass(frozen=True)
+class Loader:
+    """An iterable of the micro-batches of the steps start_step … end_step - 1, in order."""
+
+    dataset: MicroBatchDataset
+    accumulation: int
+    start_step: int
+    end_step: int
+    workers: int
+
+    def __len__(self) -> int:
+        return (self.end_step - self.start_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Read ahead and yield.
+
+        Raises:
+            InputError: no readable sample is found for a place.
+        """
+        loader = DataLoader(
+            _Reporting(self.dataset),
+            batch_size=None,  # the dataset's items are batches already
+            sampler=range(self.start_step * self.accumulation, self.end_step * self.accumulation),
+            num_workers=min(self.workers, len(self)),
+            prefetch_factor=_PREFETCH if min(self.workers, len(self)) else None,
+        )
+        for item in loader:
+            if isinstance(item, _Failure):
+                raise InputError(item.message)
+            yield item
+
+
+def make_loader(
+    index: Index,
+    buckets: Buckets,
+    plan: Plan,
+    share: Share,
+    captions: CaptionOptions,
+    *,
+    end_step: int,
+    start_step: int = 0,
+    tokenize: Tokenize | None = None,
+    workers: int = 0,
+) -> Loader:
+    """The micro-batches of one process.
+
+    Args:
+        plan: its global batch must be the share's.
+        end_step: the first step that is not loaded any more.
+        tokenize: captions to the token ids of each text encoder; called in the workers.
+        workers: processes that read and decode; 0 does it in this one.
+    """
+    dataset = MicroBatchDataset(index, buckets, plan, share, captions, tokenize)
+    return Loader(dataset, share.accumulation, start_step, end_step, workers)
