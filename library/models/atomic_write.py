@@ -1,0 +1,94 @@
+"""Files and folders that appear complete or not at all: written beside, fsynced, renamed."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from library.errors import InputError
+
+
+def write_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside the target, then put it in the target's place, replacing what is there.
+
+    The folder is made if need be. When `write` fails the target stays as it was and nothing is left beside it. One
+    process at a time may write one target.
+
+    Raises:
+        InputError: the file system refuses (full, read-only, no permission, a folder in the way).
+    """
+    _guarded(target, write, _replace_file)
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """As `write_file`, for a folder: `write` is given an empty folder to fill.
+
+    An old folder is moved aside only once the new one is complete, and removed after; a run killed in between leaves
+    it beside the target under the name `.NAME.previous`.
+    """
+    _guarded(target, write, _replace_folder)
+
+
+def _guarded(target: Path, write: Callable[[Path], None], replace: Callable[[Path, Path], None]) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)  # of a run that was killed
+        if replace is _replace_folder:
+            partial.mkdir()
+        write(partial)
+        _sync_tree(partial)
+        replace(partial, target)
+        _sync(target.parent)
+    except OSError as error:
+        _remove(partial)
+        raise InputError(
+            f"{target}: cannot be written ({error.strerror or error}). Nothing that was there has changed. "
+            "Make room or choose another --output_dir."
+        ) from error
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _replace_file(partial: Path, target: Path) -> None:
+    partial.replace(target)
+
+
+def _replace_folder(partial: Path, target: Path) -> None:
+    previous = target.with_name(f".{target.name}.previous")
+    if target.is_symlink() or target.is_file():
+        raise NotADirectoryError(0, "a file is in the way of the folder")
+    _remove(previous)
+    if target.exists():
+        target.rename(previous)
+    try:
+        partial.rename(target)
+    except OSError:
+        if previous.exists():
+            previous.rename(target)
+        raise
+    _remove(previous)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for entry in path.iterdir():
+            _sync_tree(entry)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,147 @@
+"""Tensors out of weight files: safetensors, pickles that run no code, shards with an index."""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.errors import InputError
+
+# The names that diffusers (first) and transformers (the others) give to the weights of one component.
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_VARIANTS = ("", "fp16", "bf16")  # full precision wins; a variant is taken where nothing else is there
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one file by name, on the CPU and backed by the file where it can be mapped, and its metadata.
+
+    A file whose name ends in .safetensors is read as such, any other as a pickle of torch, by torch's reader for
+    weights: nothing in the file is executed.
+
+    Raises:
+        InputError: no such file, damaged, cut off, a pickle that would run code, or no tensors in it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+    else:
+        tensors, metadata = _read_pickle(path)
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors. Give a model's weights (.safetensors, .ckpt, .pt, .bin).")
+    return tensors, metadata
+
+
+def read_component(folder: Path) -> dict[str, Tensor]:
+    """The tensors of one component's folder (`unet`, `vae`, ...), whichever way its weights are stored.
+
+    Raises:
+        InputError: there are no weights, a shard is missing, or a file cannot be read.
+    """
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    chosen = choose_weights(names)
+    if chosen is None:
+        raise InputError(
+            f"{folder}: no weights there. Looked for {_STEMS[0]} or {_STEMS[1]} as .safetensors, .bin or shards with "
+            "an index. Complete the folder (an interrupted download?) or give another model."
+        )
+    if not chosen.endswith(".json"):
+        return read_weights(folder / chosen)[0]
+    index = read_json(folder / chosen)
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(index.get("weight_map", {}).values())):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / chosen}: the shard {name} that it lists is missing. Complete the folder.")
+        tensors.update(read_weights(folder / name)[0])
+    return tensors
+
+
+def choose_weights(names: Collection[str]) -> str | None:
+    """Which of a component's files to read: a weight file or a shards' index; None where there is none."""
+    for variant in _VARIANTS:
+        dotted = f".{variant}" if variant else ""
+        for ending in ("safetensors", "bin"):
+            for stem in _STEMS:
+                for name in (
+                    f"{stem}{dotted}.{ending}",
+                    f"{stem}.{ending}.index{dotted}.json",
+                    f"{stem}{dotted}.{ending}.index.json",
+                ):
+                    if name in names:
+                        return name
+    return None
+
+
+def files_of(chosen: str, names: Collection[str]) -> list[str]:
+    """What has to be there to read `chosen`: itself, and with an index its shards."""
+    if not chosen.endswith(".json"):
+        return [chosen]
+    ending = "safetensors" if ".safetensors." in chosen else "bin"
+    variant = next((variant for variant in _VARIANTS if variant and f".{variant}." in chosen), "")
+    shards = [
+        name
+        for name in names
+        if _SHARD.search(name)
+        and name.endswith(ending)
+        and next((other for other in _VARIANTS if other and f".{other}" in name), "") == variant
+    ]
+    return [chosen, *sorted(shards)]
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file. The model folder is incomplete.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object.")
+    return content
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: damaged or cut off ({error}; {path.stat().st_size} bytes). Copy or download it again."
+        ) from error
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if forbidden:
+            raise InputError(
+                f"{path}: refused. Reading this pickle would run {forbidden.group(1)}, and a weight file has no need "
+                "to. Get the model as .safetensors from a source you trust."
+            ) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{path}: damaged, cut off, or no file of weights ({reason}; {path.stat().st_size} bytes). "
+            "Copy or download it again."
+        ) from error
+    metadata = loaded.get("metadata", {}) if isinstance(loaded, dict) else {}
+    while isinstance(loaded, dict) and "state_dict" in loaded:
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: holds a {type(loaded).__name__}, not tensors by name.")
+    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    return tensors, {str(key): value for key, value in metadata.items() if isinstance(value, str)}
