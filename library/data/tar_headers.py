@@ -12,6 +12,7 @@ from pathlib import Path
 BLOCK = 512  # bytes; headers and contents start at multiples of it
 _REGULAR = b"0\x007"  # regular file, its old spelling, contiguous file
 _MAX_EXTENSION_BYTES = 1 << 20  # a long name or pax header larger than this is no real one
+_MAX_DIGITS = 19  # of a decimal size
 
 
 class TornTarError(ValueError):
@@ -98,7 +99,7 @@ def _number(field: bytes) -> int:
 
 
 def _decimal(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
         raise TornTarError(f"a pax header gives the size {text!r}")
     return int(text)
 
@@ -119,7 +120,7 @@ def _pax_fields(content: bytes) -> dict[str, str]:
     fields = {}
     while content.strip(b"\0"):
         length, _, _ = content.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(content):
+        if not length.isdigit() or len(length) > _MAX_DIGITS or not len(length) < int(length) <= len(content):
             raise TornTarError("it holds a damaged pax header")
         key, _, value = content[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
         fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
