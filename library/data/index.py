@@ -216,11 +216,11 @@ def _joined(sources: list[Source], parts: list[Part], caption_extension: str, wa
         warnings.append(
             f"{len(bad)} images cannot be read and are left out: {_some([': '.join(entry) for entry in bad])}"
         )
-    if without := sum((part.without_image for part in parts), Counter()):
-        seen = ", ".join(extension for extension, _ in without.most_common(_NAMED))
+    if without := sum(part.without_image for part in parts):
+        strange = sum((part.strange_extensions for part in parts), Counter()).most_common(_NAMED)
         warnings.append(
-            f"{max(without.values())} samples in the shards have no image that can be read (they have {seen}; "
-            f"images are {_extensions()}); they are left out."
+            f"{without} samples in the shards have no image ({_extensions()}), only "
+            f"{', '.join(extension for extension, _ in strange)}; they are left out."
         )
     return Index(
         tuple(sources),

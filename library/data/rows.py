@@ -51,7 +51,8 @@ class Part:
         text: uint8, the bytes that name_offset and STORED captions point into.
         bad: (key, reason) of images that cannot be used.
         warnings: sentences for the user; the source's name is put before them.
-        without_image: extensions seen in samples that have no image, counted by sample.
+        without_image: samples that have no image.
+        strange_extensions: what those samples have, with counts.
         other_captions: images that have a caption file, but with another extension than asked for, by extension.
     """
 
@@ -59,7 +60,8 @@ class Part:
     text: np.ndarray
     bad: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    without_image: Counter[str] = field(default_factory=Counter)
+    without_image: int = 0
+    strange_extensions: Counter[str] = field(default_factory=Counter)
     other_captions: Counter[str] = field(default_factory=Counter)
 
     def notes(self) -> dict[str, Any]:
@@ -67,7 +69,8 @@ class Part:
         return {
             "bad": self.bad,
             "warnings": self.warnings,
-            "without_image": dict(self.without_image),
+            "without_image": self.without_image,
+            "strange_extensions": dict(self.strange_extensions),
             "other_captions": dict(self.other_captions),
         }
 
@@ -79,7 +82,8 @@ class Part:
             text,
             [(name, reason) for name, reason in notes["bad"]],
             list(notes["warnings"]),
-            Counter(notes["without_image"]),
+            int(notes["without_image"]),
+            Counter(notes["strange_extensions"]),
             Counter(notes["other_captions"]),
         )
 

@@ -56,7 +56,8 @@ def scan_shard(path: Path, caption_extension: str) -> Part:
         rows = []
         for key, sample in samples.items():
             if sample.image is None:
-                part.without_image.update(sample.others)
+                part.without_image += 1
+                part.strange_extensions.update(sample.others.keys())
                 continue
             facts = sidecar.get(PurePosixPath(key).name)
             try:

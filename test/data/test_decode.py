@@ -1,0 +1,186 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from library.data import decode as decode_module
+from library.data.buckets import BucketOptions, assign_buckets
+from library.data.decode import Fit, SampleError, decode, upright_size
+
+
+def encoded(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def smooth(width, height, seed=0):
+    """A picture without sharp edges, (height, width, 3)."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def plain(bucket_wh_px, scaled_wh_px=None, crop=(0, 0)):
+    return lambda width, height: Fit(scaled_wh_px or bucket_wh_px, crop)
+
+
+def covering(bucket_wh_px):
+    options = BucketOptions(bucket_wh_px)
+    return lambda width, height: assign_buckets(np.array([[width, height]]), options).fit(0, width, height)
+
+
+def psnr(one, other):
+    error = np.mean((np.asarray(one, float) - np.asarray(other, float)) ** 2)
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+def test_the_result_is_scaling_the_whole_and_cutting_out_the_crop():
+    image = smooth(300, 200)
+    pixels, size_ids = decode(encoded(image), (64, 96), covering((64, 96)))
+    whole = image.resize((144, 96), Image.Resampling.LANCZOS)
+    expected = np.asarray(whole.crop((40, 0, 104, 96)), int)
+    assert pixels.shape == (96, 64, 3)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels - expected).max() <= 1
+    assert size_ids == (200, 300, 0, 40, 96, 64)  # original h, w; crop top, left; target h, w
+
+
+def test_cropping_top_and_bottom():
+    _, size_ids = decode(encoded(smooth(100, 300)), (64, 64), covering((64, 64)))
+    assert size_ids == (300, 100, 64, 0, 64, 64)
+
+
+def test_an_image_of_the_buckets_size_is_untouched():
+    image = smooth(64, 48)
+    pixels, _ = decode(encoded(image), (64, 48), covering((64, 48)))
+    assert (pixels == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize("size", [(1000, 1000), (1001, 803), (333, 1999)])
+@pytest.mark.parametrize("target", [64, 200, 384])
+def test_jpegs_decoded_at_a_reduced_scale_keep_quality_and_place(size, target):
+    """Against the fully decoded picture. Half a pixel of shift costs far more than this allows."""
+    data = encoded(smooth(*size), "JPEG", quality=95)
+    bucket = (target, target)
+    pixels, _ = decode(data, bucket, covering(bucket))
+    full = Image.open(io.BytesIO(data)).convert("RGB")
+    expected, _ = decode(encoded(full), bucket, covering(bucket))
+    assert psnr(pixels, expected) > 44
+
+
+def test_a_reduced_jpeg_is_never_smaller_than_what_is_wanted(monkeypatch):
+    """The decoded size is seen through the resize call."""
+    seen = []
+    resize = Image.Image.resize
+
+    def watched(self, size, *args, **kwargs):
+        seen.append(self.size)
+        return resize(self, size, *args, **kwargs)
+
+    data = encoded(smooth(1000, 1000), "JPEG")
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    for target, decoded in ((64, 125), (104, 250), (200, 250), (256, 500), (400, 500), (480, 1000), (504, 1000)):
+        seen.clear()
+        decode(data, (target, target), covering((target, target)))
+        assert seen[0] == (decoded, decoded), target
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_applied_before_anything_else(orientation, format):
+    image = smooth(600, 400)
+    turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # what undoes it, as PIL's Transpose
+    upright = image if orientation == 1 else image.transpose(Image.Transpose(turned[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, format, exif=exif, quality=95)
+    bucket = (96, 64)
+    expected, expected_ids = decode(encoded(upright), bucket, covering(bucket))
+    pixels, size_ids = decode(data, bucket, covering(bucket))
+    assert upright_size(data) == upright.size
+    assert size_ids == expected_ids
+    assert psnr(pixels, expected) > 40
+
+
+def test_transparency_is_white():
+    image = smooth(32, 32).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((32, 32)))
+    pixels, _ = decode(encoded(image), (32, 32), covering((32, 32)))
+    values = np.asarray(image, float)
+    alpha = values[..., 3:] / 255
+    assert np.abs(pixels - (values[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
+
+
+def test_every_mode_becomes_rgb():
+    colour = smooth(32, 32)
+    grey = np.asarray(colour.convert("L"))
+    palette = colour.quantize(8)
+    grey_16 = Image.fromarray((np.arange(1024).reshape(32, 32) * 64).astype(np.uint16))
+    cases = {
+        "L": (encoded(colour.convert("L")), np.stack([grey] * 3, -1)),
+        "P": (encoded(palette), np.asarray(palette.convert("RGB"))),
+        "1": (encoded(colour.convert("1")), np.asarray(colour.convert("1").convert("RGB"))),
+        "16 bit": (encoded(grey_16), np.stack([np.round(np.arange(1024).reshape(32, 32) * 64 / 257)] * 3, -1)),
+        "CMYK": (encoded(colour.convert("CMYK"), "JPEG", quality=100), np.asarray(colour)),
+    }
+    for mode, (data, expected) in cases.items():
+        pixels, _ = decode(data, (32, 32), covering((32, 32)))
+        assert np.abs(pixels.astype(int) - expected).mean() < 2, mode
+
+
+def test_a_transparent_palette_entry_is_white():
+    image = Image.new("P", (16, 16), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    pixels, _ = decode(encoded(image, transparency=0), (16, 16), covering((16, 16)))
+    assert (pixels == 255).all()
+
+
+@pytest.mark.parametrize("format", ["BMP", "WEBP", "AVIF"])
+def test_other_formats(format):
+    image = smooth(64, 48)
+    data = encoded(image, format)
+    assert upright_size(data) == (64, 48)
+    assert psnr(decode(data, (64, 48), covering((64, 48)))[0], np.asarray(image)) > 30
+
+
+def test_sizes_come_from_the_beginning_of_a_file():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
+    for format in ("PNG", "JPEG", "BMP"):  # WebP and AVIF want the whole file
+        data = encoded(noise, format)
+        assert len(data) > 60_000
+        assert upright_size(data[:50_000]) == (400, 400), format
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"GIF89a", b"<html>404</html>", encoded(smooth(90, 90), "JPEG")[:-400], encoded(smooth(90, 90))[:2000]],
+    ids=["empty", "no image data", "html", "cut jpeg", "cut png"],
+)
+def test_what_cannot_be_decoded_is_a_sample_error_with_its_reason(data):
+    with pytest.raises(SampleError, match=r"\w+Error: \w+"):
+        decode(data, (32, 32), covering((32, 32)))
+
+
+def test_damaged_files_raise_nothing_else():
+    rng = np.random.default_rng(0)
+    for format in ("JPEG", "PNG", "WEBP", "BMP", "AVIF"):
+        good = encoded(smooth(40, 40), format)
+        for _ in range(60):
+            data = bytearray(good)
+            for place in rng.integers(0, len(data), 4):
+                data[place] = rng.integers(256)
+            try:
+                pixels, _ = decode(bytes(data), (32, 32), covering((32, 32)))
+                assert pixels.shape == (32, 32, 3)
+            except SampleError:
+                pass
+
+
+def test_decompression_bombs_are_refused(monkeypatch):
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 99 * 99)
+    with pytest.raises(SampleError, match="100×100 px"):
+        decode(encoded(Image.new("L", (100, 100))), (32, 32), covering((32, 32)))
+    bomb = encoded(Image.new("1", (20_000, 20_000)))  # 50 KB of file, 400 million pixels
+    with pytest.raises(SampleError, match=r"400000000 pixels|20000×20000"):
+        upright_size(bomb)

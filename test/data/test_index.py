@@ -1,0 +1,398 @@
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from library.data import index as index_module
+from library.data.decode import SampleError
+from library.data.index import build_index
+from library.data.reader import Reader
+from library.errors import InputError
+
+
+def sizes(index):
+    return list(zip(index.rows["width"].tolist(), index.rows["height"].tolist(), strict=True))
+
+
+def captions(index):
+    reader = Reader(index)
+    return [reader.caption(row) for row in range(len(index))]
+
+
+def build(path, extension=".txt", **options):
+    return build_index(path, extension, use_cache=options.pop("use_cache", False), **options)
+
+
+@pytest.fixture
+def pictures(tmp_path, make_picture):
+    """A function that fills a folder: {file name: text, or (width, height) for an image}."""
+
+    def fill(files, folder="images"):
+        path = tmp_path / folder
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                (path / name).write_text(content, encoding="utf-8")
+            else:
+                (path / name).write_bytes(make_picture(*content))
+        return path
+
+    return fill
+
+
+class TestShards:
+    def test_real_shards_are_read_in_place(self, emoji_laion):
+        index = build(emoji_laion)
+        assert len(index) == 500
+        assert index.warnings == ()
+        reader, row = Reader(index), 0
+        for path in sorted(emoji_laion.glob("*.tar")):
+            with tarfile.open(path) as tar:
+                content = {member.name: tar.extractfile(member).read() for member in tar}
+            for name in filter(lambda name: name.endswith(".jpg"), content):
+                assert index.name(row) == f"{path}:{name[:-4]}"
+                assert reader.image(row) == content[name]
+                assert reader.caption(row) == content[f"{name[:-4]}.txt"].decode()
+                assert sizes(index)[row] == Image.open(io.BytesIO(content[name])).size
+                row += 1
+        assert row == 500
+
+    @pytest.mark.parametrize("parquet", [True, False])
+    def test_written_shards(self, tmp_path, make_shard, parquet):
+        make_shard(tmp_path, 0, [(20, 10), (30, 40)], parquet=parquet)
+        make_shard(tmp_path, 1, [(50, 60)], parquet=parquet)
+        index = build(tmp_path)
+        assert sizes(index) == [(30, 40), (20, 10), (50, 60)]
+        assert captions(index)[1] == "picture 0, place 0, 20 by 10"
+        assert index.key(2) == "000010000"
+        assert index.repeats.tolist() == [1, 1, 1]
+
+    def test_one_tar_may_be_given(self, tmp_path, make_shard):
+        make_shard(tmp_path, 0, [(20, 10)])
+        assert len(build(make_shard(tmp_path, 1, [(20, 10), (30, 40)]))) == 2
+
+    def test_sizes_come_from_parquet_then_json_then_the_image(self, tmp_path, make_tar, make_picture):
+        """Each source lies about the size, so that the test sees which one was asked."""
+        image = make_picture(30, 20)
+        facts = json.dumps({"width": 11, "height": 12}).encode()
+        make_tar(
+            tmp_path / "0.tar",
+            [
+                *[("a.jpg", image), ("a.json", facts), ("a.txt", b"a")],
+                *[("b.json", facts), ("b.txt", b"b"), ("b.jpg", image)],
+                *[("c.txt", b"c"), ("c.jpg", image), ("c.json", b"{not json")],
+                *[("d.jpg", image), ("d.txt", b"d"), ("d.json", b'{"width": null, "height": 3}')],
+            ],
+        )
+        rows = [{"key": "a", "status": "success", "width": 1, "height": 2}]
+        rows += [{"key": "b", "status": "failed", "width": 3, "height": 4}]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+        assert sizes(build(tmp_path)) == [(1, 2), (11, 12), (30, 20), (30, 20)]
+
+    def test_captions_come_from_the_member_then_json_then_parquet(self, tmp_path, make_tar, make_picture):
+        image, facts = make_picture(30, 20), json.dumps({"caption": "of\njson"}).encode()
+        make_tar(
+            tmp_path / "0.tar",
+            [
+                *[
+                    ("a.jpg", image),
+                    ("a.json", facts),
+                    ("a.txt", b"\xef\xbb\xbf\n of text \nsecond line"),
+                    ("a.caption", b"other"),
+                ],
+                *[("b.jpg", image), ("b.json", facts), ("b.caption", b"other")],
+                *[("c.jpg", image), ("c.json", b'{"caption": null}'), ("c.txt", b"")],
+                *[("d.jpg", image)],
+            ],
+        )
+        rows = [{"key": key, "status": "success", "caption": "of parquet"} for key in "abc"]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+        index = build(tmp_path)
+        assert captions(index) == ["of text", "of json", "of parquet", ""]
+        (warning,) = index.warnings
+        assert "1 of 4 images have no caption" in warning
+        assert "0.tar:d" in warning
+        assert captions(build(tmp_path, ".caption"))[:2] == ["other", "other"]
+
+    def test_many_image_formats_and_folders_in_a_tar(self, tmp_path, make_tar, make_picture):
+        formats = {
+            "jpg": "JPEG",
+            "jpeg": "JPEG",
+            "png": "PNG",
+            "webp": "WEBP",
+            "bmp": "BMP",
+            "avif": "AVIF",
+            "JPG": "JPEG",
+        }
+        members = []
+        for number, (extension, format) in enumerate(formats.items()):
+            members.append((f"./{number}/x.{extension}", make_picture(16 + number, 8, format=format)))
+            members.append((f"./{number}/x.txt", f"{number}".encode()))
+        make_tar(tmp_path / "0.tar", members)
+        index = build(tmp_path)
+        assert sizes(index) == [(16 + number, 8) for number in range(len(formats))]
+        assert captions(index) == [str(number) for number in range(len(formats))]
+
+    def test_samples_without_image_or_with_a_broken_one_are_counted(self, tmp_path, make_tar, make_picture):
+        members = [("a.jpg", make_picture(16, 8)), ("a.txt", b"a"), ("b.heic", b"?"), ("b.txt", b"b")]
+        make_tar(tmp_path / "0.tar", [*members, ("c.jpg", b"<html>"), ("c.txt", b"c")])
+        index = build(tmp_path)
+        assert [index.key(row) for row in range(len(index))] == ["a"]
+        assert index.bad[0][0].endswith("0.tar:c")
+        assert "UnidentifiedImageError" in index.bad[0][1]
+        assert any("0.tar:c" in warning and "1 images cannot be read" in warning for warning in index.warnings)
+        assert any("1 samples" in warning and ".heic" in warning for warning in index.warnings)
+
+    def test_a_torn_shard_gives_its_whole_samples_and_a_warning(self, tmp_path, make_shard):
+        path = make_shard(tmp_path, 0, [(20, 10), (30, 40), (50, 60)])
+        whole = build(tmp_path)
+        # Inside the last sample's .json: its image is complete, but what else belongs to it is not.
+        data = path.read_bytes()
+        path.write_bytes(data[: data.rindex(b'"status"')])
+        index = build(tmp_path)
+        assert sizes(index) == sizes(whole)[:2]
+        (warning,) = index.warnings
+        assert "00000.tar" in warning
+        assert "2 whole samples" in warning
+
+    def test_a_damaged_sidecar_is_a_warning(self, tmp_path, make_shard):
+        make_shard(tmp_path, 0, [(20, 10)]).with_suffix(".parquet").write_bytes(b"PAR1 no")
+        index = build(tmp_path)
+        assert sizes(index) == [(20, 10)]
+        assert "parquet" in index.warnings[0]
+
+
+class TestFolders:
+    def test_captions_lie_beside_the_images(self, pictures):
+        path = pictures({"b.jpg": (16, 8), "b.txt": "b", "a.x.PNG": (8, 16), "a.x.txt": "a\n", "notes.txt": "no image"})
+        index = build(path)
+        assert [index.name(row) for row in range(2)] == [str(path / "a.x.PNG"), str(path / "b.jpg")]
+        assert sizes(index) == [(8, 16), (16, 8)]
+        assert captions(index) == ["a", "b"]
+        assert Reader(index).image(1) == (path / "b.jpg").read_bytes()
+        assert index.warnings == ()
+
+    def test_sizes_are_those_of_the_upright_picture(self, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+        (tmp_path / "a.txt").write_text("a")
+        assert sizes(build(tmp_path)) == [(20, 40)]
+
+    def test_dreambooth_directories_repeat_and_give_class_words(self, pictures):
+        path = pictures(
+            {
+                "3_sks dog/1.jpg": (16, 8),
+                "3_sks dog/2.jpg": (16, 8),
+                "3_sks dog/2.txt": "a dog in the snow",
+                "1_cat/1.jpg": (16, 8),
+                "0_off/1.jpg": (16, 8),
+                "others/1.jpg": (16, 8),
+                "top.jpg": (16, 8),
+            }
+        )
+        index = build(path)
+        assert captions(index) == ["cat", "sks dog", "a dog in the snow"]
+        assert index.repeats.tolist() == [1, 3, 3]
+        assert sorted(warning.partition(" are not used")[0] for warning in index.warnings) == [
+            f"1 images directly in {path}",
+            f"1 images in {path / '0_off'}",
+            f"1 images in {path / 'others'}",
+        ]
+
+    def test_a_subset_given_as_the_base_folder_is_noticed(self, pictures):
+        path = pictures({"1.jpg": (16, 8), "1.txt": "a"}, "10_sks dog")
+        index = build(path)
+        assert index.repeats.tolist() == [1]
+        assert "parent folder" in index.warnings[0]
+
+    def test_shards_and_images_in_one_folder_are_both_read(self, pictures, make_shard):
+        path = pictures({"1.jpg": (16, 8), "1.txt": "a"})
+        make_shard(path, 0, [(20, 10)])
+        assert sizes(build(path)) == [(20, 10), (16, 8)]
+
+    def test_what_changed_since_is_a_sample_error(self, pictures):
+        path = pictures({"1.jpg": (16, 8), "1.txt": "a", "2.jpg": (16, 8), "2.txt": "b"})
+        index = build(path)
+        (path / "1.jpg").unlink()
+        (path / "2.txt").write_bytes(b"\xff\xfe\xfa")
+        with pytest.raises(SampleError, match="No such file"):
+            Reader(index).image(0)
+        with pytest.raises(SampleError, match=r"caption.*utf-8"):
+            Reader(index).caption(1)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("deeper", ["", "set/0.tar", "set/deep/1.png"])
+    def test_no_images(self, tmp_path, deeper):
+        (tmp_path / "1.gif").touch()
+        if deeper:
+            (tmp_path / deeper).parent.mkdir(parents=True)
+            (tmp_path / deeper).touch()
+        with pytest.raises(InputError) as error:
+            build(tmp_path)
+        message = str(error.value)
+        assert f"--train_data_dir {tmp_path}: 0 images found" in message
+        assert "*.tar" in message
+        assert ".jpg" in message
+        assert (str((tmp_path / deeper).parent) in message.partition("deeper than")[2]) == bool(deeper)
+
+    def test_no_such_folder(self, tmp_path):
+        with pytest.raises(InputError, match="there is no such folder"):
+            build(tmp_path / "nowhere")
+        (tmp_path / "a.zip").write_bytes(b"PK")
+        with pytest.raises(InputError, match="not a tar"):
+            build(tmp_path / "a.zip")
+
+    def test_a_wrong_caption_extension_is_named_with_the_right_one(self, pictures):
+        path = pictures({f"{number}.{kind}": "text" for number in range(3) for kind in ("txt",)})
+        pictures({f"{number}.jpg": (16, 8) for number in range(3)})
+        with pytest.raises(InputError, match=r"none of the 3 images.*'\.caption'.*--caption_extension \.txt"):
+            build(path, ".caption")
+        (path / "0.caption").write_text("one")
+        (warning,) = build(path, ".caption").warnings
+        assert "2 of 3 images have no caption" in warning
+        assert "--caption_extension .txt" in warning
+
+    def test_shards_without_any_caption(self, tmp_path, make_tar, make_picture):
+        make_tar(tmp_path / "0.tar", [("a.jpg", make_picture(16, 8)), ("a.cap", b"a")])
+        with pytest.raises(InputError, match=r"none of the 1 images.*--caption_extension \.cap"):
+            build(tmp_path)
+
+    def test_only_broken_images(self, tmp_path):
+        (tmp_path / "a.jpg").write_bytes(b"nothing")
+        with pytest.raises(InputError, match=r"0 images found in 1 shards.*a\.jpg: UnidentifiedImageError"):
+            build(tmp_path)
+
+    def test_an_empty_shard(self, tmp_path):
+        (tmp_path / "0.tar").touch()
+        with pytest.raises(InputError, match=r"0 images found.*0\.tar: it ends at byte 0"):
+            build(tmp_path)
+
+
+class TestCache:
+    @pytest.fixture
+    def scans(self, monkeypatch):
+        """Names of the shards and folders that are really scanned."""
+        seen = []
+        scan_shard, scan_folder = index_module.scan_shard, index_module.scan_folder
+
+        def shard(path, *rest):
+            seen.append(path.name)
+            return scan_shard(path, *rest)
+
+        def folder(subset, *rest):
+            seen.append(subset.folder.name)
+            return scan_folder(subset, *rest)
+
+        monkeypatch.setattr(index_module, "scan_shard", shard)
+        monkeypatch.setattr(index_module, "scan_folder", folder)
+        return seen
+
+    @staticmethod
+    def same(one, other):
+        return (one.rows == other.rows).all() and (one.text == other.text).all() and one.warnings == other.warnings
+
+    def test_only_what_changed_is_scanned_again(self, tmp_path, make_shard, make_tar, scans):
+        data = tmp_path / "data"
+        data.mkdir()
+        for number in range(3):
+            make_shard(data, number, [(20, 10), (30, 40)])
+        make_tar(data / "torn.tar", [("x.jpg", b"<html>"), ("y.txt", b"y")])
+        first = build(data, use_cache=True)
+        assert sorted(scans) == ["00000.tar", "00001.tar", "00002.tar", "torn.tar"]
+        scans.clear()
+        second = build(data, use_cache=True)
+        assert scans == []
+        assert self.same(first, second)
+        assert first.bad == second.bad
+        make_shard(data, 1, [(50, 60)])
+        assert len(build(data, use_cache=True)) == 5
+        assert scans == ["00001.tar"]
+        scans.clear()
+        build(data, ".caption", use_cache=True)
+        assert len(scans) == 4
+        assert {path.name for path in tmp_path.iterdir()} == {"data"}
+
+    def test_a_moved_data_set_is_not_scanned_again_and_named_rightly(self, tmp_path, make_shard, scans):
+        old, new = tmp_path / "old", tmp_path / "new"
+        old.mkdir()
+        make_shard(old, 0, [(20, 10)]).with_suffix(".parquet").write_bytes(b"damaged")
+        build(old, use_cache=True)
+        old.rename(new)
+        scans.clear()
+        index = build(new, use_cache=True)
+        assert scans == []
+        assert index.name(0) == f"{new / '00000.tar'}:000000000"
+        assert index.warnings[0].startswith(str(new))
+
+    def test_folders_are_kept_too_and_a_new_caption_is_seen(self, pictures, scans):
+        path = pictures({"1.jpg": (16, 8), "1.txt": "a"})
+        build(path, use_cache=True)
+        build(path, use_cache=True)
+        assert scans == ["images"]
+        pictures({"2.jpg": (30, 8), "2.txt": "b"})
+        assert captions(build(path, use_cache=True)) == ["a", "b"]
+        pictures({"1.jpg": (64, 8)})
+        assert sizes(build(path, use_cache=True)) == [(64, 8), (30, 8)]
+
+    def test_data_that_may_not_be_written_is_kept_elsewhere(self, tmp_path, make_shard, scans, cache_home):
+        make_shard(tmp_path, 0, [(20, 10)])
+        tmp_path.chmod(0o555)
+        try:
+            build(tmp_path, use_cache=True)
+            build(tmp_path, use_cache=True)
+            assert scans == ["00000.tar"]
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.parquet", "00000.tar"]
+            assert len(list(cache_home.rglob("*.npz"))) == 1
+        finally:
+            tmp_path.chmod(0o755)
+
+    def test_a_damaged_cache_is_replaced(self, tmp_path, make_shard, scans):
+        make_shard(tmp_path, 0, [(20, 10)])
+        first = build(tmp_path, use_cache=True)
+        (kept,) = (tmp_path / ".sdxl_index").iterdir()
+        data = kept.read_bytes()
+        for damaged in (b"", data[:100], data[: len(data) // 2]):
+            kept.write_bytes(damaged)
+            assert self.same(build(tmp_path, use_cache=True), first)
+        scans.clear()
+        build(tmp_path, use_cache=True)
+        assert scans == []
+
+    def test_a_cache_that_cannot_be_written_is_done_without(self, tmp_path, make_shard):
+        make_shard(tmp_path, 0, [(20, 10)])
+        (tmp_path / ".sdxl_index").write_text("a file where the cache's folder would be")
+        assert len(build(tmp_path, use_cache=True)) == 1
+
+
+def test_progress_counts_to_the_end(tmp_path, make_shard, pictures):
+    path = pictures({f"{number}.jpg": (16, 8) for number in range(3)} | {"0.txt": "a"})
+    make_shard(path, 0, [(20, 10)])
+    seen = []
+    build(path, progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] == (0, 4)
+    assert seen[-1] == (4, 4)
+    assert {total for _, total in seen} == {4}
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_more_shards_than_are_kept_open(tmp_path, make_shard, monkeypatch):
+    from library.data import reader as reader_module
+
+    monkeypatch.setattr(reader_module, "_MAX_OPEN", 2)
+    for number in range(5):
+        make_shard(tmp_path, number, [(20, 10)])
+    index = build(tmp_path)
+    reader = Reader(index)
+    wanted = np.random.default_rng(0).integers(0, 5, 40)
+    assert [reader.caption(row)[:9] for row in wanted] == [f"picture {row}" for row in wanted]
+    assert len(reader._open) <= 2
+    shutil.rmtree(tmp_path)
+    assert reader.index.name(0)
