@@ -1,0 +1,187 @@
+"""Scaled dot-product attention over interchangeable backends, with a record of which one ran for which shapes.
+
+Every backend computes softmax(Q Kᵀ / √D) V (Vaswani et al. 2017, equation 1), without mask or dropout.
+Legend: B batch, T query tokens, S key and value tokens, N heads, D head size.
+"""
+
+import importlib
+import importlib.util
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library import device
+
+logger = logging.getLogger(__name__)
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention.
+
+    Attributes:
+        run: q (B, T, N, D), k and v (B, S, N, D) -> (B, T, N, D).
+        refusal: why it cannot take these tensors, in words that name no sizes; None if it can.
+        fallback: the backend that takes over after a refusal.
+    """
+
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    refusal: Callable[[Tensor, Tensor, Tensor], str | None]
+    fallback: str = "sdpa"
+
+
+def _takes_all(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> str | None:
+    return None
+
+
+def _math(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
+    """The formula as it stands, in fp32 or wider: what the others are checked against."""
+    dtype = torch.promote_types(q_BTND.dtype, torch.float32)
+    with torch.autocast(q_BTND.device.type, enabled=False):
+        scale = 1 / math.sqrt(q_BTND.shape[-1])
+        scores_BNTS = torch.einsum("btnd,bsnd->bnts", q_BTND.to(dtype), k_BSND.to(dtype)) * scale
+        out_BTND = torch.einsum("bnts,bsnd->btnd", scores_BNTS.softmax(-1), v_BSND.to(dtype))
+    return out_BTND.to(q_BTND.dtype)
+
+
+def _sdpa(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
+    """torch's own: it picks among its flash, memory-efficient and plain kernels. The transposes copy nothing."""
+    out_BNTD = F.scaled_dot_product_attention(q_BTND.transpose(1, 2), k_BSND.transpose(1, 2), v_BSND.transpose(1, 2))
+    return out_BNTD.transpose(1, 2)
+
+
+def _npu(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
+    """Ascend's fused kernel; of its seven results the output is the first."""
+    torch_npu = device.torch_npu()
+    if torch_npu is None:
+        raise RuntimeError("the npu attention backend was called without torch_npu")
+    heads, head_size = q_BTND.shape[2:]
+    return torch_npu.npu_fusion_attention(
+        q_BTND, k_BSND, v_BSND, head_num=heads, input_layout="BSND", scale=1 / math.sqrt(head_size)
+    )[0]
+
+
+def _npu_refusal(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> str | None:
+    if not device.is_npu(q_BTND.device):
+        return f"the tensors are on {q_BTND.device.type}, not on an Ascend NPU"
+    if device.torch_npu() is None:
+        return "torch_npu is not installed"
+    if q_BTND.dtype not in _HALF:
+        return f"it is used in fp16 and bf16 only, not in {_name(q_BTND.dtype)} (--mixed_precision)"
+    if q_BTND.shape[-1] > 512:
+        return "the head size is over 512"
+    return None
+
+
+def _xformers(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
+    return importlib.import_module("xformers.ops").memory_efficient_attention(q_BTND, k_BSND, v_BSND)
+
+
+def _xformers_refusal(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> str | None:
+    if importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed"
+    if device.is_cpu(q_BTND.device):
+        return "xformers' kernels need an accelerator"
+    return None
+
+
+BACKENDS: dict[str, Backend] = {
+    "math": Backend(_math, _takes_all),
+    "sdpa": Backend(_sdpa, _takes_all),
+    "npu": Backend(_npu, _npu_refusal),
+    "xformers": Backend(_xformers, _xformers_refusal),
+}
+
+
+@dataclass(frozen=True)
+class _Case:
+    """What a choice of backend depends on."""
+
+    asked: str
+    q_shape: torch.Size
+    k_shape: torch.Size
+    dtype: torch.dtype
+    device_type: str
+
+
+@dataclass
+class _Record:
+    ran: str
+    calls: int = 0
+
+
+_records: dict[_Case, _Record] = {}
+_said: set[tuple[str, str]] = set()
+
+
+def attention(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, backend: str = "sdpa") -> Tensor:
+    """Attention on the backend, or on its fallback where it cannot take these tensors (one line in the log says so).
+
+    Args:
+        q_BTND, k_BSND, v_BSND: of one dtype, on one device; any strides.
+        backend: a name in BACKENDS.
+
+    Returns:
+        (B, T, N, D), of the same dtype.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    case = _Case(backend, q_BTND.shape, k_BSND.shape, q_BTND.dtype, q_BTND.device.type)
+    record = _records.get(case)
+    if record is None:
+        record = _records[case] = _Record(_choose(q_BTND, k_BSND, v_BSND, backend))
+    record.calls += 1
+    return BACKENDS[record.ran].run(q_BTND, k_BSND, v_BSND)
+
+
+def check_name(backend: str) -> None:
+    """Raises ValueError if there is no backend of that name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"no attention backend {backend!r}; there are {', '.join(BACKENDS)}")
+
+
+def report() -> list[str]:
+    """Lines for the run's log: which backend ran for which shapes, how often, and what was asked for if another.
+
+    Recomputation under gradient checkpointing counts as a call.
+    """
+    return [
+        f"attention: {record.ran}{'' if record.ran == case.asked else f' (asked: {case.asked})'}, "
+        f"{_name(case.dtype)} on {case.device_type}, query {_sizes(case.q_shape)}, "
+        f"key {_sizes(case.k_shape)} (batch x tokens x heads x head size): {record.calls} calls"
+        for case, record in _records.items()
+    ]
+
+
+def reset_report() -> None:
+    """Forget all calls, choices and log lines so far."""
+    _records.clear()
+    _said.clear()
+
+
+def _choose(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, backend: str) -> str:
+    """The backend, or the first in its chain of fallbacks that takes these tensors."""
+    check_name(backend)
+    while (reason := BACKENDS[backend].refusal(q_BTND, k_BSND, v_BSND)) is not None:
+        fallback = BACKENDS[backend].fallback
+        if (backend, reason) not in _said:
+            _said.add((backend, reason))
+            logger.warning("attention backend %s is not used: %s; %s runs instead", backend, reason, fallback)
+        backend = fallback
+    return backend
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sizes(shape: torch.Size) -> str:
+    return "x".join(str(size) for size in shape)

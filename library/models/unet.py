@@ -1,0 +1,368 @@
+"""The U-Net of Stable Diffusion, of SDXL's size or smaller, its parameters named as Stability's checkpoint keys.
+
+Sources: Rombach et al. 2022 (latent diffusion), Podell et al. 2023 (SDXL). The names are those that follow
+`model.diffusion_model.` in a single-file checkpoint, so the state dict is the file.
+Legend: B batch, C channels, H W latent rows and columns, L tokens of the image (H·W), T of the text, E width of the
+time embedding, V width of the vector conditions, X width of the text context.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from library import device
+from library.errors import InputError
+from library.models.attention import attention, check_name
+
+NORM_GROUPS = 32
+SIZE_EMBEDDING_DIM = 256  # SDXL embeds each of the six size conditions this wide: 2816 = 1280 + 6·256
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a U-Net; the defaults are SDXL's base model.
+
+    Attributes:
+        model_channels: channels of the first level; level i has model_channels · channel_mult[i].
+        num_res_blocks: residual blocks a level on the way down (one more on the way up).
+        transformer_depth: transformer layers after each residual block, per level; 0 for none.
+        transformer_depth_middle: the same in the middle block, at least 1.
+        context_dim: width of the text encoders' states.
+        adm_in_channels: width of the vector conditions (pooled text and sizes); None for SD 1.x and 2.x, without.
+        num_head_channels: head size of the attention layers.
+        num_heads: if not None, heads of every attention layer, whatever their size (SD 1.x has 8).
+        use_linear_in_transformer: project to and from tokens by Linear (SD 2.x, SDXL) or by 1×1 convolution (SD 1.x).
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4)
+    num_res_blocks: int = 2
+    transformer_depth: tuple[int, ...] = (0, 2, 10)
+    transformer_depth_middle: int = 10
+    context_dim: int = 2048
+    adm_in_channels: int | None = 2816
+    num_head_channels: int = 64
+    num_heads: int | None = None
+    use_linear_in_transformer: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be built.
+
+        Raises:
+            InputError: it says which sizes do not fit together.
+        """
+        if len(self.transformer_depth) != len(self.channel_mult):
+            raise InputError(
+                f"U-Net configuration: transformer_depth {self.transformer_depth} and channel_mult "
+                f"{self.channel_mult} must have one entry a level"
+            )
+        if self.transformer_depth_middle < 1:
+            raise InputError("U-Net configuration: transformer_depth_middle must be at least 1")
+        depths = [*self.transformer_depth, self.transformer_depth_middle]
+        for channels, depth in zip([*self.level_channels, self.level_channels[-1]], depths, strict=True):
+            if channels % NORM_GROUPS:
+                raise InputError(f"U-Net configuration: {channels} channels are not a multiple of {NORM_GROUPS}")
+            if depth and channels % (self.num_heads or self.num_head_channels):
+                heads = f"{self.num_heads} heads" if self.num_heads else f"heads of {self.num_head_channels}"
+                raise InputError(f"U-Net configuration: {channels} channels cannot be split into {heads}")
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.model_channels * factor for factor in self.channel_mult)
+
+    def heads(self, channels: int) -> int:
+        """Attention heads of a layer of that width."""
+        return self.num_heads or channels // self.num_head_channels
+
+
+def sinusoidal_embedding(values_B: Tensor, dim: int) -> Tensor:
+    """(B, dim): cosines, then sines, of the values at dim/2 frequencies from 1 down to near 1/10000, in fp32.
+
+    Ho et al. 2020 (DDPM), in the order that Stable Diffusion was trained with.
+    """
+    half = dim // 2
+    places = torch.arange(half, dtype=torch.float32, device=values_B.device)
+    angles_BF = values_B.float()[:, None] * torch.exp(-math.log(10000) * places / half)
+    return torch.cat([angles_BF.cos(), angles_BF.sin()], dim=-1)
+
+
+def size_embedding(size_ids_B6: Tensor, dim: int = SIZE_EMBEDDING_DIM) -> Tensor:
+    """SDXL's size conditions (original h, w; crop top, left; target h, w; in px) embedded: (B, 6·dim), fp32."""
+    return sinusoidal_embedding(size_ids_B6.flatten(), dim).reshape(len(size_ids_B6), -1)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the time embedding added between them, around a skip connection."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int) -> None:
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, out_channels),
+            nn.SiLU(),
+            nn.Identity(),  # dropout in Stability's code; it keeps the convolution's number
+            _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
+        h_BCHW = self.in_layers(x_BCHW) + self.emb_layers(emb_BE)[:, :, None, None]
+        return self.skip_connection(x_BCHW) + self.out_layers(h_BCHW)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from image tokens to image tokens or to the text."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.backend = "sdpa"
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x_BLC: Tensor, context_BTX: Tensor) -> Tensor:
+        split = (self.heads, -1)
+        q_BLND = self.to_q(x_BLC).unflatten(-1, split)
+        k_BTND = self.to_k(context_BTX).unflatten(-1, split)
+        v_BTND = self.to_v(context_BTX).unflatten(-1, split)
+        return self.to_out(attention(q_BLND, k_BTND, v_BTND, self.backend).flatten(-2))
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of another (Shazeer 2020, equation 6), both held in one matrix."""
+
+    def __init__(self, channels: int, inner: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        value, gate = self.proj(x_BLC).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width, and back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        return self.net(x_BLC)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward; each after its norm and added to its input."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+        super().__init__()
+        self.attn1 = Attention(channels, channels, heads)
+        self.attn2 = Attention(channels, context_dim, heads)
+        self.ff = FeedForward(channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.norm3 = nn.LayerNorm(channels)
+
+    def forward(self, x_BLC: Tensor, context_BTX: Tensor) -> Tensor:
+        normed_BLC = self.norm1(x_BLC)
+        x_BLC = x_BLC + self.attn1(normed_BLC, normed_BLC)
+        x_BLC = x_BLC + self.attn2(self.norm2(x_BLC), context_BTX)
+        return x_BLC + self.ff(self.norm3(x_BLC))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer layers over the pixels of a feature map, added to it."""
+
+    def __init__(self, channels: int, depth: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.linear = config.use_linear_in_transformer
+        self.checkpointing = False
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, config.context_dim, config.heads(channels)) for _ in range(depth)
+        )
+        self.proj_out = _zeroed(nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x_BCHW: Tensor, context_BTX: Tensor) -> Tensor:
+        h_BCHW = self.norm(x_BCHW)
+        h_BLC = self.proj_in(_tokens(h_BCHW)) if self.linear else _tokens(self.proj_in(h_BCHW))
+        for block in self.transformer_blocks:
+            h_BLC = _run(block, self.checkpointing, h_BLC, context_BTX)
+        size = x_BCHW.shape[-2:]
+        out = _pixels(self.proj_out(h_BLC), size) if self.linear else self.proj_out(_pixels(h_BLC, size))
+        return x_BCHW + out
+
+
+class Downsample(nn.Module):
+    """Half the rows and columns, rounded up, by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.op(x_BCHW)
+
+
+class Upsample(nn.Module):
+    """To the size of the skip connection that comes next (twice as large, or one less), then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor, size_hw: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x_BCHW, size=tuple(size_hw), mode="nearest"))
+
+
+class Stage(nn.Sequential):
+    """The layers that share one number in Stability's keys; each is given what its kind needs."""
+
+    checkpointing = False
+
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor, context_BTX: Tensor, next_hw: torch.Size) -> Tensor:  # type: ignore[override]
+        """next_hw: rows and columns that an Upsample in here must reach."""
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x_BCHW = _run(layer, self.checkpointing, x_BCHW, emb_BE)
+            elif isinstance(layer, SpatialTransformer):
+                x_BCHW = layer(x_BCHW, context_BTX)
+            elif isinstance(layer, Upsample):
+                x_BCHW = layer(x_BCHW, next_hw)
+            else:
+                x_BCHW = layer(x_BCHW)
+        return x_BCHW
+
+
+class UNet(nn.Module):
+    """Predicts noise (or velocity) from noised latents, their timesteps, the text's states and vector conditions.
+
+    Layers that end a residual branch start at zero, as in Stability's code, so a new model starts near the identity.
+    """
+
+    def __init__(self, config: UNetConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or UNetConfig()
+        channels, depths = config.level_channels, config.transformer_depth
+        emb_dim = 4 * config.model_channels
+        levels = range(len(channels))
+
+        def blocks(in_channels: int, out_channels: int, depth: int) -> list[nn.Module]:
+            layers: list[nn.Module] = [ResBlock(in_channels, out_channels, emb_dim)]
+            return [*layers, SpatialTransformer(out_channels, depth, config)] if depth else layers
+
+        self.time_embed = _embedder(config.model_channels, emb_dim)
+        if config.adm_in_channels is not None:
+            self.label_emb = nn.Sequential(_embedder(config.adm_in_channels, emb_dim))
+
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, channels[0], 3, padding=1))])
+        skips = [channels[0]]
+        for level in levels:
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(Stage(*blocks(skips[-1], channels[level], depths[level])))
+                skips.append(channels[level])
+            if level != levels[-1]:
+                self.input_blocks.append(Stage(Downsample(channels[level])))
+                skips.append(channels[level])
+
+        width = channels[-1]
+        self.middle_block = Stage(
+            *blocks(width, width, config.transformer_depth_middle), ResBlock(width, width, emb_dim)
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(levels):
+            for index in range(config.num_res_blocks + 1):
+                layers = blocks(width + skips.pop(), channels[level], depths[level])
+                if level and index == config.num_res_blocks:
+                    layers.append(Upsample(channels[level]))
+                self.output_blocks.append(Stage(*layers))
+                width = channels[level]
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, width), nn.SiLU(), _zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
+        )
+
+    def set_attention_backend(self, name: str) -> None:
+        """Compute attention on that backend of library.models.attention. Raises ValueError for an unknown name."""
+        check_name(name)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = name
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Keep only the inputs of residual blocks and transformer layers, and compute the rest again for backward."""
+        for module in self.modules():
+            if isinstance(module, (Stage, SpatialTransformer)):
+                module.checkpointing = enabled
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, context_BTX: Tensor, vector_BV: Tensor | None = None) -> Tensor:
+        """The prediction, of the latents' shape.
+
+        Args:
+            x_BCHW: noised latents, any number of rows and columns.
+            t_B: timesteps, 0 to 999.
+            context_BTX: states of the text encoders.
+            vector_BV: pooled text and embedded sizes; None exactly if adm_in_channels is None.
+        """
+        if (vector_BV is None) != (self.config.adm_in_channels is None):
+            raise ValueError(f"vector conditions: adm_in_channels is {self.config.adm_in_channels}")
+        dtype = next(self.time_embed.parameters()).dtype
+        emb_BE = self.time_embed(sinusoidal_embedding(t_B, self.config.model_channels).to(dtype))
+        if vector_BV is not None:
+            emb_BE = emb_BE + self.label_emb(vector_BV.to(dtype))
+
+        h_BCHW = x_BCHW.contiguous(memory_format=_memory_format(x_BCHW))
+        skips: list[Tensor] = []
+        for stage in self.input_blocks:
+            h_BCHW = stage(h_BCHW, emb_BE, context_BTX, h_BCHW.shape[-2:])
+            skips.append(h_BCHW)
+        h_BCHW = self.middle_block(h_BCHW, emb_BE, context_BTX, h_BCHW.shape[-2:])
+        for stage in self.output_blocks:
+            h_BCHW = torch.cat([h_BCHW, skips.pop()], dim=1)
+            h_BCHW = stage(h_BCHW, emb_BE, context_BTX, skips[-1].shape[-2:] if skips else h_BCHW.shape[-2:])
+        return self.out(h_BCHW)
+
+
+def _embedder(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
+
+
+def _zeroed(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def _run(module: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
+    """The module's output, its inner activations dropped and recomputed if checkpointing. Nothing in it is random."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return module(*inputs)
+
+
+def _memory_format(x_BCHW: Tensor) -> torch.memory_format:
+    """Channels last, so that pixels are tokens without a copy; Ascend's kernels bring a layout of their own."""
+    return torch.contiguous_format if device.is_npu(x_BCHW.device) else torch.channels_last
+
+
+def _tokens(x_BCHW: Tensor) -> Tensor:
+    return x_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _pixels(x_BLC: Tensor, size_hw: torch.Size) -> Tensor:
+    return x_BLC.unflatten(1, tuple(size_hw)).permute(0, 3, 1, 2)
