@@ -8,6 +8,7 @@ number of ranks, accumulation and workers only says who computes it.
 """
 # ruff: noqa: N815 (tensors carry their shape in the name)
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -204,6 +205,11 @@ class _Reporting(Dataset):
             return _Failure(str(error))
 
 
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the workers end when the main one closes them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @dataclass(frozen=True)
 class Loader:
     """An iterable of the micro-batches of the steps start_step … end_step - 1, in order."""
@@ -223,12 +229,15 @@ class Loader:
         Raises:
             InputError: no readable sample is found for a place.
         """
+        workers = min(self.workers, len(self))
         loader = DataLoader(
             _Reporting(self.dataset),
             batch_size=None,  # the dataset's items are batches already
             sampler=range(self.start_step * self.accumulation, self.end_step * self.accumulation),
-            num_workers=min(self.workers, len(self)),
-            prefetch_factor=_PREFETCH if min(self.workers, len(self)) else None,
+            num_workers=workers,
+            prefetch_factor=_PREFETCH if workers else None,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
+            generator=torch.Generator(),  # or it would take its seed from torch's own numbers, and change them
         )
         for item in loader:
             if isinstance(item, _Failure):

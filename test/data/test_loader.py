@@ -189,6 +189,12 @@ def test_workers_end_with_their_loader(shards):
     assert not multiprocessing.active_children()
 
 
+def test_loading_leaves_the_global_random_numbers_alone(shards):
+    state = torch.random.get_rng_state()
+    list(Set(shards).loader(Share(2), 3, workers=1))
+    assert (torch.random.get_rng_state() == state).all()
+
+
 def test_few_files_are_open_at_once(shards):
     data = Set(shards)
     before = sum(1 for _ in Path("/proc/self/fd").iterdir())
