@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from library.models.unet import UNet
@@ -34,7 +33,7 @@ class SDXLModel:
     """The networks, the tokenizers and the scheduler's configuration (diffusers' scheduler_config.json)."""
 
     unet: "UNet"
-    vae: "AutoencoderKL"
+    vae: Any  # diffusers' AutoencoderKL, whose classes the type checker cannot follow
     text_encoder1: "CLIPTextModel"
     text_encoder2: "CLIPTextModelWithProjection"
     tokenizer1: "CLIPTokenizer"

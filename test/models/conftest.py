@@ -87,3 +87,26 @@ def vae():
         sample_size=64,
         scaling_factor=0.13025,
     ).eval()
+
+
+@pytest.fixture(scope="session")
+def sdxl(tokenizers, text_encoders, vae):
+    """All of a tiny SDXL: three levels with none, one and two transformer layers."""
+    from library.models.sdxl import SDXLModel
+    from library.models.unet import UNet, UNetConfig
+
+    torch.manual_seed(3)
+    unet = UNet(
+        UNetConfig(
+            model_channels=64,
+            channel_mult=(1, 2, 2),
+            num_res_blocks=1,
+            transformer_depth=(0, 1, 2),
+            transformer_depth_middle=2,
+            context_dim=64 + 128,
+            adm_in_channels=128 + 6 * 256,
+        )
+    )
+    for parameter in unet.parameters():  # the zero-initialised ones, too
+        torch.nn.init.normal_(parameter, std=0.05)
+    return SDXLModel(unet.eval(), vae, *text_encoders, *tokenizers)

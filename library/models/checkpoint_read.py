@@ -1,0 +1,230 @@
+"""An SDXL model out of a diffusers folder, a single file in Stability's keys, or a hub name."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.errors import InputError
+from library.models import hub, infer_configs, model_kind, single_file, unet_config_json
+from library.models.meta_load import build
+from library.models.sdxl import DEFAULT_SCHEDULER, SDXLModel
+from library.models.unet import UNet, UNetConfig
+from library.models.weight_files import read_component, read_json, read_weights
+
+MODEL_FLAG = "--pretrained_model_name_or_path"
+DEFAULT_TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
+
+
+def load_sdxl(
+    source: str,
+    *,
+    vae: str | None = None,
+    tokenizer1: str | None = None,
+    tokenizer2: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> SDXLModel:
+    """Read all parts of an SDXL model to the CPU, in evaluation mode; the VAE is frozen.
+
+    Args:
+        source: a diffusers folder, a single file (.safetensors, .ckpt), or a hub name.
+        vae: another VAE in place of the model's: folder, single file or hub name.
+        tokenizer1, tokenizer2: folders or hub names; those of a diffusers folder, or those that SDXL was trained with,
+            when None.
+        dtype: of all networks.
+
+    Raises:
+        InputError: something is not there, not readable, or no SDXL model.
+    """
+    path = locate(source, MODEL_FLAG, hub.pipeline_files)
+    if path.is_dir():
+        model = _from_folder(path, dtype, vae, tokenizer1, tokenizer2)
+    else:
+        model = _from_single_file(path, dtype, vae, tokenizer1, tokenizer2)
+    for tokenizer, encoder, flag in (
+        (model.tokenizer1, model.text_encoder1, "--tokenizer1_path"),
+        (model.tokenizer2, model.text_encoder2, "--tokenizer2_path"),
+    ):
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise InputError(
+                f"{flag}: this tokenizer has {len(tokenizer)} tokens, the text encoder in {source} only "
+                f"{encoder.config.vocab_size}. Give the tokenizer that belongs to the model."
+            )
+    model.vae.requires_grad_(False)
+    return model
+
+
+def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
+    """A path as it is, or a hub name's folder in the cache.
+
+    Raises:
+        InputError: neither.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if hub.is_hub_name(source):
+        return hub.snapshot(source, flag, choose)
+    raise InputError(f"{flag} {source}: no such file or folder, and not spelt as a hub name (owner/name).")
+
+
+def load_vae(source: str, dtype: torch.dtype) -> Any:
+    """A VAE (AutoencoderKL) alone: a folder (its own or a pipeline's), a single file in either naming, or a hub name.
+
+    Raises:
+        InputError: it cannot be found, read, or is no VAE.
+    """
+    path = locate(source, "--vae", hub.vae_files)
+    if path.is_dir():
+        return _vae_from_folder(path / "vae" if (path / "vae" / "config.json").is_file() else path, dtype)
+    tensors, metadata = read_weights(path)
+    return _vae_from_tensors(single_file.vae_tensors(tensors), metadata, dtype, str(path), model_kind.describe(tensors))
+
+
+def _from_folder(
+    folder: Path, dtype: torch.dtype, vae: str | None, tokenizer1: str | None, tokenizer2: str | None
+) -> SDXLModel:
+    _check_pipeline(folder)
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    return SDXLModel(
+        unet=_unet_from_folder(folder / "unet", dtype),
+        vae=load_vae(vae, dtype) if vae else _vae_from_folder(folder / "vae", dtype),
+        text_encoder1=_encoder_from_folder(folder / "text_encoder", 1, dtype),
+        text_encoder2=_encoder_from_folder(folder / "text_encoder_2", 2, dtype),
+        tokenizer1=_tokenizer(1, tokenizer1, folder / "tokenizer"),
+        tokenizer2=_tokenizer(2, tokenizer2, folder / "tokenizer_2"),
+        scheduler_config=read_json(scheduler_file) if scheduler_file.is_file() else dict(DEFAULT_SCHEDULER),
+    )
+
+
+def _check_pipeline(folder: Path) -> None:
+    """Say early what a folder is when it is no SDXL pipeline."""
+    if not (folder / "unet" / "config.json").is_file():
+        singles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".safetensors", ".ckpt"))
+        hint = f" There are single files in it; give one of them: {', '.join(singles[:3])}." if singles else ""
+        raise InputError(f"{folder}: no diffusers model: it has no unet/config.json.{hint}")
+    if not (folder / "text_encoder_2" / "config.json").is_file():
+        index = folder / "model_index.json"
+        kind = read_json(index).get("_class_name", "unknown") if index.is_file() else "unknown"
+        raise InputError(
+            f"{folder}: no SDXL model: it has no text_encoder_2/config.json (its pipeline is {kind}). "
+            "Give an SDXL base model."
+        )
+
+
+def _unet_from_folder(folder: Path, dtype: torch.dtype) -> UNet:
+    config = unet_config_json.from_diffusers(read_json(folder / "config.json"), str(folder / "config.json"))
+    return _build_unet(config, single_file.unet_from_diffusers(config, read_component(folder)), dtype, str(folder))
+
+
+def _build_unet(config: UNetConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, origin: str) -> UNet:
+    return build(lambda: UNet(config), tensors, dtype, origin, model_kind.SDXL_BASE)
+
+
+def _vae_from_folder(folder: Path, dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKL
+
+    config = read_json(folder / "config.json")
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise InputError(f"{folder}: holds {config['_class_name']}, not AutoencoderKL. Give SDXL's VAE.")
+    tensors = read_component(folder)
+    names = single_file.vae_tensors(tensors)
+    return build(lambda: AutoencoderKL.from_config(config), names, dtype, str(folder), model_kind.describe(tensors))
+
+
+def _vae_from_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype, origin: str, kind: str
+) -> Any:
+    """A VAE from diffusers' names."""
+    from diffusers import AutoencoderKL
+
+    factor = float(metadata.get(single_file.SCALING_FACTOR_KEY, infer_configs.VAE_SCALING_FACTOR))
+    config = _inferred(lambda: infer_configs.vae_config(tensors, factor), origin, "VAE", kind)
+    return build(lambda: AutoencoderKL(**config), tensors, dtype, origin, kind)
+
+
+def _encoder_from_folder(folder: Path, place: int, dtype: torch.dtype) -> Any:
+    tensors = single_file.encoder_from_disk(place, read_component(folder))
+    return _build_encoder(read_json(folder / "config.json"), place, tensors, dtype, str(folder), "a text encoder")
+
+
+def _build_encoder(
+    config: dict[str, Any], place: int, tensors: dict[str, Tensor], dtype: torch.dtype, origin: str, kind: str
+) -> Any:
+    """CLIPTextModel (place 1) or CLIPTextModelWithProjection (place 2)."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    settings = CLIPTextConfig.from_dict(config)
+    network = CLIPTextModel if place == 1 else CLIPTextModelWithProjection
+    return build(lambda: network(settings), tensors, dtype, origin, kind)
+
+
+def _from_single_file(
+    path: Path, dtype: torch.dtype, vae: str | None, tokenizer1: str | None, tokenizer2: str | None
+) -> SDXLModel:
+    tensors, metadata = read_weights(path)
+    origin, kind = str(path), model_kind.describe(tensors)
+    parts = single_file.split(tensors, origin, kind, with_vae=vae is None)
+    unet_config = _inferred(lambda: infer_configs.unet_config(parts.unet), origin, "U-Net", kind)
+    encoders = [
+        _build_encoder(
+            _inferred(
+                lambda part=part, act=act: infer_configs.clip_config(part, hidden_act=act),  # type: ignore[misc]
+                origin,
+                f"text encoder {place}",
+                kind,
+            ),
+            place,
+            part,
+            dtype,
+            origin,
+            kind,
+        )
+        for place, part, act in ((1, parts.text_encoder1, "quick_gelu"), (2, parts.text_encoder2, "gelu"))
+    ]
+    return SDXLModel(
+        unet=_build_unet(unet_config, parts.unet, dtype, origin),
+        vae=load_vae(vae, dtype) if vae else _vae_from_tensors(parts.vae, metadata, dtype, origin, kind),
+        text_encoder1=encoders[0],
+        text_encoder2=encoders[1],
+        tokenizer1=_tokenizer(1, tokenizer1, None),
+        tokenizer2=_tokenizer(2, tokenizer2, None),
+        scheduler_config=single_file.scheduler_config(tensors, metadata),
+    )
+
+
+def _inferred(infer: Callable[[], Any], origin: str, part: str, kind: str) -> Any:
+    """A configuration from shapes; a name that it looks for and does not find is the file's fault."""
+    try:
+        return infer()
+    except (KeyError, StopIteration, IndexError) as error:
+        raise InputError(
+            f"{origin}: no complete SDXL model: its {part} lacks {error}. It seems to be {kind}. "
+            "Give an SDXL base model."
+        ) from error
+
+
+def _tokenizer(place: int, source: str | None, own: Path | None) -> Any:
+    """The first or second tokenizer: as asked for, else the model's own, else the one that SDXL was trained with."""
+    from transformers import CLIPTokenizer
+
+    flag = f"--tokenizer{place}_path"
+    if source is None and own is not None:
+        path = own
+    else:
+        path = locate(source or DEFAULT_TOKENIZERS[place - 1], flag, hub.tokenizer_files)
+    inside = path / ("tokenizer" if place == 1 else "tokenizer_2")
+    if inside.is_dir():  # a whole pipeline was given
+        path = inside
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise InputError(f"{flag} {path}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt).")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{flag} {path}: the tokenizer cannot be read ({error}).") from error
+    if place == 2 and path != own and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # OpenCLIP pads bigG's input with id 0; its tokenizer on the hub is CLIP's, which pads with EOS.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    return tokenizer

@@ -1,0 +1,163 @@
+"""An SDXL model to a single file in Stability's keys or to a diffusers folder, complete or not at all."""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.errors import InputError
+from library.models import single_file, unet_config_json
+from library.models.atomic_write import write_file, write_folder
+from library.models.metadata import (
+    HASH_KEY,
+    HASH_PLACEHOLDER,
+    IMPLEMENTATION_DIFFUSERS,
+    IMPLEMENTATION_STABILITY,
+    fill_hash,
+)
+from library.models.sdxl import SDXLModel
+
+SAVE_FORMS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
+
+
+def save_sdxl(
+    model: SDXLModel,
+    path_without_suffix: str | Path,
+    save_as: str | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the model; what stands there under the same name is replaced once the new one is complete.
+
+    Args:
+        path_without_suffix: the file gets .safetensors or .ckpt added, a folder is named so.
+        save_as: "safetensors" (also None), "ckpt", "diffusers" (weights as .bin) or "diffusers_safetensors".
+        dtype: of all floating-point tensors in the file; fp32 when None.
+        metadata: entries for safetensors' headers, see `metadata.modelspec`; implementation and hash are added.
+
+    Returns:
+        The file or folder written.
+
+    Raises:
+        InputError: an unknown form, or the file system refuses.
+    """
+    form = save_as or "safetensors"
+    dtype = dtype or torch.float32
+    base = Path(path_without_suffix).expanduser()
+    entries = {**(metadata or {}), **single_file.remembered(model)}
+    if form in ("safetensors", "ckpt"):
+        target = base.with_name(f"{base.name}.{form}")
+        entries["modelspec.implementation"] = IMPLEMENTATION_STABILITY
+        tensors = _converted(single_file.join(model), dtype)
+        if form == "safetensors":
+            write_file(target, lambda path: _write_safetensors(tensors, path, entries))
+        else:
+            write_file(target, lambda path: _write_pickle({"state_dict": tensors, "metadata": entries}, path))
+        return target
+    if form in ("diffusers", "diffusers_safetensors"):
+        entries["modelspec.implementation"] = IMPLEMENTATION_DIFFUSERS
+        write_folder(base, lambda path: _write_pipeline(model, path, dtype, entries, form == "diffusers_safetensors"))
+        return base
+    raise InputError(f"--save_model_as {form}: unknown form; it is one of {', '.join(SAVE_FORMS)}.")
+
+
+def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, floating-point ones in dtype."""
+    return {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, {"format": "pt", **metadata, HASH_KEY: HASH_PLACEHOLDER})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    fill_hash(path)
+
+
+def _write_pickle(content: Mapping[str, Any], path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # torch's writer raises this when the disk is full
+        raise OSError(str(error)) from error
+
+
+def _write_pipeline(
+    model: SDXLModel, folder: Path, dtype: torch.dtype, metadata: Mapping[str, str], as_safetensors: bool
+) -> None:
+    """Everything that StableDiffusionXLPipeline.from_pretrained reads, into an empty folder."""
+    version = importlib.metadata.version("diffusers")
+    scheduler = {"_diffusers_version": version, **model.scheduler_config}
+    components: dict[str, tuple[Any, dict[str, Tensor]]] = {
+        "unet": (model.unet, single_file.unet_to_diffusers(model.unet)),
+        "vae": (model.vae, model.vae.state_dict()),
+        "text_encoder": (model.text_encoder1, single_file.encoder_to_disk(model.text_encoder1)),
+        "text_encoder_2": (model.text_encoder2, single_file.encoder_to_disk(model.text_encoder2)),
+    }
+    for name, (network, tensors) in components.items():
+        target = folder / name
+        target.mkdir()
+        _write_config(name, network, target, dtype, version)
+        of_transformers = name.startswith("text_encoder")
+        converted = _converted(tensors, dtype)
+        if as_safetensors:
+            file = "model.safetensors" if of_transformers else "diffusion_pytorch_model.safetensors"
+            _write_safetensors(converted, target / file, metadata)
+        else:
+            _write_pickle(
+                converted, target / ("pytorch_model.bin" if of_transformers else "diffusion_pytorch_model.bin")
+            )
+    for name, tokenizer in (("tokenizer", model.tokenizer1), ("tokenizer_2", model.tokenizer2)):
+        _write_tokenizer(tokenizer, folder / name)
+    (folder / "scheduler").mkdir()
+    _write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
+    _write_json(_model_index(scheduler["_class_name"], version), folder / "model_index.json")
+
+
+def _write_config(name: str, network: Any, folder: Path, dtype: torch.dtype, version: str) -> None:
+    if name == "unet":
+        config = {"_diffusers_version": version, **unet_config_json.to_diffusers(network.config)}
+        _write_json(config, folder / "config.json")
+    elif name == "vae":
+        network.save_config(folder)
+    else:
+        config = {**network.config.to_diff_dict(), "architectures": [type(network).__name__]}
+        config.pop("torch_dtype", None)
+        _write_json({**config, "dtype": str(dtype).removeprefix("torch.")}, folder / "config.json")
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """tokenizer.json, and vocab.json with merges.txt for readers that do not know it."""
+    folder.mkdir()
+    tokenizer.save_pretrained(folder)
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if model is not None:
+        model.save(str(folder))
+
+
+def _model_index(scheduler_class: str, version: str) -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": version,
+        "force_zeros_for_empty_prompt": True,
+        "scheduler": ["diffusers", scheduler_class],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
