@@ -78,12 +78,18 @@ def test_a_reduced_jpeg_is_never_smaller_than_what_is_wanted(monkeypatch):
         seen.append(self.size)
         return resize(self, size, *args, **kwargs)
 
+    exif = Image.Exif()
+    exif[0x0112] = 6
     data = encoded(smooth(1000, 1000), "JPEG")
+    turned = encoded(smooth(1200, 300), "JPEG", exif=exif)  # upright it is 300×1200
     monkeypatch.setattr(Image.Image, "resize", watched)
     for target, decoded in ((64, 125), (104, 250), (200, 250), (256, 500), (400, 500), (480, 1000), (504, 1000)):
         seen.clear()
         decode(data, (target, target), covering((target, target)))
         assert seen[0] == (decoded, decoded), target
+    seen.clear()
+    decode(turned, (32, 128), covering((32, 128)))
+    assert seen[0] == (75, 300)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

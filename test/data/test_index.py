@@ -312,9 +312,15 @@ class TestCache:
         assert scans == []
         assert self.same(first, second)
         assert first.bad == second.bad
-        make_shard(data, 1, [(50, 60)])
+        (data / "00001.parquet").rename(data / "kept")
+        make_shard(data, 1, [(50, 60)], parquet=False)
+        (data / "kept").rename(data / "00001.parquet")  # the same as before: the tar alone has changed
         assert len(build(data, use_cache=True)) == 5
         assert scans == ["00001.tar"]
+        scans.clear()
+        (data / "00002.parquet").unlink()
+        build(data, use_cache=True)
+        assert scans == ["00002.tar"]
         scans.clear()
         build(data, ".caption", use_cache=True)
         assert len(scans) == 4

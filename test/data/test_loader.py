@@ -108,6 +108,12 @@ def test_a_loader_starts_at_any_step(shards):
     assert len(data.loader(share, 6, start_step=4)) == 4
 
 
+def test_captions_are_dropped_place_by_place_not_step_by_step(shards):
+    steps = [[caption == "" for caption in batch.captions] for batch in Set(shards).loader(Share(6), 60)]
+    assert 0.1 < np.mean(steps) < 0.3
+    assert sum(any(dropped) for dropped in steps) > 30  # 74 % of the steps have one among their six
+
+
 def test_captions_differ_between_passes(shards):
     data = Set(shards)
     by_name = {}

@@ -69,6 +69,12 @@ def test_one_epoch_without_rest_shows_each_sample_once():
     assert len(orders) > 10
 
 
+def test_each_pass_puts_other_samples_together():
+    plan = Plan(np.zeros(40, int), 1, seed=5, global_batch=4)
+    together = [{frozenset(plan.batch(step).tolist()) for step in range(10 * e, 10 * e + 10)} for e in range(3)]
+    assert not together[0] & together[1] & together[2]
+
+
 def test_what_is_left_over_comes_in_the_next_epoch():
     """10 samples in batches of 4: 2, 3, 2, 3 … batches; the third batch finishes the first pass."""
     plan = Plan(np.zeros(10, int), 1, seed=0, global_batch=4)
