@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -81,7 +82,7 @@ class Index:
 
 
 @dataclass
-class _Plan:
+class _Found:
     """What is to be scanned, found by looking at names only."""
 
     shards: list[Path] = field(default_factory=list)
@@ -102,20 +103,21 @@ def build_index(
         train_data_dir: the folder (its sub-directories count only when they are named `N_class words`), or a tar file.
         caption_extension: with its dot, ".txt".
         use_cache: keep what was found, beside the data where that may be written.
-        progress: called with (done, total): shards and images in folders, from this thread or another.
+        progress: called with (done, total), shards and images in folders counted; one call at a time, but not
+            always from the caller's thread.
 
     Raises:
         InputError: no such folder, no image found, or no image has a caption.
     """
     with _read_errors(train_data_dir):
-        plan = _find(train_data_dir)
-        if not plan.shards and not plan.subsets:
+        found = _find(train_data_dir)
+        if not found.shards and not found.subsets:
             raise InputError(_nothing_found(train_data_dir))
         cache = cache_for(train_data_dir) if use_cache else IndexCache(None)
-        parts = _scan(plan, caption_extension, cache, progress)
-    sources = [Source(path, True) for path in plan.shards]
-    sources += [Source(subset.folder, False, subset.repeats) for subset in plan.subsets]
-    index = _joined(sources, parts, caption_extension, plan.warnings)
+        parts = _scan(found, caption_extension, cache, progress)
+    sources = [Source(path, True) for path in found.shards]
+    sources += [Source(subset.folder, False, subset.repeats) for subset in found.subsets]
+    index = _joined(sources, parts, caption_extension, found.warnings)
     if not len(index):
         raise InputError(_no_usable_image(train_data_dir, index, parts))
     return _with_caption_check(index, train_data_dir, parts)
@@ -132,52 +134,53 @@ def _read_errors(data: Path) -> Iterator[None]:
         ) from error
 
 
-def _find(data: Path) -> _Plan:
+def _find(data: Path) -> _Found:
     """What there is to scan."""
     if data.is_file():
         if looks_like_tar(data):
-            return _Plan(shards=[data])
+            return _Found(shards=[data])
         raise InputError(
             f"--train_data_dir {data} is a file, but not a tar. Name a folder of shards or images, or a tar."
         )
     if not data.is_dir():
         raise InputError(f"--train_data_dir {data}: there is no such folder.")
-    plan = _Plan(shards=sorted(path for path in data.glob("*.tar") if path.is_file()))
+    found = _Found(shards=sorted(path for path in data.glob("*.tar") if path.is_file()))
     folders = sorted(path for path in data.iterdir() if path.is_dir() and not path.name.startswith("."))
     subsets = [subset for subset in map(dreambooth_subset, folders) if subset is not None]
-    plan.subsets = [subset for subset in subsets if subset.repeats > 0]
+    found.subsets = [subset for subset in subsets if subset.repeats > 0]
     images = image_files(data)
-    if not plan.subsets and images:
-        plan.subsets = [Subset(data, 1, "")]
+    if not found.subsets and images:
+        found.subsets = [Subset(data, 1, "")]
     elif images:
-        plan.warnings.append(
+        found.warnings.append(
             f"{len(images)} images directly in {data} are not used, because it has sub-directories named "
             "'N_class words'."
         )
-    if plan.shards or plan.subsets:
-        used = {subset.folder for subset in plan.subsets}
+    if found.shards or found.subsets:
+        used = {subset.folder for subset in found.subsets}
         for folder in folders:
             if folder not in used and (count := len(image_files(folder))):
-                plan.warnings.append(
+                found.warnings.append(
                     f"{count} images in {folder} are not used: its name is not 'N_class words' (N ≥ 1)."
                 )
-    if plan.subsets and dreambooth_subset(data):
-        plan.warnings.append(
+    if found.subsets and dreambooth_subset(data):
+        found.warnings.append(
             f"{data} itself is named like a DreamBooth sub-directory. To have its images repeated and captioned by "
             f"its name, give its parent folder as --train_data_dir."
         )
-    return plan
+    return found
 
 
-def _scan(plan: _Plan, caption_extension: str, cache: IndexCache, progress: Callable[[int, int], None]) -> list[Part]:
+def _scan(found: _Found, caption_extension: str, cache: IndexCache, progress: Callable[[int, int], None]) -> list[Part]:
     """The tables of all sources, in their order; several at a time."""
-    total = len(plan.shards) + sum(len(image_files(subset.folder)) for subset in plan.subsets)
-    done = 0
+    total = len(found.shards) + sum(len(image_files(subset.folder)) for subset in found.subsets)
+    done, one_at_a_time = 0, Lock()
 
-    def advance(count: int = 1) -> None:
+    def advance() -> None:
         nonlocal done
-        done = min(done + count, total)
-        progress(done, total)
+        with one_at_a_time:
+            done += 1
+            progress(min(done, total), total)
 
     def shard(path: Path) -> Part:
         state = [file_state(path), file_state(path.with_suffix(".parquet")), caption_extension]
@@ -192,9 +195,13 @@ def _scan(plan: _Plan, caption_extension: str, cache: IndexCache, progress: Call
 
     progress(0, total)
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        shards = pool.map(shard, plan.shards)
-        folders = pool.map(folder, plan.subsets)
-        parts = [*shards, *folders]
+        try:
+            shards = pool.map(shard, found.shards)
+            folders = pool.map(folder, found.subsets)
+            parts = [*shards, *folders]
+        except BaseException:  # Ctrl-C, too, does not wait for what has not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     progress(total, total)
     return parts
 

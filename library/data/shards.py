@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from library.data.decode import HEADER_BYTES, SampleError, upright_size
 from library.data.rows import (
@@ -59,7 +59,7 @@ def scan_shard(path: Path, caption_extension: str) -> Part:
                 part.without_image += 1
                 part.strange_extensions.update(sample.others.keys())
                 continue
-            facts = sidecar.get(PurePosixPath(key).name)
+            facts = sidecar.get(key.rpartition("/")[2])
             try:
                 rows.append(_row(fd, key, sample.image, sample.others, facts, caption_extension, pool))
             except SampleError as error:
@@ -80,12 +80,13 @@ def _samples(fd: int) -> tuple[dict[str, _Sample], str]:
     key = ""
     try:
         for member in members(fd):
-            base, _, extension = PurePosixPath(member.name).name.partition(".")
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            base, _, extension = name.partition(".")
             extension = f".{extension.lower()}"
             if not base or extension == ".":
                 continue
             # The folder belongs to the key, so that a/1.jpg and b/1.jpg stay two samples.
-            key = str(PurePosixPath(member.name).parent / base)
+            key = f"{folder}/{base}" if folder else base
             sample = samples.setdefault(key, _Sample())
             if extension in IMAGE_EXTENSIONS:
                 sample.image = member
@@ -163,11 +164,11 @@ def _read_sidecar(path: Path) -> tuple[dict[str, _Facts], list[str]]:
         file = pq.ParquetFile(path)
         present = [name for name in ("key", "status", "width", "height", "caption") if name in file.schema_arrow.names]
         table = file.read(columns=present)
-    except (pa.ArrowException, OSError) as error:
+        columns = {name: table[name].to_pylist() for name in present}
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         return {}, [f"its parquet file cannot be read ({error}); sizes come from the shard itself."]
     if "key" not in present:
         return {}, ["its parquet file has no column 'key'; sizes come from the shard itself."]
-    columns = {name: table[name].to_pylist() for name in present}
     nothing = [None] * table.num_rows
     rows = zip(
         columns["key"],
@@ -178,7 +179,7 @@ def _read_sidecar(path: Path) -> tuple[dict[str, _Facts], list[str]]:
         strict=True,
     )
     return {
-        str(PurePosixPath(str(key))): _Facts(_pixels(width), _pixels(height), _caption(caption))
+        str(key): _Facts(_pixels(width), _pixels(height), _caption(caption))
         for key, status, width, height, caption in rows
         if status == "success"
     }, []
