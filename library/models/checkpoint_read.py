@@ -131,7 +131,8 @@ def _vae_from_folder(folder: Path, dtype: torch.dtype) -> Any:
         raise InputError(f"{folder}: holds {config['_class_name']}, not AutoencoderKL. Give SDXL's VAE.")
     tensors = read_component(folder)
     names = single_file.vae_tensors(tensors)
-    return build(lambda: AutoencoderKL.from_config(config), names, dtype, str(folder), model_kind.describe(tensors))
+    network: Any = AutoencoderKL
+    return build(lambda: network.from_config(config), names, dtype, str(folder), model_kind.describe(tensors))
 
 
 def _vae_from_tensors(
@@ -142,7 +143,8 @@ def _vae_from_tensors(
 
     factor = float(metadata.get(single_file.SCALING_FACTOR_KEY, infer_configs.VAE_SCALING_FACTOR))
     config = _inferred(lambda: infer_configs.vae_config(tensors, factor), origin, "VAE", kind)
-    return build(lambda: AutoencoderKL(**config), tensors, dtype, origin, kind)
+    network: Any = AutoencoderKL
+    return build(lambda: network(**config), tensors, dtype, origin, kind)
 
 
 def _encoder_from_folder(folder: Path, place: int, dtype: torch.dtype) -> Any:

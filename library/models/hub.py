@@ -3,6 +3,7 @@
 HF_ENDPOINT chooses another server of the same interface, HF_HUB_OFFLINE=1 keeps to the cache.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from library.models.weight_files import choose_weights, files_of
 # The components of an SDXL pipeline with weights; "" is a repository that holds one component at its root.
 _COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TIMEOUT_S = 20
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -78,7 +80,8 @@ def snapshot(name: str, flag: str, choose: Callable[[Iterable[str]], list[str]])
         f"network and set HF_HOME to that cache."
     )
     try:
-        names = HfApi().list_repo_files(name)
+        # Not list_repo_files: it tries again for 23 s when there is no network.
+        names = [file.rfilename for file in HfApi().model_info(name, timeout=_TIMEOUT_S).siblings or ()]
     except GatedRepoError as error:
         raise InputError(
             f"{flag} {name}: the hub wants you to accept its licence and log in first (hf auth login). {way_out}"
@@ -99,8 +102,10 @@ def snapshot(name: str, flag: str, choose: Callable[[Iterable[str]], list[str]])
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
+        with contextlib.suppress(Exception):  # the same copy may be whole in the cache
+            return Path(snapshot_download(name, local_files_only=True, allow_patterns=wanted))
         raise InputError(
-            f"{flag} {name}: the download broke off ({_reason(error)}). Run again, or {way_out}"
+            f"{flag} {name}: the download broke off ({_reason(error)}). Run again to go on with it. {way_out}"
         ) from error
 
 

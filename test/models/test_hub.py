@@ -1,0 +1,233 @@
+"""Models by hub name, against a small stand-in of the hub on the loopback interface."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from library.errors import InputError
+from library.models import hub
+from library.models.checkpoint import load_sdxl, save_sdxl
+from library.models.weight_files import choose_weights, files_of
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves folders as repositories under owner/name, by the routes that huggingface_hub asks for."""
+
+    def __init__(self, repositories: dict[str, Path]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories = repositories
+        self.downloaded: set[str] = set()
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_) -> None:
+        """Keep the test's output clean."""
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        path = self.path.split("?")[0].strip("/")
+        if path == "stop":
+            self._send(b"", {})
+            threading.Thread(target=lambda: (self.server.shutdown(), self.server.server_close())).start()
+            return
+        for name, folder in self.server.repositories.items():
+            files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+            if path == f"api/models/{name}" or path.startswith(f"api/models/{name}/revision/"):
+                siblings = [{"rfilename": file} for file in files]
+                self._send(json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode(), {})
+                return
+            if path.startswith(f"api/models/{name}/tree/"):
+                tree = [
+                    {"type": "file", "path": file, "size": at.stat().st_size, "oid": _etag(at)}
+                    for file, at in files.items()
+                ]
+                self._send(json.dumps(tree).encode(), {})
+                return
+            _, found, file = path.partition(f"{name}/resolve/")
+            file = file.partition("/")[2]
+            if found and file in files:
+                if with_body:
+                    self.server.downloaded.add(f"{name}/{file}")
+                body = files[file].read_bytes()
+                self._send(body, {"ETag": f'"{_etag(files[file])}"', "X-Repo-Commit": COMMIT}, with_body)
+                return
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _send(self, body: bytes, headers: dict[str, str], with_body: bool = True) -> None:
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+
+def _etag(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+SCRIPT = """
+import sys, time, urllib.error, urllib.request
+from library.errors import InputError
+from library.models.checkpoint import load_sdxl
+
+def attempt(*arguments, **options):
+    try:
+        model = load_sdxl(*arguments, **options)
+        sums = [part.weight.double().sum().item() for part in (model.unet.out[2], model.vae.decoder.conv_in)]
+        print("loaded", *sums)
+    except InputError as error:
+        print("refused", str(error).replace(chr(10), " "))
+
+endpoint = sys.argv[1]
+attempt("tiny/sdxl", vae="tiny/vae")
+attempt("tiny/absent")
+attempt(sys.argv[2])
+urllib.request.urlopen(endpoint + "/stop").read()
+while True:  # until nobody answers
+    try:
+        urllib.request.urlopen(endpoint, timeout=5)
+    except urllib.error.HTTPError:
+        time.sleep(0.05)
+    except OSError:
+        break
+attempt("tiny/sdxl", vae="tiny/vae")
+attempt("tiny/other")
+"""
+
+
+@pytest.fixture(scope="module")
+def report(sdxl, tmp_path_factory):
+    """What one process says: online, for a wrong name, for a single file, and twice with the hub gone."""
+    base = tmp_path_factory.mktemp("hub")
+    pipeline = save_sdxl(sdxl, base / "pipeline", "diffusers_safetensors")
+    save_sdxl(sdxl, base / "again", "diffusers")
+    for component in ("unet", "vae"):  # the same weights once more, as hubs have them
+        name = "diffusion_pytorch_model.bin"
+        (base / "again" / component / name).rename(pipeline / component / name)
+    (pipeline / "README.md").write_text("hello")
+    single = save_sdxl(sdxl, base / "single", "safetensors")
+    server = Hub(
+        {
+            "tiny/sdxl": pipeline,
+            "tiny/vae": pipeline / "vae",
+            "openai/clip-vit-large-patch14": pipeline / "tokenizer",
+            "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": pipeline / "tokenizer",
+        }
+    )
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))},
+        "HF_ENDPOINT": server.endpoint,
+        "HF_HOME": str(base / "home"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(hub.__file__).parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, server.endpoint, str(single)],
+        env=environment, capture_output=True, text=True, timeout=240, cwd=base,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("loaded", "refused"))]
+    return {"lines": lines, "downloaded": server.downloaded, "endpoint": server.endpoint, "home": base / "home"}
+
+
+def test_a_hub_name_is_downloaded_and_loaded(report, sdxl):
+    expected = [sdxl.unet.out[2].weight.double().sum().item(), sdxl.vae.decoder.conv_in.weight.double().sum().item()]
+    assert [float(word) for word in report["lines"][0].split()[1:]] == pytest.approx(expected, rel=1e-9)
+
+
+def test_only_what_is_needed_is_downloaded(report):
+    unneeded = [name for name in report["downloaded"] if name.endswith((".bin", "README.md"))]
+    assert unneeded == []
+    assert "tiny/sdxl/unet/diffusion_pytorch_model.safetensors" in report["downloaded"]
+    assert any((report["home"] / "hub").iterdir())
+
+
+def test_a_name_that_the_hub_does_not_know_is_refused(report):
+    line = report["lines"][1]
+    assert line.startswith("refused --pretrained_model_name_or_path tiny/absent: ")
+    assert "no such repository" in line
+    assert report["endpoint"] in line
+
+
+def test_a_single_file_takes_the_tokenizers_that_sdxl_was_trained_with(report):
+    assert report["lines"][2].split()[0] == "loaded"
+    assert "openai/clip-vit-large-patch14/tokenizer.json" in report["downloaded"]
+
+
+def test_offline_the_cache_serves(report):
+    assert report["lines"][3] == report["lines"][0]
+
+
+def test_offline_and_not_cached_says_what_was_looked_for_and_the_way_out(report):
+    line = report["lines"][4]
+    assert line.startswith("refused --pretrained_model_name_or_path tiny/other: ")
+    assert "cannot be reached" in line
+    assert report["endpoint"] in line
+    assert "local path" in line
+    assert "HF_HOME" in line
+
+
+def test_a_mistyped_path_is_not_asked_of_the_hub(monkeypatch):
+    monkeypatch.setattr(hub, "snapshot", lambda *_: pytest.fail("asked the hub"))
+    for source in ("models/sdxl/base", "./sdxl", "sdxl", "/nowhere/model"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            load_sdxl(source)
+
+
+def test_full_precision_is_chosen_before_a_variant_and_safetensors_before_pickles():
+    stem = "diffusion_pytorch_model"
+    safe, half, pickled = f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bin"
+    assert choose_weights([pickled, half, safe]) == safe
+    assert choose_weights([half, pickled]) == pickled
+    assert choose_weights([half]) == half
+    assert choose_weights(["model.safetensors", "pytorch_model.bin"]) == "model.safetensors"
+    assert choose_weights(["config.json"]) is None
+
+
+def test_an_index_brings_its_own_shards_only():
+    stem = "diffusion_pytorch_model"
+    whole = [f"{stem}-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    half = [f"{stem}.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    pickled = [f"{stem}-0000{n}-of-00002.bin" for n in (1, 2)]
+    names = [*whole, *half, *pickled, f"{stem}.safetensors.index.json", f"{stem}.safetensors.index.fp16.json"]
+    assert files_of(f"{stem}.safetensors.index.json", names) == [f"{stem}.safetensors.index.json", *whole]
+    assert files_of(f"{stem}.safetensors.index.fp16.json", names) == [f"{stem}.safetensors.index.fp16.json", *half]
+
+
+def test_a_pipelines_needed_files():
+    names = [
+        "README.md", "model_index.json", "sd_xl_base_1.0.safetensors", "scheduler/scheduler_config.json",
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/vocab.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/model.onnx", "vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors", "vae_1_0/config.json",
+    ]  # fmt: skip
+    unneeded = {
+        "README.md", "sd_xl_base_1.0.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/model.onnx",
+        "vae_1_0/config.json",
+    }  # fmt: skip
+    assert set(hub.pipeline_files(names)) == set(names) - unneeded
+    assert set(hub.vae_files(names)) == {"vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors"}
