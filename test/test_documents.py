@@ -1,0 +1,259 @@
+"""The READMEs and the list of public addresses say what the code says."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+import sdxl_pretrain
+
+ROOT = Path(__file__).resolve().parents[1]
+STATEMENT = "public_address_statement.md"
+READMES = ("README.md", "README-zh.md")
+COMMANDS = ("bash test/pretrain_full_1m_1p_sdxl.sh --demo", "bash test/run_tests.sh")
+MAP_TITLES = {"README.md": "Repository map", "README-zh.md": "仓库结构"}
+REQUIRED, OFF, NOTHING = {"required", "必填"}, {"off", "关"}, {"—"}
+
+URL = re.compile(r"""\b(?:https?|ssh|git|ftp|s3|gs|git\+https)://[^\s"'`<>()\[\]\\]+""")
+WITHOUT_SCHEME = re.compile(
+    r"(?<![\w./-])(?:www\.|(?:github|gitee|gitlab|huggingface|modelscope|hf)\.(?:com|co|cn)/)[\w./~-]+"
+)
+EMAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[a-z]{2,}\b")
+# A hub name looks like a path. But it is no part of a longer one, and its name has a hyphen or its owner is known.
+OWNER_NAME = re.compile(r"(?<![\w./$}{-])([A-Za-z0-9][\w-]*)/([A-Za-z0-9][\w.-]*\w)(?![\w/{$-])")
+KNOWN_OWNERS = {"stabilityai", "madebyollin", "openai", "laion", "runwayml", "huggingface", "google", "facebook"}
+NO_HUB_NAME = re.compile(r".*\.(py|sh|txt|json|jsonl|toml|tar|parquet|png|jpg|npz|log|safetensors|ckpt|bin)$")
+LOCAL_HOSTS = re.compile(
+    r"(localhost|127\.|0\.0\.0\.0|\[?::1|.*\.?example\.(com|org|net)$|.*\.(invalid|test|example)$)"
+)
+MADE_UP_OWNERS = {"owner", "no", "tiny", "some", "nowhere", "nobody", "no-such"}
+
+
+def tracked(*patterns):
+    """Files of the repository, new ones that git does not ignore among them."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return sorted({name for name in listed.stdout.splitlines() if (ROOT / name).is_file()})
+
+
+def code_files():
+    """All that is not a document: code, scripts, requirements, settings."""
+    for name in tracked():
+        if name.endswith(".md") or name == "LICENSE" or name.startswith("docs/") or name == "test/test_documents.py":
+            continue
+        try:
+            yield name, (ROOT / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # pictures, weights
+
+
+def addresses(text):
+    """Every public address in a text: URLs, hosts of code and models without a scheme, e-mail addresses, hub names."""
+    found = {url.rstrip(".,;:") for url in URL.findall(text)}
+    found = {url for url in found if (host := urlsplit(url).netloc) and "{" not in host and "$" not in host}
+    found = {url for url in found if not LOCAL_HOSTS.match(urlsplit(url).netloc)}
+    rest = URL.sub(" ", text)
+    found |= {address.rstrip(".") for address in WITHOUT_SCHEME.findall(rest)}
+    rest = WITHOUT_SCHEME.sub(" ", rest)
+    found |= {mail for mail in EMAIL.findall(rest) if not LOCAL_HOSTS.match(mail.partition("@")[2])}
+    for owner, name in OWNER_NAME.findall(EMAIL.sub(" ", rest)):
+        is_path = (ROOT / owner).exists() or NO_HUB_NAME.match(name) or owner in MADE_UP_OWNERS
+        looks_like_one = owner in KNOWN_OWNERS or (re.search(r"[A-Za-z]", owner) and "-" in name)
+        if looks_like_one and not is_path:
+            found.add(f"{owner}/{name}")
+    return found
+
+
+def table_rows(text):
+    """The cells of every table row, header rows and rules left out; an escaped bar belongs to its cell."""
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        below = lines[number + 1] if number + 1 < len(lines) else ""
+        if line.startswith("|") and not re.match(r"\|\s*:?-+", line) and not re.match(r"\|\s*:?-+", below):
+            yield number, [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def code_spans(cell):
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def section(text, title):
+    """What stands under a heading, up to the next of its level or above."""
+    match = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,2}} |\Z)", text, re.DOTALL | re.MULTILINE)
+    assert match, f"no heading {title!r}"
+    return match[2]
+
+
+def flag_tables(text):
+    """The tables of flags, in order: each a list of (flags, default cell, meaning cell)."""
+    tables, last = [], None
+    for number, cells in table_rows(text):
+        if len(cells) == 3 and cells[0].startswith("`--") and len(code_spans(cells[0])[0]) > len("--ss"):
+            if last is None or number != last + 1:
+                tables.append([])
+            tables[-1].append((code_spans(cells[0]), cells[1], cells[2]))
+            last = number
+    return tables
+
+
+def flag_groups(parser):
+    groups = [
+        [action for action in group._group_actions if "--help" not in action.option_strings]
+        for group in parser._action_groups
+    ]
+    return [group for group in groups if group]
+
+
+def default_is_told(action, cell):
+    if action.required:
+        return cell in REQUIRED
+    if action.nargs == 0:
+        return cell in OFF
+    if action.default in (None, []):
+        return cell in NOTHING
+    return cell == f"`{action.default}`"
+
+
+def bash_blocks(text):
+    return re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(params=READMES)
+def readme(request):
+    return request.param, (ROOT / request.param).read_text(encoding="utf-8")
+
+
+def test_addresses_are_found_in_code_and_made_up_ones_are_not():
+    text = """
+    url = "https://a-host.com/page?x=1"  # see (http://b.org/c.pdf), git+https://github.com/x/y.git.
+    ssh://git@gitee.com/z  mail: some.one@a-company.cn  model="runwayml/sd"  vae=me-and-you/vae-fix
+    http://localhost:80/x http://127.0.0.1/x https://example.com/x f"http://{host}/x" a@example.org  test/run-me
+    shards/00000.tar  /usr/local/some-thing  1/10000 "$out/the-model" owner/the-name  @pytest.mark.skip  img/s
+    """
+    assert addresses(text) == {
+        "https://a-host.com/page?x=1", "http://b.org/c.pdf", "git+https://github.com/x/y.git", "ssh://git@gitee.com/z",
+        "some.one@a-company.cn", "runwayml/sd", "me-and-you/vae-fix",
+    }  # fmt: skip
+
+
+def test_every_public_address_in_the_code_is_stated_with_its_files():
+    statement = (ROOT / STATEMENT).read_text(encoding="utf-8")
+    stated = {}
+    for _, cells in table_rows(statement):
+        for address in code_spans(cells[0]):
+            stated.setdefault(address, []).extend(code_spans(cells[1]))
+    missing = []
+    for name, text in code_files():
+        for address in sorted(addresses(text)):
+            files = stated.get(address)
+            if files is None:
+                missing.append(f"{address} ({name}) has no row")
+            elif not any(name == file or (file.endswith("/") and name.startswith(file)) for file in files):
+                missing.append(f"the row of {address} does not name {name}")
+    assert not missing, f"{STATEMENT}: " + "; ".join(missing)
+
+
+def test_no_stated_address_is_out_of_date():
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*dict(code_files()), *READMES, "LICENSE")}
+    stale = []
+    for _, cells in table_rows((ROOT / STATEMENT).read_text(encoding="utf-8")):
+        for file in code_spans(cells[1]):
+            if "." not in file and not file.endswith("/") and file != "LICENSE":
+                continue  # a tool, not a file
+            inside = [text for name, text in texts.items() if name == file or name.startswith(file.rstrip("/") + "/")]
+            if not any(code_spans(cells[0])[0] in text for text in inside):
+                by_a_tool = code_spans(cells[0])[0] in ("https://pypi.org", "https://huggingface.co")
+                if not by_a_tool or not inside:
+                    stale.append(f"{code_spans(cells[0])[0]} does not stand in {file}")
+    assert not stale, f"{STATEMENT}: " + "; ".join(stale)
+
+
+def test_the_tables_hold_every_flag_with_its_default_in_the_groups_of_help(readme):
+    name, text = readme
+    groups, tables = flag_groups(sdxl_pretrain.build_parser()), flag_tables(text)
+    flags_of = [{flag for action in group for flag in action.option_strings} for group in groups]
+    told = [{flag for flags, _, _ in table for flag in flags} for table in tables]
+    known, tabled = set().union(*flags_of), set().union(*told)
+    assert not known - tabled, f"{name}: the tables lack {sorted(known - tabled)}"
+    assert not tabled - known, f"{name}: the script does not take {sorted(tabled - known)}"
+    assert told == flags_of, f"{name}: the tables are not grouped as --help is"
+    wrong = []
+    for action in (action for group in groups for action in group):
+        row = next(row for table in tables for row in table if action.option_strings[0] in row[0])
+        if set(row[0]) != set(action.option_strings):
+            wrong.append(f"spellings of {action.option_strings[0]} are {action.option_strings}")
+        if not default_is_told(action, row[1]):
+            wrong.append(f"default of {row[0][0]} is {action.default!r} (required: {action.required}), not {row[1]}")
+        unnamed = [str(choice) for choice in action.choices or () if f"`{choice}`" not in row[2]]
+        if unnamed:
+            wrong.append(f"{row[0][0]} does not name its choices {unnamed}")
+    assert not wrong, f"{name}: " + "; ".join(wrong)
+
+
+def test_the_launchers_arguments_are_told_with_their_defaults(readme):
+    name, text = readme
+    shown = subprocess.run(
+        ["bash", "test/pretrain_full_1m_1p_sdxl.sh", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    defaults = dict(re.findall(r"^  --(\w+)=(.*)$", shown, re.MULTILINE))
+    told = {
+        cells[0].strip("`"): cells[1].strip("`") for _, cells in table_rows(text) if cells[0].strip("`") in defaults
+    }
+    assert defaults, "the launcher's --help names no argument"
+    assert told == defaults, name
+
+
+def test_the_repository_map_is_the_repository(readme):
+    name, text = readme
+    rows = [cells for _, cells in table_rows(section(text, MAP_TITLES[name]))]
+    paths = [path for cells in rows for path in code_spans(cells[0])]
+    absent = [path for path in paths if not (ROOT / path).exists()]
+    assert not absent, f"{name}: the map names {absent}, which are not there"
+    files = tracked("*.py", "*.sh", "bench", "docs")
+    parts = [file for file in files if not any(file == path or file.startswith(path) for path in paths)]
+    parts = [file for file in parts if Path(file).name != "__init__.py"]
+    assert not parts, f"{name}: the map leaves out {parts}"
+
+
+def test_the_two_commands_and_all_others_are_right(readme):
+    name, text = readme
+    blocks = bash_blocks(text)
+    for command in COMMANDS:
+        assert any(command in block.splitlines() for block in blocks), f"{name} does not show: {command}"
+    parser, tried = sdxl_pretrain.build_parser(), 0
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        scripts = [word for word in words if word.endswith((".sh", ".py"))]
+        assert all((ROOT / word).exists() for word in scripts), f"{name}: no such script in: {line}"
+        if "sdxl_pretrain.py" in words:
+            parser.parse_args(words[words.index("sdxl_pretrain.py") + 1 :])  # exits with status 2 at an unknown flag
+            tried += 1
+    assert tried >= 3
+
+
+def test_links_lead_somewhere(readme):
+    name, text = readme
+    anchors = {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" not in target and ((path and not (ROOT / path).exists()) or (not path and anchor not in anchors)):
+            dead.append(target)
+    assert not dead, f"{name}: {dead}"
+
+
+def test_both_languages_show_the_same_commands_and_tables():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
+    assert bash_blocks(english) == bash_blocks(chinese)
+    first_cells = [[code_spans(cells[0]) for _, cells in table_rows(text)] for text in (english, chinese)]
+    assert first_cells[0] == first_cells[1]
+    levels = [re.findall(r"^(#+) ", text, re.MULTILINE) for text in (english, chinese)]
+    assert levels[0] == levels[1]
