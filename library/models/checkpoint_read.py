@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.models import hub, infer_configs, model_kind, single_file, unet_config_json
+from library.models import hub, infer_configs, model_kind, single_file
+from library.models.diffusers_config import unet_config_from_diffusers
 from library.models.meta_load import build
 from library.models.sdxl import DEFAULT_SCHEDULER, SDXLModel
 from library.models.unet import UNet, UNetConfig
@@ -115,7 +116,7 @@ def _check_pipeline(folder: Path) -> None:
 
 
 def _unet_from_folder(folder: Path, dtype: torch.dtype) -> UNet:
-    config = unet_config_json.from_diffusers(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = unet_config_from_diffusers(read_json(folder / "config.json"), str(folder / "config.json"))
     return _build_unet(config, single_file.unet_from_diffusers(config, read_component(folder)), dtype, str(folder))
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.models import single_file, unet_config_json
+from library.models import single_file
 from library.models.atomic_write import write_file, write_folder
+from library.models.diffusers_config import unet_config_to_diffusers
 from library.models.metadata import (
     HASH_KEY,
     HASH_PLACEHOLDER,
@@ -125,7 +126,7 @@ def _write_pipeline(
 
 def _write_config(name: str, network: Any, folder: Path, dtype: torch.dtype, version: str) -> None:
     if name == "unet":
-        config = {"_diffusers_version": version, **unet_config_json.to_diffusers(network.config)}
+        config = {"_diffusers_version": version, **unet_config_to_diffusers(network.config)}
         _write_json(config, folder / "config.json")
     elif name == "vae":
         network.save_config(folder)

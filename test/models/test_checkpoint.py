@@ -155,6 +155,26 @@ def test_loading_leaves_nothing_mapped_to_the_file(sdxl, single, folder, tmp_pat
     _assert_equal(model, sdxl)
 
 
+def test_what_older_files_carry_besides_the_networks_is_passed_over(sdxl, single, folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    more = {
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+        "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
+        "denoiser.sigmas": torch.zeros(1000),
+        "model_ema.decay": torch.tensor(0.9),
+    }
+    save_file({**load_file(single), **more}, tmp_path / "old.safetensors")
+    _assert_equal(load_sdxl(str(tmp_path / "old.safetensors"), **_tokenizers(folder)), sdxl)
+    shutil.copytree(folder, tmp_path / "old")
+    weights = tmp_path / "old" / "text_encoder" / "model.safetensors"
+    state = {**load_file(weights), "text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_file(state, weights, {"format": "pt"})
+    for name in ("tokenizer", "tokenizer_2"):  # published with vocab.json and merges.txt alone
+        (tmp_path / "old" / name / "tokenizer.json").unlink()
+    _assert_equal(load_sdxl(str(tmp_path / "old")), sdxl)
+
+
 # Configurations from shapes ------------------------------------------------------------------------------------------
 
 
