@@ -219,7 +219,7 @@ def open_clip_from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tens
 _VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 # diffusers before 0.18 had these, and many published folders still do.
 _VAE_ATTENTION_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_VAE_SHORTCUT = (".nin_shortcut.", ".conv_shortcut.")
+_VAE_SHORTCUT, _SHORTCUT = ".nin_shortcut.", ".conv_shortcut."
 
 
 def vae_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -230,7 +230,7 @@ def vae_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefixes = _vae_prefixes(_count(tensors, r"decoder\.up\.(\d+)\."))
     renamed = {}
     for name, tensor in tensors.items():
-        new = _swap_prefix(name, prefixes).replace(*_VAE_SHORTCUT)
+        new = _swap_prefix(name, prefixes).replace(_VAE_SHORTCUT, _SHORTCUT)
         renamed[new] = tensor.flatten(1) if ".attentions." in new and tensor.ndim == 4 else tensor
     return renamed
 
@@ -240,7 +240,7 @@ def vae_from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefixes = inverse(_vae_prefixes(_count(tensors, r"decoder\.up_blocks\.(\d+)\.")))
     renamed = {}
     for name, tensor in tensors.items():
-        new = _swap_prefix(name, prefixes).replace(*reversed(_VAE_SHORTCUT))
+        new = _swap_prefix(name, prefixes).replace(_SHORTCUT, _VAE_SHORTCUT)
         renamed[new] = tensor[:, :, None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
     return renamed
 

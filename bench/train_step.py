@@ -1,0 +1,384 @@
+"""Time and memory of one training step of our U-Net against diffusers' U-Net, same sizes and weights, interleaved.
+
+    python bench/train_step.py --size small --steps 20
+    python bench/train_step.py --size full --batch 4 --dtype bf16 --device cuda --gradient_checkpointing
+
+A step is: forward, mean squared error, backward, clipping of the gradients' norm to 1, AdamW. Ours takes the optimizer
+as the trainer makes it, diffusers' takes torch.optim.AdamW as in its train_text_to_image_sdxl.py. Both run in turns in
+one process, so that whatever else the machine does falls on both. The matrix products and convolutions of our step
+(forward and both products of backward) are recorded and timed alone, too: what remains is the share that a better
+program could save. On the CPU, memory is measured in a process each: the peak resident set above that after imports.
+The last line printed is one JSON object.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library import device as devices
+from library.models.diffusers_config import unet_config_to_diffusers
+from library.models.key_maps import rename, unet_to_diffusers
+from library.models.unet import UNet, UNetConfig, size_embedding
+from library.training.optimizers import ParameterGroup, make_optimizer
+
+SIZE_WIDTH = 6 * 256
+TINY = UNetConfig(
+    model_channels=64, channel_mult=(1, 1), transformer_depth=(0, 1), transformer_depth_middle=1, context_dim=64,
+    adm_in_channels=64 + SIZE_WIDTH,
+)  # fmt: skip
+SMALL = UNetConfig(
+    model_channels=64,
+    transformer_depth=(0, 1, 2),
+    transformer_depth_middle=2,
+    context_dim=192,
+    adm_in_channels=128 + SIZE_WIDTH,
+)
+MIDDLE = UNetConfig(
+    model_channels=128,
+    transformer_depth=(0, 2, 4),
+    transformer_depth_middle=4,
+    context_dim=768,
+    adm_in_channels=512 + SIZE_WIDTH,
+)
+# configuration, latent rows and columns, batch
+SIZES = {"small": (SMALL, (16, 16), 8), "middle": (MIDDLE, (32, 32), 2), "full": (UNetConfig(), (128, 128), 1)}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TEXT_TOKENS = 77
+LEARNING_RATE = 1e-5
+KINDS = ("ours", "diffusers")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    config: UNetConfig
+    latent_hw: tuple[int, int]
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch: noised latents, timesteps, text states, pooled text, sizes, and the target."""
+
+    x_BCHW: Tensor
+    t_B: Tensor
+    context_BTX: Tensor
+    pooled_BP: Tensor
+    sizes_B6: Tensor
+    target_BCHW: Tensor
+
+
+def make_inputs(case: Case) -> Inputs:
+    """The same random batch every time."""
+    torch.manual_seed(1)
+    batch, (rows, columns) = case.batch, case.latent_hw
+    latents = (batch, case.config.in_channels, rows, columns)
+    tensors = (
+        torch.randn(latents),
+        torch.randint(0, 1000, (batch,)),
+        torch.randn(batch, TEXT_TOKENS, case.config.context_dim),
+        torch.randn(batch, case.config.adm_in_channels - SIZE_WIDTH),
+        torch.randint(0, 2048, (batch, 6)).float(),
+        torch.randn(latents),
+    )
+    return Inputs(*(tensor.to(case.device) for tensor in tensors))
+
+
+def weights(case: Case) -> dict[str, Tensor]:
+    """Random weights by Stability's names; no layer is zero, as after training."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in UNet(case.config).state_dict().items()}
+    generator = torch.Generator().manual_seed(2)
+    return {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+
+
+def make_step(kind: str, case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """The network of that kind, and a function that trains it for one step and returns the loss."""
+    forward: Callable[[Inputs], Tensor]
+    if kind == "ours":
+        with torch.device("meta"):
+            ours = UNet(case.config)
+        ours.load_state_dict(weights(case), assign=True)
+        network: nn.Module = ours.requires_grad_(True).to(case.device)
+        ours.enable_gradient_checkpointing(case.gradient_checkpointing)
+        optimizer = make_optimizer("AdamW", [ParameterGroup("unet", list(network.parameters()), LEARNING_RATE)], [])
+
+        def forward(batch: Inputs) -> Tensor:
+            vector_BV = torch.cat([batch.pooled_BP, size_embedding(batch.sizes_B6)], dim=1)
+            return ours(batch.x_BCHW, batch.t_B, batch.context_BTX, vector_BV)
+    else:
+        from diffusers import UNet2DConditionModel
+
+        theirs = UNet2DConditionModel.from_config(unet_config_to_diffusers(case.config))
+        theirs.load_state_dict(rename(weights(case), unet_to_diffusers(case.config)))
+        if case.gradient_checkpointing:
+            theirs.enable_gradient_checkpointing()
+        network = theirs.train().to(case.device)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+
+        def forward(batch: Inputs) -> Tensor:
+            added = {"text_embeds": batch.pooled_BP, "time_ids": batch.sizes_B6}
+            return theirs(batch.x_BCHW, batch.t_B, batch.context_BTX, added_cond_kwargs=added).sample
+
+    batch = make_inputs(case)
+    parameters = list(network.parameters())
+
+    def step() -> Tensor:
+        with torch.autocast(case.device.type, dtype=case.dtype, enabled=case.dtype != torch.float32):
+            prediction = forward(batch)
+        loss = F.mse_loss(prediction.float(), batch.target_BCHW)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return network, step
+
+
+# Matrix arithmetic alone
+
+_ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.mm.default, _ATEN.bmm.default, _ATEN.addmm.default, _ATEN.baddbmm.default}
+_CONVOLUTIONS = {_ATEN.convolution.default, _ATEN.convolution_backward.default}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class ProductRecorder(TorchDispatchMode):
+    """Counts every matrix product, convolution and attention kernel that runs, by its tensors' shapes and strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[Any, str]] = Counter()
+        self.arguments: dict[tuple[Any, str], tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS or func in _CONVOLUTIONS:
+            shapes = tree_map_only(Tensor, lambda t: _Shape(tuple(t.shape), t.stride(), t.dtype), args)
+            key = (func, repr(shapes))
+            self.calls[key] += 1
+            self.arguments[key] = shapes
+        return result
+
+
+def product_replay(recorder: ProductRecorder, device: torch.device) -> tuple[Callable[[], None], int]:
+    """A function that runs what was recorded, on random tensors, without the biases; and the number of calls in it."""
+    pool: dict[_Shape, Tensor] = {}
+
+    def tensor(shape: _Shape) -> Tensor:
+        if shape not in pool:
+            pool[shape] = torch.empty_strided(shape.size, shape.stride, dtype=shape.dtype, device=device).normal_()
+        return pool[shape]
+
+    work: list[tuple[Any, tuple[Any, ...], int]] = []
+    for key, count in recorder.calls.items():
+        func, arguments = key[0], list(tree_map_only(_Shape, tensor, recorder.arguments[key]))
+        if func is _ATEN.addmm.default:
+            func, arguments = _ATEN.mm.default, arguments[1:3]
+        elif func is _ATEN.convolution.default:
+            arguments[2] = None
+        elif func is _ATEN.convolution_backward.default:
+            arguments[3], arguments[10] = None, [*arguments[10][:2], False]
+        work.append((func, tuple(arguments), count))
+
+    def replay() -> None:
+        for func, arguments, count in work:
+            for _ in range(count):
+                func(*arguments)
+
+    return replay, sum(recorder.calls.values())
+
+
+# Measuring
+
+
+def timed_ms(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one run, in ms, with all that it launched on the device."""
+    devices.synchronize(device)
+    started = time.perf_counter()
+    run()
+    devices.synchronize(device)
+    return (time.perf_counter() - started) * 1000
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return {"median": statistics.median(values), "quartile1": low, "quartile3": high}
+
+
+def measure_time(case: Case, steps: int, warmup: int) -> dict[str, Any]:
+    """Times in ms of both steps and of the matrix arithmetic, taken in turns in changing order."""
+    runs: dict[str, Callable[[], Any]] = {}
+    losses = {}
+    for kind in KINDS:
+        _, runs[kind] = make_step(kind, case)
+        losses[kind] = float(runs[kind]())
+    with ProductRecorder() as recorder:
+        runs["ours"]()
+    runs["products"], product_calls = product_replay(recorder, case.device)
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(steps):
+        order = list(runs)[:: 1 if index % 2 else -1]
+        for name in order:
+            times[name].append(timed_ms(runs[name], case.device))
+    ratios = [ours / theirs for ours, theirs in zip(times["ours"], times["diffusers"], strict=True)]
+    shares = [alone / ours for alone, ours in zip(times["products"], times["ours"], strict=True)]
+    return {
+        "loss": losses,
+        "loss_relative_difference": abs(losses["ours"] / losses["diffusers"] - 1),
+        "ms": {name: spread(values) for name, values in times.items()},
+        "time_ratio_ours_to_diffusers": spread(ratios),
+        "product_share_of_our_step": spread(shares),
+        "product_calls": product_calls,
+    }
+
+
+def measure_memory_here(kind: str, case: Case) -> dict[str, int]:
+    """Peak bytes of two steps, of which `state` is weights, gradients and AdamW's two moments."""
+    on_cpu = devices.is_cpu(case.device)
+    if on_cpu:  # a first step of little size imports, and allocates, what is not this step's
+        make_step(kind, replace(case, config=TINY, latent_hw=(8, 8), batch=1))[1]()
+    before = _resident_bytes() if on_cpu else 0
+    network, step = make_step(kind, case)
+    for _ in range(2):
+        step()
+    devices.synchronize(case.device)
+    peak = devices.peak_memory_bytes(case.device) - before
+    return {"peak": peak, "state": 4 * sum(p.numel() * p.element_size() for p in network.parameters())}
+
+
+def measure_memory(kind: str) -> dict[str, int]:
+    """The same, in a process of its own with this one's arguments."""
+    command = [sys.executable, __file__, *sys.argv[1:], f"--memory_of={kind}"]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+# The program
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small", help="full is SDXL: about 41 GB of state for each")
+    parser.add_argument("--latent", help="latent rows and columns, HxW; default by size")
+    parser.add_argument("--batch", type=int, help="default by size")
+    parser.add_argument("--steps", type=int, default=15, help="measured steps of each, at least 2")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="fp16 and bf16: fp32 weights under autocast")
+    parser.add_argument("--device", help="cpu, cuda or npu; default is what the trainer would take")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--no_memory", action="store_true", help="leave the memory out")
+    parser.add_argument("--memory_of", choices=KINDS, help=argparse.SUPPRESS)
+    return parser
+
+
+def case_of(options: argparse.Namespace) -> Case:
+    config, latent_hw, batch = SIZES[options.size]
+    if options.latent:
+        rows, _, columns = options.latent.partition("x")
+        latent_hw = (int(rows), int(columns))
+    return Case(
+        config=config,
+        latent_hw=latent_hw,
+        batch=options.batch or batch,
+        dtype=DTYPES[options.dtype],
+        device=torch.device(options.device) if options.device else devices.default_device(),
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+
+
+def versions(case: Case) -> dict[str, Any]:
+    """What the figures depend on."""
+    import diffusers
+
+    return {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": devices.device_name(case.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    ratio, share = result["time_ratio_ours_to_diffusers"], result["product_share_of_our_step"]
+    print(f"{'':36}{'median':>10}{'quartiles':>22}")
+    for name, label in (("ours", "our step"), ("diffusers", "diffusers' step"), ("products", "its products alone")):
+        ms = result["ms"][name]
+        print(f"{label + ', ms':36}{ms['median']:10.1f}{ms['quartile1']:13.1f} {ms['quartile3']:8.1f}")
+    for label, value in (("time, ours / diffusers'", ratio), ("products' share of our step", share)):
+        print(f"{label:36}{value['median']:10.3f}{value['quartile1']:13.3f} {value['quartile3']:8.3f}")
+    for kind, memory in result.get("memory_bytes", {}).items():
+        print(
+            f"{'peak memory, MiB: ' + kind:36}{memory['peak'] / 2**20:10.0f}   ({memory['state'] / 2**20:.0f} of state)"
+        )
+    if "memory_ratio_ours_to_diffusers" in result:
+        print(f"{'peak memory, ours / diffusers':36}{result['memory_ratio_ours_to_diffusers']:10.3f}")
+
+
+def main() -> None:
+    options = build_parser().parse_args()
+    case = case_of(options)
+    if options.memory_of:
+        print(json.dumps(measure_memory_here(options.memory_of, case)))
+        return
+    result: dict[str, Any] = {
+        "bench": "train_step",
+        "size": options.size,
+        "latent_hw": case.latent_hw,
+        "batch": case.batch,
+        "dtype": options.dtype,
+        "gradient_checkpointing": case.gradient_checkpointing,
+        "steps": options.steps,
+        **versions(case),
+    }
+    if not options.no_memory:  # first, while this process holds no accelerator memory
+        memory = {kind: measure_memory(kind) for kind in KINDS}
+        result["memory_bytes"] = memory
+        result["memory_ratio_ours_to_diffusers"] = memory["ours"]["peak"] / memory["diffusers"]["peak"]
+    result |= measure_time(case, options.steps, options.warmup)
+    print_table(result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
