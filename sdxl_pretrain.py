@@ -41,17 +41,24 @@ def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status."""
     started = time.perf_counter()
     args = build_parser().parse_args(argv)
-    from library.training.sdxl import SDXLPretraining, SDXLRun  # after --help and bad flags have been answered
+    return run_main(lambda: train(args, started))
 
-    options = SDXLRun(
-        model=fill(model.ModelOptions, args),
+
+def train(args: argparse.Namespace, started: float) -> None:
+    """Turn the arguments into options and run the task; what needs torch is imported here, after --help."""
+    from library.training.assembly import Options
+    from library.training.assembly import run as run_training
+    from library.training.sdxl import SDXLPretraining
+
+    options = Options(
         data=fill(data.DataOptions, args),
         optimization=fill(optimization.OptimizationOptions, args),
         run=fill(run.RunOptions, args),
         saving=fill(run.SavingOptions, args),
         preview=fill(run.PreviewOptions, args),
     )
-    return run_main(lambda: SDXLPretraining(options).run(started))
+    model_options = fill(model.ModelOptions, args)
+    run_training(options, lambda surroundings: SDXLPretraining(model_options, options, surroundings), started)
 
 
 if __name__ == "__main__":

@@ -10,4 +10,4 @@ class InputError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on (loss not finite, loss scale exhausted). Scripts print the message and exit with status 1."""
+    """Training cannot go on (loss not finite, loss scale exhausted). Scripts print the message, exit status 1."""

@@ -89,5 +89,5 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--max_data_loader_n_workers",
         type=non_negative_int,
         default=8,
-        help="processes that read and decode, at most the machine's cores; 0: in the main process (%(default)s)",
+        help="processes that read and decode, at most the cores less one; 0: in the main process (%(default)s)",
     )

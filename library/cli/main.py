@@ -16,7 +16,9 @@ def run_main(work: Callable[[], object]) -> int:
     0: done. 1: training failed (a traceback for what nobody expected, one line for a `TrainingError`).
     2: bad input, one line that says what to mend. 130: interrupted.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
     for noisy in ("httpx", "PIL", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

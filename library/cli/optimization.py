@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--optimizer_type",
         default="AdamW",
-        help="AdamW, or oss: AdamW whose state is sharded over processes; on one process nothing is sharded (%(default)s)",
+        help="AdamW, or oss: AdamW sharded over processes, on one process the same as AdamW (%(default)s)",
     )
     group.add_argument(
         "--optimizer_args",

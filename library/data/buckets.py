@@ -3,7 +3,6 @@
 Rules: shared/reference/formats.md, "Buckets", which are those that SDXL was trained with (Podell et al. 2023,
 appendix I) and that sd-scripts users know. Sizes are (width, height) in px throughout.
 """
-# ruff: noqa: N815 (arrays carry their shape in the name)
 
 import math
 from collections.abc import Callable

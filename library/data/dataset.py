@@ -53,7 +53,7 @@ class TrainingData:
             ),
             end_step=end_step,
             tokenize=tokenize,
-            workers=min(self.options.max_data_loader_n_workers, os.cpu_count() or 1),
+            workers=min(self.options.max_data_loader_n_workers, max((os.cpu_count() or 1) - 1, 1)),
         )
 
 

@@ -6,7 +6,6 @@ A global batch of `batch size × ranks × accumulation` places is dealt out so t
 m·b·n + r·b … + b (b: batch size, n: ranks). What stands at a place is a function of (seed, step, place) alone: the
 number of ranks, accumulation and workers only says who computes it.
 """
-# ruff: noqa: N815 (tensors carry their shape in the name)
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +45,7 @@ class MicroBatch:
         step: of the optimizer, from 0.
         micro: number of this micro-batch in its step.
         places_B: int64 places in the global batch.
-        ids1, ids2: int64 (B, K, 77) token ids for the two text encoders; None without a tokenizer.
+        ids: int64 (B, K, 77) token ids, one tensor a text encoder; none without a tokenizer.
         quarantined: (name, reason) of samples that could not be read and have been replaced.
     """
 
@@ -57,8 +56,7 @@ class MicroBatch:
     step: int
     micro: int
     places_B: Tensor
-    ids1: Tensor | None = None
-    ids2: Tensor | None = None
+    ids: tuple[Tensor, ...] = ()
     quarantined: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -138,7 +136,7 @@ class MicroBatchDataset(Dataset):
             images_BHWC[number], size_ids_B6[number] = sample.pixels_HWC, sample.size_ids
             captions.append(sample.caption)
             names.append(sample.name)
-        ids = self._tokenize(captions) if self._tokenize is not None else (None, None)
+        ids = self._tokenize(captions) if self._tokenize is not None else ()
         return MicroBatch(
             torch.from_numpy(images_BHWC),
             captions,
@@ -147,8 +145,7 @@ class MicroBatchDataset(Dataset):
             step,
             micro,
             torch.from_numpy(places),
-            ids[0],
-            ids[1] if len(ids) > 1 else None,
+            ids,
             quarantined,
         )
 

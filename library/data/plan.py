@@ -5,7 +5,6 @@ Its batches are that sequence cut into pieces of the global batch size, so every
 every sample comes once a pass. An epoch takes of each bucket the batches that end within that many passes: what does
 not fill a batch goes to the next epoch. The batches of an epoch come in a keyed random order over all buckets.
 """
-# ruff: noqa: N815 (arrays carry their shape in the name)
 
 from dataclasses import dataclass
 from functools import lru_cache

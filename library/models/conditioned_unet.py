@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from library.models.sdxl import SDXLModel
-from library.models.text_encoders import encode_sdxl, trainable_parameters
+from library.models.text_encoders import encode_sdxl, set_trainable, trainable_parameters
 from library.models.unet import size_embedding
 
 
@@ -18,24 +18,22 @@ class ConditionedUNet(nn.Module):
     def __init__(self, model: SDXLModel, train_te1: bool, train_te2: bool, gradient_checkpointing: bool) -> None:
         super().__init__()
         self.unet, self.text_encoder1, self.text_encoder2 = model.unet, model.text_encoder1, model.text_encoder2
-        self.requires_grad_(False)
         self.unet.requires_grad_(True)
-        self.trained_te1 = trainable_parameters(self.text_encoder1) if train_te1 else []
-        self.trained_te2 = trainable_parameters(self.text_encoder2) if train_te2 else []
-        for parameter in (*self.trained_te1, *self.trained_te2):
-            parameter.requires_grad_(True)
+        set_trainable(self.text_encoder1, self.text_encoder2, train_te1, train_te2)
+        self.trained_te1 = trainable_parameters(self.text_encoder1)
+        self.trained_te2 = trainable_parameters(self.text_encoder2)
         self.train()
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
             for encoder, trained in ((self.text_encoder1, train_te1), (self.text_encoder2, train_te2)):
                 if trained:
-                    encoder.gradient_checkpointing_enable({"use_reentrant": False})
+                    encoder.gradient_checkpointing_enable()
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Hold the encoders that do not train in `dtype`; what trains keeps fp32 weights."""
         for encoder, trained in ((self.text_encoder1, self.trained_te1), (self.text_encoder2, self.trained_te2)):
             if not trained:
-                encoder.to(dtype)
+                nn.Module.to(encoder, dtype)
 
     def conditions(self, ids1_BK77: Tensor, ids2_BK77: Tensor, size_ids_B6: Tensor) -> tuple[Tensor, Tensor]:
         """Text states (B, T, C) and vector conditions (B, V): pooled text beside the six embedded sizes, in px."""

@@ -1,23 +1,33 @@
 """From options to a finished run: what every script does around its task, in one order."""
 
 import logging
+import os
+import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
+from library import device as devices
 from library.cli.data import DataOptions
 from library.cli.optimization import OptimizationOptions
 from library.cli.run import PreviewOptions, RunOptions, SavingOptions
-from library.models import attention
+from library.data.dataset import TrainingData, prepare_data
+from library.data.plan import Plan
+from library.errors import InputError
+from library.models.attention import report as attention_report
 from library.training import loop
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
-from library.training.saving import last_name
+from library.training.report import FinalFigures, write_case_log
+from library.training.saving import Cadence, epoch_name, last_name, step_name
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +59,22 @@ class Surroundings:
 class Task(loop.Task, Protocol):
     """A loop's task that also says what trains and how captions become token ids."""
 
-    module: nn.Module
-    network_name: str
+    @property
+    def module(self) -> nn.Module:
+        """The one module that trains."""
+
+    @property
+    def network_name(self) -> str:
+        """What the case log calls the network."""
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """What trains, at which rates."""
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
         """Token ids of captions, one tensor (B, chunks, 77) a text encoder. Called in the loader's workers."""
+
+    def memory_lines(self, bucket_px: tuple[int, int]) -> list[str]:
+        """What a step needs in memory at a bucket's width and height, for --dry_run."""
 
 
 def run(options: Options, make_task: Callable[[Surroundings], Task], started: float) -> None:
@@ -69,43 +87,175 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
         InputError, TrainingError: as the parts raise them; what has been written stays.
     """
     accelerator = make_accelerator(options.run.mixed_precision)
-    main = accelerator.is_main_process
-    logging.getLogger().setLevel(logging.INFO if main else logging.WARNING)
-    _prepare_output(options.saving.output_dir)
-    seed = _seed(options.run.seed, accelerator)
-    plan, loader_for = _prepare_data(options, accelerator, seed)
-    steps, epochs = _length(options.run, plan)
-    task = make_task(Surroundings(accelerator, seed))
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+    _prepare_output(options)
+    surroundings = Surroundings(accelerator, _seed(options.run.seed, accelerator))
+    data = prepare_data(
+        options.data,
+        surroundings.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=_accumulation(options),
+    )
+    steps, epochs = _length(options.run, data.plan)
+    task = make_task(surroundings)
     groups = task.parameter_groups()
-    _log_plan(options, plan, steps, epochs, groups, accelerator)
+    for line in (*data.report(), *_plan_lines(options, data, steps, epochs, groups, accelerator)):
+        logger.info(line)
     if options.run.dry_run:
-        _print_memory(options, task)
+        for line in task.memory_lines(data.largest_bucket):
+            logger.info(line)
         return
-    optimization = options.optimization
-    bare_optimizer = make_optimizer(
-        optimization.optimizer_type, groups, optimization.optimizer_args, accelerator.num_processes
-    )
-    schedule = make_lr_schedule(
-        optimization.lr_scheduler,
-        bare_optimizer,
-        steps,
-        optimization.lr_warmup_steps,
-        optimization.lr_scheduler_num_cycles,
-        optimization.lr_scheduler_power,
-    )
+    bare_optimizer, schedule = _optimizer(options.optimization, groups, steps, accelerator)
     module, optimizer = accelerator.prepare(task.module, bare_optimizer)
     logger.info("running training")
-    writer = MetricsWriter(options.saving.output_dir, options.saving.logging_dir, steps, main)
+    writer = MetricsWriter(options.saving.output_dir, options.saving.logging_dir, steps, accelerator.is_main_process)
     try:
         trainer = loop.Trainer(
-            task, accelerator, module, optimizer, schedule, plan, _loop_options(options, steps, plan), writer
+            task, accelerator, module, optimizer, schedule, data.plan, _loop_options(options, data.plan, steps), writer
         )
-        report = trainer.train(iter(loader_for(steps, task.tokenize)))
+        report = trainer.train(iter(data.loader(task.tokenize, steps)))
     finally:
         writer.close()
-    if main:
-        logger.info("model saved: %s", task.save(last_name(options.saving.output_name)))
-        for line in attention.report():
-            logger.info(line)
+    if accelerator.is_main_process:
+        logger.info("saving checkpoint: %s", task.save(last_name(options.saving.output_name)))
+        logger.info("model saved.")
         _finish(options, report, task.network_name, accelerator, started)
     accelerator.end_training()
+
+
+def _accumulation(options: Options) -> int:
+    return options.run.gradient_accumulation_steps
+
+
+def _prepare_output(options: Options) -> None:
+    """Make the output folder now: a full or read-only disk is found before the training, not after it."""
+    folder = options.saving.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written to ({error.strerror}); choose another") from error
+
+
+def _seed(given: int | None, accelerator: Accelerator) -> int:
+    """The run's seed: the one given, or one that the main process draws and logs, so that the run can be repeated."""
+    if given is not None:
+        return given
+    drawn = torch.tensor([secrets.randbits(31)], device=accelerator.device)
+    seed = int(broadcast(drawn).item())
+    logger.info("no --seed given; this run's is %d", seed)
+    return seed
+
+
+def _length(options: RunOptions, plan: Plan) -> tuple[int, int]:
+    """Optimizer steps of the run, and the epochs that they touch."""
+    steps = options.max_train_steps
+    if options.max_train_epochs is not None:
+        steps = plan.steps_before_epoch(options.max_train_epochs)
+        logger.info("override steps. steps for %d epochs is %d", options.max_train_epochs, steps)
+        if steps == 0:
+            raise InputError(
+                f"--max_train_epochs={options.max_train_epochs} has not one full batch of {plan.global_batch} images "
+                "of one bucket; train more epochs, with a smaller --train_batch_size, or with fewer buckets"
+            )
+    return steps, plan.epoch_of_step(steps - 1) + 1
+
+
+def _optimizer(
+    options: OptimizationOptions, groups: Sequence[ParameterGroup], steps: int, accelerator: Accelerator
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    optimizer = make_optimizer(options.optimizer_type, groups, options.optimizer_args, accelerator.num_processes)
+    schedule = make_lr_schedule(
+        options.lr_scheduler,
+        optimizer,
+        steps,
+        options.lr_warmup_steps,
+        options.lr_scheduler_num_cycles,
+        options.lr_scheduler_power,
+    )
+    return optimizer, schedule
+
+
+def _loop_options(options: Options, plan: Plan, steps: int) -> loop.LoopOptions:
+    """What the loop does between steps; at the last epoch the final checkpoint stands for the epoch's."""
+    name = options.saving.output_name
+    saves = Cadence(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)
+    shows = Cadence(options.preview.sample_every_n_steps, options.preview.sample_every_n_epochs)
+
+    def checkpoints_due(steps_done: int, epochs_done: int | None) -> list[str]:
+        due = [step_name(name, steps_done)] if saves.step_is_due(steps_done) else []
+        if epochs_done and saves.epoch_is_due(epochs_done) and steps_done < steps:
+            due.append(epoch_name(name, epochs_done))
+        return due
+
+    def previews_due(steps_done: int, epochs_done: int | None) -> list[str]:
+        if epochs_done and shows.epoch_is_due(epochs_done):
+            return [f"e{epochs_done:06d}"]
+        return [f"{steps_done:06d}"] if shows.step_is_due(steps_done) else []
+
+    return loop.LoopOptions(
+        max_train_steps=steps,
+        accumulation=_accumulation(options),
+        global_batch=plan.global_batch,
+        max_grad_norm=options.optimization.max_grad_norm,
+        output_dir=options.saving.output_dir,
+        preview_at_first=options.preview.sample_at_first,
+        checkpoints_due=checkpoints_due,
+        previews_due=previews_due,
+    )
+
+
+def _plan_lines(
+    options: Options,
+    data: TrainingData,
+    steps: int,
+    epochs: int,
+    groups: Sequence[ParameterGroup],
+    accelerator: Accelerator,
+) -> list[str]:
+    """The resolved plan of the run, in the words that users of such trainers look for."""
+    trained = {group.name: sum(parameter.numel() for parameter in group.parameters) for group in groups}
+    optimization = options.optimization
+    return [
+        f"device: {devices.device_name(accelerator.device)} x {accelerator.num_processes}",
+        f"mixed precision: {options.run.mixed_precision}",
+        *(f"train {name}: {count:,} parameters" for name, count in trained.items()),
+        f"number of trainable parameters: {sum(trained.values()):,}",
+        *(f"learning rate of {group.name}: {group.learning_rate:g}" for group in groups),
+        f"optimizer: {optimization.optimizer_type}, schedule: {optimization.lr_scheduler}, "
+        f"warm-up steps: {optimization.lr_warmup_steps}, max grad norm: {optimization.max_grad_norm:g}",
+        f"num examples: {int(data.plan.samples_K.sum())}",
+        f"num batches per epoch: {data.plan.steps_before_epoch(1)} (first epoch; leftovers go to the next)",
+        f"num epochs: {epochs}",
+        f"batch size per device: {options.data.train_batch_size}",
+        f"gradient accumulation steps: {_accumulation(options)}",
+        f"global batch: {data.plan.global_batch}",
+        f"total optimization steps: {steps}",
+        f"gradient checkpointing: {options.run.gradient_checkpointing}",
+    ]
+
+
+def _finish(
+    options: Options, report: loop.RunReport, network_name: str, accelerator: Accelerator, started: float
+) -> None:
+    """Log what ran on which attention backend, write {CaseName}.log, print the final block."""
+    for line in attention_report():
+        logger.info(line)
+    figures = FinalFigures(
+        images_per_second=report.images_per_second,
+        train_loss=report.average_loss,
+        duration_seconds=time.perf_counter() - started,
+        global_batch=options.data.train_batch_size * accelerator.num_processes * _accumulation(options),
+        process_count=accelerator.num_processes,
+        batch_per_device=options.data.train_batch_size,
+        quarantined=report.quarantined,
+        overflows=report.overflows,
+        steps_not_updated=report.steps_not_updated,
+    )
+    if options.saving.case_name:
+        write_case_log(figures, options.saving.output_dir, options.saving.case_name, network_name)
+    print(figures.block(), flush=True)

@@ -105,7 +105,7 @@ class Trainer:
         options: LoopOptions,
         writer: MetricsWriter,
     ) -> None:
-        """`module` and `optimizer` are those that `accelerator.prepare` returned, `schedule` is over the bare optimizer."""
+        """`module` and `optimizer` are what `accelerator.prepare` returned, `schedule` is over the bare optimizer."""
         self.task, self.accelerator, self.module, self.optimizer = task, accelerator, module, optimizer
         self.schedule, self.epochs, self.options, self.writer = schedule, epochs, options, writer
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -142,7 +142,7 @@ class Trainer:
         )
 
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
-        """One optimizer step over the micro-batches; after an fp16 overflow the same step again at a smaller loss scale."""
+        """One optimizer step over the micro-batches; after an fp16 overflow the same again at a smaller loss scale."""
         lr = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
         for overflows in range(MAX_OVERFLOWS):
             loss = self._forward_backward(batches)
@@ -156,9 +156,8 @@ class Trainer:
             if self._update():
                 self.schedule.step()
                 return StepResult(loss, grad_norm, overflows, True, lr)
-        scaler = self.accelerator.scaler
         raise TrainingError(
-            f"the gradients of one step overflow fp16 at every loss scale down to {scaler.get_scale() if scaler else 1:g}; "
+            f"the gradients of one step overflow fp16 at every loss scale, after {MAX_OVERFLOWS} halvings; "
             f"train with --mixed_precision=bf16 or no. Samples: {self._names(batches)}"
         )
 
@@ -241,8 +240,8 @@ class Trainer:
             return
         raise TrainingError(
             f"{what} not finite at step {step + 1}, {MAX_NOT_FINITE} steps running; the weights are those of step "
-            f"{step + 1 - MAX_NOT_FINITE}. Lower the learning rate, use --mixed_precision=bf16, or for fp16 another VAE "
-            f"(--vae, --no_half_vae). Samples of this step: {names}"
+            f"{step + 1 - MAX_NOT_FINITE}. Lower the learning rate, use --mixed_precision=bf16, or for fp16 another "
+            f"VAE (--vae, --no_half_vae). Samples of this step: {names}"
         )
 
     def _names(self, batches: Sequence[MicroBatch]) -> str:

@@ -1,4 +1,4 @@
-"""What a run measures of itself: speed without warm-up, a moving average of the loss, metrics.jsonl, TensorBoard, the bar."""
+"""What a run measures of itself: speed without warm-up, average loss, metrics.jsonl, TensorBoard, the bar."""
 
 import json
 import math
@@ -16,7 +16,7 @@ WARMUP_STEPS = 5  # left out of the speed: first-time allocations, kernel choice
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step, as a line of metrics.jsonl. Seconds and bytes; `loss` and `grad_norm` are None if not finite."""
+    """One optimizer step, a line of metrics.jsonl. Seconds and bytes; what is not finite is None."""
 
     step: int
     epoch: int

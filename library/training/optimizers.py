@@ -42,7 +42,7 @@ def parse_optimizer_args(arguments: Iterable[str]) -> dict[str, Any]:
             parsed[name.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError) as error:
             raise InputError(
-                f"--optimizer_args {argument!r} is not NAME=VALUE with a number, tuple, True, False or quoted text as value"
+                f"--optimizer_args {argument!r} is not NAME=VALUE with a number, tuple, True, False or quoted text"
             ) from error
     return parsed
 

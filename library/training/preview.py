@@ -41,6 +41,7 @@ class Previewer:
         self,
         denoise: Callable[[SamplePrompt], "GuidedDenoiser"],
         decode: Callable[[Tensor], Tensor],
+        latent_shape: Callable[[int, int], tuple[int, int, int]],
         position: str,
         step: int,
         device: torch.device,
@@ -49,7 +50,8 @@ class Previewer:
 
         Args:
             denoise: makes the guided denoiser of a prompt.
-            decode: scaled latents (B, 4, H, W) to uint8 images (B, height, width, 3).
+            decode: scaled latents (B, C, H, W) to uint8 images (B, height, width, 3).
+            latent_shape: height and width in px to (C, H, W).
             position: 'e000020' or '000500', for the file names.
         """
         from PIL import Image
@@ -59,7 +61,8 @@ class Previewer:
         now = time.strftime("%Y%m%d%H%M%S")
         paths = []
         for index, prompt in enumerate(self.prompts):
-            latents_BCHW = self._sample(prompt, denoise(prompt), index, step, device)
+            shape_CHW = latent_shape(prompt.height, prompt.width)
+            latents_BCHW = self._sample(prompt, shape_CHW, denoise(prompt), self._random(prompt, index, step), device)
             image_HWC = decode(latents_BCHW)[0].cpu().numpy()
             path = folder / sample_name(self.output_name, now, position, index, prompt.seed)
             aside = path.with_suffix(".tmp")
@@ -68,18 +71,25 @@ class Previewer:
             paths.append(path)
         return paths
 
-    def _sample(
-        self, prompt: SamplePrompt, denoise: "GuidedDenoiser", index: int, step: int, device: torch.device
-    ) -> Tensor:
-        """The latents (1, 4, H, W) of one prompt. Noise is drawn on the CPU, so that a seed means the same everywhere."""
+    def _random(self, prompt: SamplePrompt, index: int, step: int) -> np.random.Generator:
+        """Keyed by the prompt's seed, or without one by the run's seed, the step and the prompt's place."""
         if prompt.seed is not None:
-            random = generator(prompt.seed, Stream.PREVIEW)
-        else:
-            random = generator(self.seed, Stream.PREVIEW, step, index)
+            return generator(prompt.seed, Stream.PREVIEW)
+        return generator(self.seed, Stream.PREVIEW, step, index)
+
+    def _sample(
+        self,
+        prompt: SamplePrompt,
+        shape_CHW: tuple[int, int, int],
+        denoise: "GuidedDenoiser",
+        random: np.random.Generator,
+        device: torch.device,
+    ) -> Tensor:
+        """The latents (1, C, H, W) of one prompt. Noise comes from the CPU: a seed means the same everywhere."""
         torch_generator = torch.Generator().manual_seed(int(random.integers(2**63)))
         sampler = make_sampler(prompt.sample_sampler or self.default_sampler, self.schedule, self.prediction)
         sampler.set_timesteps(prompt.sample_steps, device=device)
-        noise_CHW = random.standard_normal((4, prompt.height // 8, prompt.width // 8), dtype=np.float32)
+        noise_CHW = random.standard_normal(shape_CHW, dtype=np.float32)
         latents_BCHW = torch.from_numpy(noise_CHW)[None].to(device) * sampler.init_noise_sigma
         takes_generator = "generator" in sampler.step.__code__.co_varnames
         extra = {"generator": torch_generator} if takes_generator else {}

@@ -24,7 +24,8 @@ def test_defaults_are_the_references():
 def test_every_flag_of_the_mission_is_taken_and_lands_in_an_option_group():
     args = parse(
         "--max_train_epoch=3", "--vae=v", "--tokenizer1_path=a", "--tokenizer2_path=b", "--enable_bucket",
-        "--bucket_no_upscale", "--output_name=n", "--save_every_n_epochs=2", "--save_every_n_steps=5", "--save_precision=float",
+        "--bucket_no_upscale", "--output_name=n", "--save_every_n_epochs=2", "--save_every_n_steps=5",
+        "--save_precision=float",
         "--save_model_as=ckpt", "--logging_dir=l", "--gradient_checkpointing", "--gradient_accumulation_steps=2",
         "--train_text_encoder", "--learning_rate_te1=1e-7", "--learning_rate_te2=1e-7", "--lr_warmup_steps=4",
         "--lr_scheduler=cosine_with_restarts", "--lr_scheduler_num_cycles=2", "--lr_scheduler_power=2", "--seed=1",

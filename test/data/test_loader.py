@@ -131,9 +131,9 @@ def fake_tokenize(captions):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_captions_become_token_ids_in_the_workers(shards, workers):
     for batch in Set(shards).loader(Share(3), 2, tokenize=fake_tokenize, workers=workers):
-        assert batch.ids1.shape == batch.ids2.shape == (3, 1, 77)
-        assert batch.ids1[:, 0, 0].tolist() == [len(caption) for caption in batch.captions]
-        assert (batch.ids2 == batch.ids1 + 1).all()
+        assert batch.ids[0].shape == batch.ids[1].shape == (3, 1, 77)
+        assert batch.ids[0][:, 0, 0].tolist() == [len(caption) for caption in batch.captions]
+        assert (batch.ids[1] == batch.ids[0] + 1).all()
 
 
 def break_images(folder, numbers):

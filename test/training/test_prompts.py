@@ -16,7 +16,8 @@ def read(tmp_path, text, name="prompts.txt"):
 
 def test_a_text_line_takes_options_in_any_case_and_order(tmp_path):
     assert read(
-        tmp_path, "# comment\n\na red ball, 3-d --W 640 --h 517 --d 42 --s 20 --l 4.5 --n blurry, low quality --ss euler_a\nplain\n"
+        tmp_path, "# comment\n\na red ball, 3-d --W 640 --h 517 --d 42 --s 20 --l 4.5 --n blurry, low quality"
+        " --ss euler_a\nplain\n",
     ) == [
         SamplePrompt("a red ball, 3-d", "blurry, low quality", 640, 512, 42, 20, 4.5, "euler_a"),
         SamplePrompt("plain", "", 512, 512, None, 30, 7.5, None),
@@ -35,7 +36,8 @@ def test_json_and_toml_hold_the_same_fields(tmp_path):
     }
     expected = [SamplePrompt("a cat", "dog", 64, 128, 1, 5, 3, None)]
     assert read(tmp_path, json.dumps([entry]), "p.json") == expected
-    text = '[prompt]\nwidth=64\nheight=128\nseed=1\n[[prompt.subset]]\nprompt="a cat"\nsample_steps=5\nscale=3\nnegative_prompt="dog"\n'
+    text = '[prompt]\nwidth=64\nheight=128\nseed=1\n[[prompt.subset]]\nprompt="a cat"\nsample_steps=5\n'
+    text += 'scale=3\nnegative_prompt="dog"\n'
     assert read(tmp_path, text, "p.toml") == expected
 
 

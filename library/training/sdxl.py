@@ -1,0 +1,199 @@
+"""SDXL pre-training as a task of the loop: how a batch becomes a loss, what is saved, what is sampled.
+
+Legend: B batch, C channels, H W latent rows and columns, T text tokens, V vector conditions.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from library.cli.model import ModelOptions
+from library.data.loader import MicroBatch
+from library.diffusion.draws import normal, timesteps
+from library.diffusion.schedule import NoiseSchedule, prediction_type
+from library.errors import InputError
+from library.keyed_random import Stream
+from library.models.checkpoint import load_sdxl, save_sdxl
+from library.models.conditioned_unet import ConditionedUNet
+from library.models.metadata import modelspec
+from library.models.text_encoders import tokenize
+from library.models.vae import decode_latents, encode_images, latent_shape
+from library.training.assembly import Options, Surroundings
+from library.training.memory import estimate
+from library.training.optimizers import ParameterGroup
+from library.training.precision import DTYPES, SAVE_DTYPES
+from library.training.preview import GuidedDenoiser, Previewer
+from library.training.prompts import SamplePrompt, read_prompts
+
+logger = logging.getLogger(__name__)
+
+
+class SDXLPretraining:
+    """Trains SDXL's U-Net and, if asked, both text encoders on the noise-prediction loss."""
+
+    network_name = "SDXL"
+
+    def __init__(self, model_options: ModelOptions, options: Options, surroundings: Surroundings) -> None:
+        self.model_options, self.options, self.surroundings = model_options, options, surroundings
+        self.accelerator, self.seed, self.device = surroundings.accelerator, surroundings.seed, surroundings.device
+        self.learning_rates = _learning_rates(options)
+        self.model = load_sdxl(
+            model_options.pretrained_model_name_or_path,
+            vae=model_options.vae,
+            tokenizer1=model_options.tokenizer1_path,
+            tokenizer2=model_options.tokenizer2_path,
+        )
+        self.prediction = prediction_type(
+            "v_prediction"
+            if model_options.v_parameterization
+            else self.model.scheduler_config.get("prediction_type", "epsilon")
+        )
+        if model_options.zero_terminal_snr and self.prediction.name == "epsilon":
+            raise InputError(
+                "--zero_terminal_snr cannot act on epsilon prediction, which says nothing about pure noise; "
+                "add --v_parameterization"
+            )
+        schedule = NoiseSchedule.from_config(self.model.scheduler_config, model_options.zero_terminal_snr)
+        self.previewer = self._previewer(schedule)
+        self._place(schedule)
+
+    def _place(self, schedule: NoiseSchedule) -> None:
+        """Choose precisions and the attention backend, move everything to the device."""
+        half = DTYPES[self.options.run.mixed_precision]
+        self.module = ConditionedUNet(
+            self.model,
+            train_te1=self.learning_rates["text_encoder1"] > 0,
+            train_te2=self.learning_rates["text_encoder2"] > 0,
+            gradient_checkpointing=self.options.run.gradient_checkpointing,
+        )
+        self.module.cast_frozen(half)
+        self.module.unet.set_attention_backend("npu" if self.model_options.enable_npu_flash_attention else "sdpa")
+        vae_dtype = torch.float32 if self.model_options.no_half_vae else half
+        if vae_dtype == torch.float16 and not self.model_options.vae:
+            logger.warning(
+                "the model's own VAE runs in fp16; SDXL's stock VAE overflows there: if the loss is not finite, use "
+                "--vae=madebyollin/sdxl-vae-fp16-fix or --no_half_vae"
+            )
+        nn.Module.to(self.model.vae.requires_grad_(False).eval(), self.device, vae_dtype)
+        self.module.to(self.device)
+        self.schedule = schedule.to(self.device)
+
+    def parameter_groups(self) -> Sequence[ParameterGroup]:
+        """The U-Net's parameters and those of each text encoder that trains."""
+        parts = {
+            "unet": list(self.module.unet.parameters()),
+            "text_encoder1": self.module.trained_te1,
+            "text_encoder2": self.module.trained_te2,
+        }
+        return [ParameterGroup(name, part, self.learning_rates[name]) for name, part in parts.items() if part]
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids for both text encoders."""
+        length = self.model_options.max_token_length
+        return tokenize(self.model.tokenizer1, captions, length), tokenize(self.model.tokenizer2, captions, length)
+
+    def loss(self, module: nn.Module, batch: MicroBatch) -> Tensor:
+        """Mean squared error of the prediction (Ho et al., 2006.11239, equation 14, on latents)."""
+        places = batch.places_B.tolist()
+        latents_BCHW = self._latents(batch, places)
+        shape_CHW = (latents_BCHW.shape[1], latents_BCHW.shape[2], latents_BCHW.shape[3])
+        noise_BCHW = normal(self.seed, Stream.NOISE, batch.step, places, shape_CHW).to(self.device)
+        t_B = timesteps(self.seed, batch.step, places, self.schedule.timesteps).to(self.device)
+        noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, t_B)
+        ids1_BK77, ids2_BK77 = (ids_BK77.to(self.device) for ids_BK77 in batch.ids)
+        predicted_BCHW = module(noisy_BCHW, t_B, ids1_BK77, ids2_BK77, batch.size_ids_B6.to(self.device))
+        target_BCHW = self.prediction.target(self.schedule, latents_BCHW, noise_BCHW, t_B)
+        return nn.functional.mse_loss(predicted_BCHW.float(), target_BCHW)
+
+    def _latents(self, batch: MicroBatch, places: Sequence[int]) -> Tensor:
+        """The images' latents (B, C, H, W), drawn from the VAE's posterior."""
+        vae, images_BHWC = self.model.vae, batch.images_BHWC
+        noise_BCHW = normal(self.seed, Stream.VAE, batch.step, places, self._latent_shape(*images_BHWC.shape[1:3]))
+        return encode_images(vae, images_BHWC.to(self.device), noise_BCHW.to(self.device))
+
+    def save(self, stem: str) -> Path:
+        """Write the whole model, complete or not at all."""
+        saving = self.options.saving
+        return save_sdxl(
+            self.model,
+            saving.output_dir / stem,
+            saving.save_model_as or self._loaded_form(),
+            SAVE_DTYPES[saving.save_precision],
+            modelspec(title=stem, resolution_wh_px=self.options.data.resolution, prediction_type=self.prediction.name),
+        )
+
+    def _loaded_form(self) -> str:
+        """The form that checkpoints take without --save_model_as: that of the model the run started from."""
+        single_file = Path(self.model_options.pretrained_model_name_or_path).is_file()
+        return "safetensors" if single_file else "diffusers_safetensors"
+
+    def _previewer(self, schedule: NoiseSchedule) -> Previewer | None:
+        """The previewer that --sample_prompts asks for, checked before anything trains."""
+        preview = self.options.preview
+        if preview.sample_prompts is None:
+            if preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs:
+                raise InputError("--sample_at_first and --sample_every_n_... sample nothing without --sample_prompts")
+            return None
+        saving = self.options.saving
+        previewer = Previewer(
+            read_prompts(preview.sample_prompts),
+            saving.output_dir,
+            saving.output_name,
+            preview.sample_sampler,
+            schedule,
+            self.prediction,
+            self.seed,
+        )
+        previewer.check()
+        return previewer
+
+    @torch.no_grad()
+    def preview(self, position: str, step: int) -> None:
+        """Sample the preview prompts with the weights as they are."""
+        if self.previewer is not None:
+            with self.accelerator.autocast():
+                self.previewer.run(self._denoiser, self._decode, self._latent_shape, position, step, self.device)
+
+    def _denoiser(self, prompt: SamplePrompt) -> GuidedDenoiser:
+        """The U-Net with a prompt's conditions, in row 0, and its negative prompt's, in row 1."""
+        ids1, ids2 = self.tokenize([prompt.prompt, prompt.negative_prompt])
+        size_hw = (prompt.height, prompt.width)
+        size_ids_26 = torch.tensor([[*size_hw, 0, 0, *size_hw]] * 2, dtype=torch.float32, device=self.device)
+        context_2TC, vector_2V = self.module.conditions(ids1.to(self.device), ids2.to(self.device), size_ids_26)
+        return GuidedDenoiser(self.module.unet, context_2TC, vector_2V, prompt.scale)
+
+    def _decode(self, latents_BCHW: Tensor) -> Tensor:
+        return decode_latents(self.model.vae, latents_BCHW)
+
+    def _latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        return latent_shape(self.model.vae, height_px, width_px)
+
+    def memory_lines(self, bucket_px: tuple[int, int]) -> list[str]:
+        """What a step needs at a bucket's width and height, found by running it on shapes alone."""
+        width, height = bucket_px
+        batch = self.options.data.train_batch_size
+        ids_BK77 = self.tokenize([""] * batch)[0].to("meta")
+        noisy_BCHW = torch.empty(batch, *self._latent_shape(height, width), device="meta")
+        compute_dtype = DTYPES[self.options.run.mixed_precision]
+
+        def step(shapes: nn.Module) -> Tensor:
+            t_B, size_ids_B6 = torch.zeros(batch, device="meta"), torch.zeros(batch, 6, device="meta")
+            return shapes(noisy_BCHW.to(compute_dtype), t_B, ids_BK77, ids_BK77, size_ids_B6).float().mean()
+
+        return estimate(self.module, [self.model.vae], compute_dtype, step).lines()
+
+
+def _learning_rates(options: Options) -> dict[str, float]:
+    """Rates by part; a text encoder that does not train has 0. Flags that cannot act are an error."""
+    optimization = options.optimization
+    unet, te1, te2 = optimization.learning_rate, optimization.learning_rate_te1, optimization.learning_rate_te2
+    if optimization.train_text_encoder:
+        te1, te2 = unet if te1 is None else te1, unet if te2 is None else te2
+        return {"unet": unet, "text_encoder1": te1, "text_encoder2": te2}
+    for flag, rate in (("--learning_rate_te1", te1), ("--learning_rate_te2", te2)):
+        if rate:
+            raise InputError(f"{flag}={rate:g} trains nothing without --train_text_encoder; add that, or leave it out")
+    return {"unet": unet, "text_encoder1": 0.0, "text_encoder2": 0.0}

@@ -1,0 +1,124 @@
+"""A tiny SDXL with random weights, made of what diffusers and transformers build, for all tests of models."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other, above all beside loader workers
+
+WORDS = ["cat", "dog", "red", "blue", "photo", "of", "a"]
+
+
+def _byte_letters() -> list[str]:
+    """The printable stand-ins of the 256 bytes in byte-level BPE (Radford et al. 2019), "!" first."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + place) for place in range(len(others))]
+
+
+def _tokenizer(pad_token: str):
+    from transformers import CLIPTokenizer
+
+    vocabulary = [letter + end for end in ("", "</w>") for letter in _byte_letters()]
+    merges = []
+    for word in WORDS:
+        left = word[0]
+        for place, letter in enumerate(word[1:], start=1):
+            right = letter + ("</w>" if place == len(word) - 1 else "")
+            if (left, right) not in merges:
+                merges.append((left, right))
+                vocabulary.append(left + right)
+            left += right
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(vocabulary)},
+        merges=merges,
+        pad_token=pad_token,
+        model_max_length=77,
+    )
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    """As SDXL's: the first pads with EOS, the second with "!", whose id is 0."""
+    return _tokenizer("<|endoftext|>"), _tokenizer("!")
+
+
+@pytest.fixture(scope="session")
+def text_encoders(tokenizers):
+    """CLIP-L of width 64 with 3 layers and bigG of width 128 with 2, configured as SDXL's are."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    common = {
+        "vocab_size": len(tokenizers[0]),
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "initializer_factor": 4.0,  # far enough from zero that a wrong layer or place is seen
+    }
+    torch.manual_seed(1)
+    first = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=1, projection_dim=64,
+            hidden_act="quick_gelu", **common,
+        )
+    )  # fmt: skip
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            hidden_size=128, intermediate_size=160, num_hidden_layers=2, num_attention_heads=2, projection_dim=128,
+            hidden_act="gelu", **common,
+        )
+    )  # fmt: skip
+    for encoder in (first, second):
+        for parameter in encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return first.eval(), second.eval()
+
+
+@pytest.fixture(scope="session")
+def vae():
+    """An AutoencoderKL of two levels, 32 and 64 channels."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(2)
+    return AutoencoderKL(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        sample_size=64,
+        scaling_factor=0.13025,
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def sdxl(tokenizers, text_encoders, vae):
+    """All of a tiny SDXL: three levels with none, one and two transformer layers."""
+    from library.models.sdxl import SDXLModel
+    from library.models.unet import UNet, UNetConfig
+
+    torch.manual_seed(3)
+    unet = UNet(
+        UNetConfig(
+            model_channels=64,
+            channel_mult=(1, 2, 2),
+            num_res_blocks=1,
+            transformer_depth=(0, 1, 2),
+            transformer_depth_middle=2,
+            context_dim=64 + 128,
+            adm_in_channels=128 + 6 * 256,
+        )
+    )
+    for parameter in unet.parameters():  # the zero-initialised ones, too
+        torch.nn.init.normal_(parameter, std=0.05)
+    return SDXLModel(unet.eval(), vae, *text_encoders, *tokenizers)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(sdxl, tmp_path_factory):
+    """The tiny model as a diffusers folder, what a run starts from."""
+    from library.models.checkpoint import save_sdxl
+    from library.models.metadata import modelspec
+
+    metadata = modelspec(title="tiny", resolution_wh_px=(64, 64), prediction_type="epsilon")
+    return save_sdxl(sdxl, tmp_path_factory.mktemp("tiny") / "sdxl", "diffusers_safetensors", None, metadata)

@@ -1,0 +1,235 @@
+"""sdxl_pretrain.py from the command line to its files, on a tiny SDXL and small shards."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+import sdxl_pretrain
+from library.models.checkpoint import load_sdxl
+from library.training.sdxl import SDXLPretraining
+
+COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220), "green": (40, 180, 70)}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two shards of 12 pictures, 4 of each aspect ratio, captions in .txt and .json, no sidecars."""
+    folder = tmp_path_factory.mktemp("shards")
+    sizes = [(64, 64), (96, 48), (48, 96)]
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(12):
+                name, colour = list(COLOURS.items())[number % 3]
+                width, height = sizes[number // 4]
+                image = io.BytesIO()
+                Image.new("RGB", (width, height), colour).save(image, "JPEG")
+                facts = {"caption": f"a {name} picture", "width": width, "height": height}
+                members = {
+                    "jpg": image.getvalue(),
+                    "txt": facts["caption"].encode(),
+                    "json": json.dumps(facts).encode(),
+                }
+                for extension, content in members.items():
+                    member = tarfile.TarInfo(f"{shard:05d}{number:04d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture
+def train(tiny_sdxl_folder, shards, tmp_path, capfd):
+    """Runs the script on the tiny model; returns (exit status, output folder, what it printed)."""
+
+    def run(*arguments, out="out", data=shards):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        status = sdxl_pretrain.main(
+            [
+                f"--pretrained_model_name_or_path={tiny_sdxl_folder}", f"--train_data_dir={data}", "--resolution=64",
+                "--enable_bucket", "--min_bucket_reso=32", "--max_bucket_reso=128", "--bucket_reso_steps=16",
+                "--caption_extension=.txt", f"--output_dir={tmp_path / out}", "--max_data_loader_n_workers=0",
+                "--seed=1",                "--learning_rate=1e-3", *arguments,
+            ]
+        )  # fmt: skip
+        printed = capfd.readouterr()
+        return status, tmp_path / out, printed.out + printed.err
+
+    return run
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def samples_seen(monkeypatch):
+    """Names of the samples of every step, as the loss sees them."""
+    seen = []
+    real = SDXLPretraining.loss
+
+    def loss(self, module, batch):
+        seen.append((batch.step, tuple(batch.names)))
+        return real(self, module, batch)
+
+    monkeypatch.setattr(SDXLPretraining, "loss", loss)
+    return seen
+
+
+def test_a_run_leaves_weights_samples_metrics_and_the_final_block(train, tmp_path, tiny_sdxl_folder):
+    (tmp_path / "prompts.txt").write_text(
+        "a red picture --w 64 --h 48 --s 2 --l 3 --d 7\na blue picture --w 64 --h 64 --s 1 --l 1\n"
+    )
+    status, out, printed = train(
+        "--train_batch_size=2", "--max_train_steps=4", "--save_every_n_steps=2", "--save_model_as=safetensors",
+        "--output_name=tiny", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first",
+        "--sample_every_n_steps=4", "--sample_sampler=euler", "--case_name=SDXL_bs2_1p_acc",
+        f"--logging_dir={tmp_path / 'logs'}",
+    )  # fmt: skip
+    assert status == 0, printed
+    names = {path.name for path in out.glob("*.safetensors")}
+    assert names == {"tiny-step00000002.safetensors", "tiny-step00000004.safetensors", "tiny.safetensors"}
+    block = printed[printed.index("------------------ Final result ------------------") :].splitlines()
+    assert block[1].startswith("Final Performance images/sec : ") and float(block[1].split(":")[1]) > 0
+    assert float(block[2].removeprefix("Final Train Loss : ")) > 0
+    case = dict(line.split(" = ") for line in (out / "SDXL_bs2_1p_acc.log").read_text().splitlines())
+    assert case["ActualFPS"] == block[1].split(": ")[1]
+    assert case["ActualLoss"] == block[2].split(": ")[1]
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["images_per_second"] > 0 for line in lines)
+    samples = sorted((out / "sample").glob("*.png"))
+    assert [Image.open(path).size for path in samples] == [(64, 48), (64, 64)] * 2
+    assert samples[0].name.startswith("tiny_") and samples[0].name.endswith("_000000_00_7.png")
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_what_is_asked_to_train_trains_and_nothing_else_does(train, tiny_sdxl_folder):
+    before = load_sdxl(str(tiny_sdxl_folder))
+    common = ("--train_batch_size=2", "--max_train_steps=2", "--save_model_as=diffusers_safetensors")
+    for out, arguments, te1_trains, te2_trains in (
+        ("unet", (), False, False),
+        ("both", ("--train_text_encoder", "--learning_rate_te1=1e-3"), True, True),
+        ("second", ("--train_text_encoder", "--learning_rate_te1=0"), False, True),
+    ):
+        status, folder, printed = train(*common, *arguments, out=out)
+        assert status == 0, printed
+        after = load_sdxl(str(folder / "last"))
+        assert not torch.equal(after.unet.out[2].weight, before.unet.out[2].weight)
+        for part, trains in (("text_encoder1", te1_trains), ("text_encoder2", te2_trains), ("vae", False)):
+            old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
+            assert all(torch.equal(old[key], new[key]) for key in old) != trains, (out, part)
+
+
+def test_the_same_command_gives_the_same_weights_with_any_number_of_workers(train):
+    common = (
+        "--train_batch_size=2", "--max_train_steps=3", "--save_model_as=safetensors", "--shuffle_caption",
+        "--caption_dropout_rate=0.3",
+    )  # fmt: skip
+    weights = []
+    for out, workers in (("a", 0), ("b", 0), ("c", 2)):
+        _, folder, _ = train(*common, f"--max_data_loader_n_workers={workers}", out=out)
+        weights.append(load_file(folder / "last.safetensors"))
+    first, *others = weights
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+
+
+def test_accumulated_batches_are_the_large_batch(train, monkeypatch):
+    seen, weights = samples_seen(monkeypatch), []
+    for out, batch, accumulation in (("large", 4, 1), ("small", 1, 4)):
+        arguments = (
+            f"--train_batch_size={batch}",
+            f"--gradient_accumulation_steps={accumulation}",
+            "--max_train_steps=3",
+        )
+        # SGD-like epsilon: Adam turns the sign of a gradient that is rounding noise into a whole step
+        _, folder, _ = train(
+            *arguments, "--max_train_steps=3", "--save_model_as=safetensors", "--optimizer_args", "eps=1e-3", out=out
+        )
+        weights.append((load_file(folder / "last.safetensors"), metrics(folder)))
+    (large, large_metrics), (small, small_metrics) = weights
+    assert sum((names for _, names in seen[:3]), ()) == sum((names for _, names in seen[3:]), ())
+    for one, four in zip(large_metrics, small_metrics, strict=True):
+        assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    for key, value in large.items():
+        torch.testing.assert_close(small[key], value, rtol=1e-5, atol=2e-6)
+
+
+def test_epochs_count_full_batches_and_name_their_checkpoints(train):
+    status, out, printed = train(
+        "--train_batch_size=4", "--max_train_epoch=3", "--save_every_n_epochs=1", "--save_model_as=safetensors"
+    )
+    assert status == 0, printed
+    assert "override steps. steps for 3 epochs is 18" in printed  # 24 images, 8 in each of three buckets
+    assert len(metrics(out)) == 18
+    assert [line["epoch"] for line in metrics(out)] == [0] * 6 + [1] * 6 + [2] * 6
+    names = {path.name for path in out.glob("*.safetensors")}
+    assert names == {"epoch-000001.safetensors", "epoch-000002.safetensors", "last.safetensors"}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains(train, precision):
+    status, out, printed = train(
+        "--train_batch_size=1", "--max_train_steps=1", f"--mixed_precision={precision}", "--no_half_vae"
+    )
+    assert status == 0, printed
+    assert metrics(out)[0]["updated"]
+
+
+def test_a_dry_run_tells_the_plan_and_trains_nothing(train):
+    status, out, printed = train("--train_batch_size=4", "--max_train_steps=7", "--dry_run", "--gradient_checkpointing")
+    assert status == 0, printed
+    for line in (
+        "total optimization steps: 7",
+        "number of trainable parameters",
+        "bucket 0: resolution",
+        "estimated device memory",
+    ):
+        assert line in printed
+    assert "Final result" not in printed
+    assert not list(out.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer_type=Lion"], "--optimizer_type 'Lion'"),
+        (["--train_batch_size=100"], "24"),
+        (["--resolution=64", "--bucket_reso_steps=12"], "bucket_reso_steps"),
+        (["--learning_rate_te1=1e-5"], "--train_text_encoder"),
+        (["--sample_at_first"], "--sample_prompts"),
+        (["--sample_prompts=/no/such/file.txt"], "/no/such/file.txt"),
+        (["--zero_terminal_snr"], "--v_parameterization"),
+        (["--pretrained_model_name_or_path=/no/such/model"], "/no/such/model"),
+        (["--lr_warmup_steps=10", "--lr_scheduler=constant"], "constant_with_warmup"),
+        (["--tokenizer1_path=/no/such/tokenizer"], "/no/such/tokenizer"),
+    ],
+)
+def test_bad_input_is_named_and_ends_with_status_2(train, arguments, message):
+    status, _, printed = train("--train_batch_size=2", "--max_train_steps=1", *arguments)
+    error = next(line for line in printed.splitlines() if line.startswith("error: "))
+    assert status == 2
+    assert message in error
+    assert "Traceback" not in printed and "Final result" not in printed
+
+
+def test_an_empty_folder_says_what_was_looked_for(train, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, _, printed = train(data=tmp_path / "empty")
+    assert status == 2
+    assert str(tmp_path / "empty") in printed and ".tar" in printed and ".jpg" in printed
+
+
+def test_a_loss_that_is_never_finite_fails_the_run_without_a_block(train, monkeypatch):
+    monkeypatch.setattr(
+        SDXLPretraining, "loss", lambda self, module, batch: module.unet.out[2].bias.sum() * float("nan")
+    )
+    status, out, printed = train("--train_batch_size=2", "--max_train_steps=9")
+    assert status == 1
+    assert "training stopped: loss not finite at step 3" in printed
+    assert "Final result" not in printed
+    assert not list(out.glob("last*"))

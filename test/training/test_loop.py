@@ -1,0 +1,223 @@
+"""The training loop: accumulation, clipping, loss scaling, what is not finite, when things are saved."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from library.errors import TrainingError
+from library.training.loop import LoopOptions, Trainer
+from library.training.metrics import MetricsWriter
+from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.precision import make_accelerator
+
+FEATURES = 6
+
+
+class FixedEpochs:
+    """Epochs of four steps."""
+
+    def epoch_of_step(self, step):
+        return step // 4
+
+    def steps_before_epoch(self, epoch):
+        return 4 * epoch
+
+
+class Regression:
+    """A task whose module is one linear layer; `blow_up` names steps whose loss is scaled by a factor."""
+
+    def __init__(self, blow_up=None):
+        self.blow_up = blow_up or {}
+        self.saved, self.previews, self.losses_asked = [], [], []
+
+    def loss(self, module, batch):
+        self.losses_asked.append(batch.step)
+        factor = self.blow_up.get(batch.step, 1.0)
+        return ((module(batch.inputs) - batch.targets).float().pow(2).mean()) * factor
+
+    def save(self, stem):
+        self.saved.append(stem)
+        return stem
+
+    def preview(self, position, step):
+        self.previews.append((position, step))
+
+
+def micro_batches(steps, accumulation, batch):
+    for step in range(steps):
+        random = torch.Generator().manual_seed(step)
+        inputs = torch.randn(accumulation * batch, FEATURES, generator=random)
+        targets = torch.randn(accumulation * batch, 2, generator=random)
+        for micro in range(accumulation):
+            part = slice(micro * batch, (micro + 1) * batch)
+            yield SimpleNamespace(
+                step=step,
+                inputs=inputs[part],
+                targets=targets[part],
+                names=[f"{step}-{i}" for i in range(batch)],
+                quarantined=[],
+            )
+
+
+def train(
+    tmp_path, task=None, steps=8, accumulation=1, batch=12, precision="no", max_grad_norm=1.0, batches=None, **options
+):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = make_accelerator(precision)
+    torch.manual_seed(0)
+    module = nn.Linear(FEATURES, 2)
+    optimizer = make_optimizer("AdamW", [ParameterGroup("unet", list(module.parameters()), 0.05)], [])
+    schedule = make_lr_schedule("linear", optimizer, steps, 0, 1, 1.0)
+    prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
+    loop_options = LoopOptions(steps, accumulation, accumulation * batch, max_grad_norm, tmp_path, **options)
+    writer = MetricsWriter(tmp_path, None, steps)
+    trainer = Trainer(
+        task or Regression(), accelerator, prepared, prepared_optimizer, schedule, FixedEpochs(), loop_options, writer
+    )
+    try:
+        report = trainer.train(batches or micro_batches(steps, accumulation, batch))
+    finally:
+        writer.close()
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return module, report, metrics
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_the_loop_is_the_plain_loop_of_torch(tmp_path, max_grad_norm):
+    module, report, metrics = train(tmp_path, max_grad_norm=max_grad_norm)
+    torch.manual_seed(0)
+    peer = nn.Linear(FEATURES, 2)
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=0.05, foreach=False)
+    losses = []
+    for step, batch in enumerate(micro_batches(8, 1, 12)):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 8)
+        loss = (peer(batch.inputs) - batch.targets).pow(2).mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(peer.parameters(), max_grad_norm or math.inf)
+        assert metrics[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        optimizer.step()
+    assert [line["loss"] for line in metrics] == pytest.approx(losses, rel=1e-5)
+    assert [line["lr"]["unet"] for line in metrics] == pytest.approx([0.05 * (1 - step / 8) for step in range(8)])
+    torch.testing.assert_close(module.weight, peer.weight, rtol=1e-5, atol=1e-6)
+    assert report.average_loss == pytest.approx(sum(losses) / 8, rel=1e-5)
+    assert report.images_per_second > 0
+
+
+def test_accumulated_micro_batches_are_the_large_batch(tmp_path):
+    for folder in ("large", "small"):
+        (tmp_path / folder).mkdir()
+    large, _, large_metrics = train(tmp_path / "large", accumulation=1, batch=12)
+    small, _, small_metrics = train(tmp_path / "small", accumulation=4, batch=3)
+    torch.testing.assert_close(small.weight, large.weight, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(small.bias, large.bias, rtol=1e-5, atol=1e-7)
+    for one, four in zip(large_metrics, small_metrics, strict=True):
+        assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+
+def test_an_fp16_overflow_repeats_the_step_at_a_smaller_scale_and_moves_nothing_else(tmp_path):
+    # 2**16 times a gradient of some 1000 is beyond fp16's 65504 until the scale has fallen
+    task = Regression(blow_up={3: 3000.0})
+    _, report, metrics = train(tmp_path, task, precision="fp16")
+    assert report.overflows == metrics[3]["overflows"] > 0
+    assert task.losses_asked.count(3) == 1 + report.overflows
+    assert [line["step"] for line in metrics] == list(range(1, 9))
+    assert [line["lr"]["unet"] for line in metrics] == pytest.approx([0.05 * (1 - step / 8) for step in range(8)])
+    assert metrics[3]["loss_scale"] == 2.0 ** (16 - report.overflows)
+    assert all(line["updated"] for line in metrics)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_follows_fp32_and_clips_the_true_gradient(tmp_path, precision):
+    for folder in ("fp32", "half"):
+        (tmp_path / folder).mkdir()
+    exact, _, exact_metrics = train(tmp_path / "fp32", max_grad_norm=0.1)
+    half, _, half_metrics = train(tmp_path / "half", max_grad_norm=0.1, precision=precision)
+    torch.testing.assert_close(half.weight, exact.weight, rtol=0.02, atol=0.02)
+    for one, other in zip(exact_metrics, half_metrics, strict=True):
+        # a norm of scaled gradients would be 65536 times as large
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.05)
+
+
+def test_gradients_that_overflow_at_every_scale_stop_the_run_and_name_the_samples(tmp_path):
+    class Broken(Regression):
+        def loss(self, module, batch):
+            loss = super().loss(module, batch)
+            return _NaNGradient.apply(loss)
+
+    with pytest.raises(TrainingError, match=r"overflow fp16 at every loss scale.*0-0, 0-1"):
+        train(tmp_path, Broken(), precision="fp16")
+
+
+class _NaNGradient(torch.autograd.Function):
+    """Finite forward, NaN backward."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.nan
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_one_loss_that_is_not_finite_leaves_the_weights_alone_and_goes_on(tmp_path, precision):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    _, report, metrics = train(
+        tmp_path / "a", Regression(blow_up={2: math.nan, 3: math.inf, 5: math.nan}), precision=precision
+    )
+    assert report.steps_not_updated == 3
+    assert [line["updated"] for line in metrics] == [step not in (2, 3, 5) for step in range(8)]
+    assert metrics[2]["loss"] is None
+    assert all(math.isfinite(line["average_loss"]) for line in metrics)
+
+
+def test_three_losses_running_that_are_not_finite_stop_the_run(tmp_path):
+    with pytest.raises(
+        TrainingError, match=r"loss not finite at step 5, 3 steps running; the weights are those of step 2.*4-0, 4-1"
+    ):
+        train(tmp_path, Regression(blow_up={2: math.nan, 3: math.inf, 4: math.nan}))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 5  # what was measured is on disk
+
+
+def test_a_gradient_that_is_not_finite_in_fp32_never_reaches_the_weights(tmp_path):
+    class Broken(Regression):
+        def loss(self, module, batch):
+            loss = super().loss(module, batch)
+            return _NaNGradient.apply(loss) if batch.step == 4 else loss
+
+    module, report, metrics = train(tmp_path, Broken())
+    assert report.steps_not_updated == 1 and not metrics[4]["updated"]
+    assert torch.isfinite(module.weight).all()
+
+
+def test_checkpoints_and_previews_come_when_due(tmp_path):
+    task = Regression()
+    train(
+        tmp_path,
+        task,
+        preview_at_first=True,
+        checkpoints_due=lambda steps, epochs: [f"s{steps}"] * (steps % 3 == 0) + [f"e{epochs}"] * (epochs is not None),
+        previews_due=lambda steps, epochs: [f"e{epochs:06d}"] if epochs else [],
+    )
+    assert task.saved == ["s3", "e1", "s6", "e2"]
+    assert task.previews == [("000000", 0), ("e000001", 4), ("e000002", 8)]
+
+
+def test_samples_that_could_not_be_read_are_listed(tmp_path):
+    batches = list(micro_batches(8, 1, 12))
+    batches[2].quarantined = [("00000.tar:0000007", "truncated")]
+    _, report, _ = train(tmp_path, batches=iter(batches))
+    assert report.quarantined == 1
+    (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 3, "sample": "00000.tar:0000007", "reason": "truncated"}
