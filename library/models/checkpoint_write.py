@@ -78,10 +78,13 @@ def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode  # as the umask has it; safetensors' own writer makes files that only the owner can read
     try:
         save_file(tensors, path, {"format": "pt", **metadata, HASH_KEY: HASH_PLACEHOLDER})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    path.chmod(mode)
     fill_hash(path)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from library.errors import InputError
-from library.models import checkpoint_write
+from library.models import checkpoint_write, single_file
 from library.models.checkpoint import load_sdxl, load_vae, save_sdxl
 from library.models.infer_configs import clip_config, unet_config, vae_config
 from library.models.metadata import modelspec, read_metadata
@@ -203,6 +203,38 @@ def test_configurations_of_the_published_sdxl_follow_from_its_shapes():
         assert (found["num_attention_heads"], found["num_hidden_layers"], found["projection_dim"]) == (20, 32, 1280)
 
 
+def test_a_model_of_sdxls_size_has_the_published_files_tensors():
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        names = single_file.join(
+            SDXLModel(
+                UNet(),
+                AutoencoderKL(
+                    block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+                    up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
+                ),
+                CLIPTextModel(CLIPTextConfig(hidden_size=768, num_hidden_layers=12)),
+                CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, num_hidden_layers=32)),
+                None,
+                None,
+            )
+        )  # fmt: skip
+    # sd_xl_base_1.0.safetensors holds 2515; position_ids of CLIP-L and logit_scale of bigG are no parameters here.
+    assert len(names) == 2515 - 2
+    for name in (
+        "model.diffusion_model.output_blocks.2.2.conv.weight",
+        "model.diffusion_model.input_blocks.8.1.transformer_blocks.9.ff.net.0.proj.weight",
+        "first_stage_model.decoder.up.3.upsample.conv.bias",
+        "first_stage_model.encoder.mid.attn_1.proj_out.weight",
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.11.mlp.fc2.bias",
+        "conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight",
+        "conditioner.embedders.1.model.text_projection",
+    ):
+        assert name in names
+
+
 # VAE and tokenizers apart --------------------------------------------------------------------------------------------
 
 
@@ -318,6 +350,13 @@ def test_metadata_that_modelspec_does_not_know_is_refused():
         modelspec(title="a", resolution_wh_px=(1, 1), prediction_type="v", colour="red")
     with pytest.raises(InputError, match="sample"):
         modelspec(title="a", resolution_wh_px=(1, 1), prediction_type="sample")
+
+
+def test_what_is_written_can_be_read_by_whom_the_umask_lets(folder, single, tmp_path):
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    for path in (single, *(path for path in folder.rglob("*") if path.is_file())):
+        assert path.stat().st_mode == mode, path
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
