@@ -99,7 +99,7 @@ def make_inputs(case: Case) -> Inputs:
         torch.randn(latents),
         torch.randint(0, 1000, (batch,)),
         torch.randn(batch, TEXT_TOKENS, case.config.context_dim),
-        torch.randn(batch, case.config.adm_in_channels - SIZE_WIDTH),
+        torch.randn(batch, (case.config.adm_in_channels or SIZE_WIDTH) - SIZE_WIDTH),
         torch.randint(0, 2048, (batch, 6)).float(),
         torch.randn(latents),
     )

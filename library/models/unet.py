@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from library import device
 from library.errors import InputError
 from library.models.attention import attention, check_name
 
@@ -326,7 +325,7 @@ class UNet(nn.Module):
         if vector_BV is not None:
             emb_BE = emb_BE + self.label_emb(vector_BV.to(dtype))
 
-        h_BCHW = x_BCHW.contiguous(memory_format=_memory_format(x_BCHW))
+        h_BCHW = x_BCHW
         skips: list[Tensor] = []
         for stage in self.input_blocks:
             h_BCHW = stage(h_BCHW, emb_BE, context_BTX, h_BCHW.shape[-2:])
@@ -353,11 +352,6 @@ def _run(module: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
     return module(*inputs)
-
-
-def _memory_format(x_BCHW: Tensor) -> torch.memory_format:
-    """Channels last, so that pixels are tokens without a copy; Ascend's kernels bring a layout of their own."""
-    return torch.contiguous_format if device.is_npu(x_BCHW.device) else torch.channels_last
 
 
 def _tokens(x_BCHW: Tensor) -> Tensor:
