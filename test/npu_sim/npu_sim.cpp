@@ -1,0 +1,594 @@
+// A simulated NPU: torch's PrivateUse1 backend whose memory is the host's and whose kernels are the CPU's.
+//
+// Every operator without a kernel here goes through run_on_cpu: each npu tensor gets a CPU alias of the same memory, the
+// operator runs on the aliases, and what it made becomes npu tensors. What a real device refuses is refused: tensors on
+// two devices, CPU generators. Memory is counted per device, as tensors hold it.
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/CachingHostAllocator.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/core/impl/alloc_cpu.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <unordered_map>
+
+namespace {
+
+using at::Tensor;
+using c10::Device;
+using c10::DeviceIndex;
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+using c10::Storage;
+using torch::jit::Stack;
+
+constexpr auto NPU = c10::DeviceType::PrivateUse1;
+constexpr int MAX_DEVICES = 16;
+thread_local DeviceIndex current_device = 0;
+
+DeviceIndex device_count() {
+  static const int count = [] {
+    const char* asked = std::getenv("NPU_SIM_DEVICES");
+    return std::min(asked ? std::atoi(asked) : 8, MAX_DEVICES);
+  }();
+  return static_cast<DeviceIndex>(count);
+}
+
+DeviceIndex resolved(int64_t index) {
+  if (index < 0) return current_device;
+  TORCH_CHECK(index < device_count(), "npu: invalid device ordinal ", index, ", there are ", int(device_count()));
+  return static_cast<DeviceIndex>(index);
+}
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+struct Counter {
+  std::atomic<int64_t> now{0}, peak{0};
+  void add(int64_t bytes) {
+    const int64_t total = now += bytes;
+    for (int64_t seen = peak; total > seen && !peak.compare_exchange_weak(seen, total);) {
+    }
+  }
+};
+Counter counters[MAX_DEVICES];
+
+// Memory of one storage: its own, or that of the CPU storage in which a kernel left its result.
+struct Block {
+  void* owned;
+  int64_t bytes;
+  DeviceIndex device;
+  Storage host;
+};
+
+void free_block(void* context) {
+  auto* block = static_cast<Block*>(context);
+  counters[block->device].add(-block->bytes);
+  if (block->owned) c10::free_cpu(block->owned);
+  delete block;
+}
+
+c10::DataPtr new_block(size_t bytes, DeviceIndex device, Device label) {
+  void* data = bytes ? c10::alloc_cpu(bytes) : nullptr;
+  counters[device].add(static_cast<int64_t>(bytes));
+  return {data, new Block{data, static_cast<int64_t>(bytes), device, {}}, &free_block, label};
+}
+
+// index -1: the current device. as_cpu: for the aliases' storages, which kernels may resize.
+struct DeviceAllocator final : c10::Allocator {
+  DeviceIndex index = -1;
+  bool as_cpu = false;
+  c10::DataPtr allocate(size_t bytes) override {
+    const auto device = resolved(index);
+    return new_block(bytes, device, as_cpu ? Device(c10::kCPU) : Device(NPU, device));
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+DeviceAllocator allocator;
+DeviceAllocator alias_allocators[MAX_DEVICES];
+
+// Pinned host memory: ordinary memory that is remembered.
+struct PinnedAllocator final : at::HostAllocator {
+  static inline std::mutex mutex;
+  static inline std::map<const char*, size_t> blocks;
+  static void free(void* data) {
+    const std::lock_guard lock(mutex);
+    blocks.erase(static_cast<char*>(data));
+    c10::free_cpu(data);
+  }
+  c10::DataPtr allocate(size_t bytes) override {
+    void* data = c10::alloc_cpu(std::max<size_t>(bytes, 1));
+    const std::lock_guard lock(mutex);
+    blocks[static_cast<char*>(data)] = std::max<size_t>(bytes, 1);
+    return {data, data, &free, Device(c10::kCPU)};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+  bool record_event(void*, void*, c10::Stream) override { return true; }
+  void empty_cache() override {}
+  at::HostStats get_stats() override { return {}; }
+  void reset_accumulated_stats() override {}
+  void reset_peak_stats() override {}
+  static bool holds(const void* data) {
+    const std::lock_guard lock(mutex);
+    auto after = blocks.upper_bound(static_cast<const char*>(data));
+    if (after == blocks.begin()) return false;
+    --after;
+    return static_cast<const char*>(data) < after->first + after->second;
+  }
+};
+PinnedAllocator pinned_allocator;
+
+// ---- devices, streams, generators -------------------------------------------------------------------------------------
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return NPU; }
+  Device getDevice() const override { return Device(NPU, current_device); }
+  void setDevice(Device device) const override { current_device = resolved(device.index()); }
+  void uncheckedSetDevice(Device device) const noexcept override {
+    if (device.index() >= 0) current_device = device.index();
+  }
+  Device exchangeDevice(Device device) const override {
+    const auto before = getDevice();
+    setDevice(device);
+    return before;
+  }
+  c10::Stream getStream(Device device) const override {
+    return c10::Stream(c10::Stream::DEFAULT, Device(NPU, resolved(device.index())));
+  }
+  c10::Stream getDefaultStream(Device device) const override { return getStream(device); }
+  c10::Stream getStreamFromGlobalPool(Device device, bool) const override { return getStream(device); }
+  c10::Stream getNewStream(Device device, int) const override { return getStream(device); }
+  c10::Stream exchangeStream(c10::Stream stream) const override { return getStream(stream.device()); }
+  DeviceIndex deviceCount() const noexcept override { return device_count(); }
+  // Everything is done when it returns: events have always happened.
+  void record(void** event, const c10::Stream&, DeviceIndex, c10::EventFlag) const override { *event = &current_device; }
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override {}
+  void synchronizeEvent(void*) const override {}
+  void synchronizeDevice(DeviceIndex) const override {}
+  double elapsedTime(void*, void*, DeviceIndex) const override { return 0.0; }
+};
+
+// An npu generator is a CPU one under another name, so its numbers are its own.
+struct NpuGenerator final : c10::GeneratorImpl {
+  at::Generator host;
+  NpuGenerator(DeviceIndex index, at::Generator host)
+      : GeneratorImpl(Device(NPU, index), DispatchKeySet(DispatchKey::PrivateUse1)), host(std::move(host)) {}
+  void set_current_seed(uint64_t seed) override { host.set_current_seed(seed); }
+  void set_offset(uint64_t) override { TORCH_CHECK(false, "the simulated npu's generator has no offset"); }
+  uint64_t get_offset() const override { TORCH_CHECK(false, "the simulated npu's generator has no offset"); }
+  uint64_t current_seed() const override { return host.current_seed(); }
+  uint64_t seed() override { return host.seed(); }
+  void set_state(const c10::TensorImpl& state) override { host.unsafeGetGeneratorImpl()->set_state(state); }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return host.unsafeGetGeneratorImpl()->get_state(); }
+  GeneratorImpl* clone_impl() const override { return new NpuGenerator(device_.index(), host.clone()); }
+};
+
+const at::Generator& default_generator(DeviceIndex index) {
+  static std::vector<at::Generator> generators = [] {
+    std::vector<at::Generator> made;
+    for (DeviceIndex i = 0; i < MAX_DEVICES; ++i)
+      made.push_back(at::make_generator<NpuGenerator>(i, at::detail::createCPUGenerator()));
+    return made;
+  }();
+  return generators[resolved(index)];
+}
+
+at::Generator& host_of(const at::Generator& generator) { return generator.get<NpuGenerator>()->host; }
+
+struct Hooks final : at::PrivateUse1HooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return device_count() > 0; }
+  const at::Generator& getDefaultGenerator(DeviceIndex index) const override { return default_generator(index); }
+  at::Generator getNewGenerator(DeviceIndex index) const override {
+    return at::make_generator<NpuGenerator>(resolved(index), at::detail::createCPUGenerator());
+  }
+  Device getDeviceFromPtr(void*) const override { return Device(NPU, current_device); }
+  bool isPinnedPtr(const void* data) const override { return PinnedAllocator::holds(data); }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return device_count(); }
+  void setCurrentDevice(DeviceIndex index) const override { current_device = resolved(index); }
+  DeviceIndex getCurrentDevice() const override { return current_device; }
+  DeviceIndex exchangeDevice(DeviceIndex index) const override { return std::exchange(current_device, resolved(index)); }
+  DeviceIndex maybeExchangeDevice(DeviceIndex index) const override { return exchangeDevice(index); }
+  void resizePrivateUse1Bytes(const Storage& storage, size_t bytes) const override {
+    const auto device = storage.device();
+    auto block = new_block(bytes, device.index(), device);
+    if (const auto kept = std::min(bytes, storage.nbytes())) std::memcpy(block.get(), storage.data(), kept);
+    storage.unsafeGetStorageImpl()->set_data_ptr_noswap(std::move(block));
+    storage.unsafeGetStorageImpl()->set_nbytes(bytes);
+  }
+};
+
+// ---- npu tensors as CPU tensors and back ---------------------------------------------------------------------------
+
+void release_aliased(void* context) { delete static_cast<Storage*>(context); }
+
+Tensor make_tensor(Storage storage, const Tensor& like, DispatchKey key) {
+  auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), DispatchKeySet(key), like.dtype());
+  auto* impl = made.unsafeGetTensorImpl();
+  impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
+  if (like.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
+  if (like.is_conj()) made._set_conj(true);
+  if (like.is_neg()) made._set_neg(true);
+  return made;
+}
+
+// Aliases for the tensors of one call, and the way back.
+class Bridge {
+ public:
+  explicit Bridge(std::string operation, bool check = true) : operation_(std::move(operation)), check_(check) {}
+
+  Tensor to_cpu(const Tensor& tensor, bool may_be_elsewhere = false) {
+    if (!tensor.defined()) return tensor;
+    if (tensor.device().type() != NPU) {
+      if (!may_be_elsewhere && tensor.dim() > 0 && !other_) other_ = tensor.device();
+      check_devices();
+      return tensor;
+    }
+    if (!may_be_elsewhere) meet(tensor.device());
+    const auto known = aliases_of_.find(tensor.unsafeGetTensorImpl());
+    if (known != aliases_of_.end()) return known->second;
+    auto alias = make_tensor(to_cpu(tensor.storage()), tensor, DispatchKey::CPU);
+    aliases_of_.emplace(tensor.unsafeGetTensorImpl(), alias);
+    originals_.emplace(alias.unsafeGetTensorImpl(), tensor);
+    return alias;
+  }
+
+  Storage to_cpu(const Storage& storage) {
+    if (storage.device_type() != NPU) return storage;
+    const auto known = storages_.find(storage.unsafeGetStorageImpl());
+    if (known != storages_.end()) return known->second;
+    const auto index = storage.device().index();
+    c10::DataPtr data(storage.mutable_data(), new Storage(storage), &release_aliased, Device(c10::kCPU));
+    Storage alias(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), storage.nbytes(),
+                                                        std::move(data), &alias_allocators[index], true));
+    storages_.emplace(storage.unsafeGetStorageImpl(), alias);
+    npu_storages_.emplace(alias.unsafeGetStorageImpl(), storage);
+    return alias;
+  }
+
+  Tensor to_npu(const Tensor& tensor) {
+    if (!tensor.defined() || !tensor.device().is_cpu()) return tensor;
+    const auto known = originals_.find(tensor.unsafeGetTensorImpl());
+    if (known != originals_.end()) return known->second;
+    return make_tensor(to_npu(tensor.storage()), tensor, DispatchKey::PrivateUse1);
+  }
+
+  // Kernels may have resized the aliases or set them to other memory: the npu tensors follow.
+  void take_back() {
+    for (auto& [npu, alias] : storages_) {
+      if (alias.data() == npu->data() && alias.nbytes() == npu->nbytes()) continue;
+      auto* impl = alias.unsafeGetStorageImpl();
+      if (impl->data_ptr().get_deleter() != &release_aliased) {
+        auto data = impl->set_data_ptr(c10::DataPtr(nullptr, Device(c10::kCPU)));
+        data.unsafe_set_device(npu->device());
+        npu->set_data_ptr_noswap(std::move(data));
+      }
+      npu->set_nbytes(alias.nbytes());
+    }
+    for (auto& [alias, original] : originals_) {
+      auto* impl = original.unsafeGetTensorImpl();
+      auto storage = to_npu(alias->storage());
+      if (!storage.is_alias_of(impl->storage())) impl->set_storage_keep_dtype(storage);
+      if (alias->sizes() != impl->sizes() || alias->strides() != impl->strides() ||
+          alias->storage_offset() != impl->storage_offset())
+        impl->set_sizes_and_strides(alias->sizes(), alias->strides(), alias->storage_offset());
+    }
+  }
+
+  void meet(Device device) {
+    if (device_ && check_)
+      TORCH_CHECK(*device_ == device, "Expected all tensors to be on the same device, but found at least two devices, ",
+                  *device_, " and ", device, "! (", operation_, ")");
+    if (!device_) device_ = device;
+    check_devices();
+  }
+
+  Device device() const { return device_.value_or(Device(NPU, current_device)); }
+  bool has_device() const { return device_.has_value(); }
+  void set_device(Device device) { device_ = device; }
+
+ private:
+  void check_devices() const {
+    TORCH_CHECK(!check_ || !device_ || !other_, "Expected all tensors to be on the same device, but found at least two ",
+                "devices, ", device_.value_or(Device(NPU)), " and ", other_.value_or(Device(c10::kCPU)), "! (",
+                operation_, ")");
+  }
+
+  Storage to_npu(const Storage& storage) {
+    auto* host = storage.unsafeGetStorageImpl();
+    const auto known = npu_storages_.find(host);
+    if (known != npu_storages_.end()) return known->second;
+    const auto bytes = static_cast<int64_t>(storage.nbytes());
+    const auto index = device().index();
+    counters[index].add(bytes);
+    c10::DataPtr data(storage.mutable_data(), new Block{nullptr, bytes, index, storage}, &free_block, Device(NPU, index));
+    Storage made(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes, std::move(data),
+                                                       &allocator, true));
+    npu_storages_.emplace(host, made);
+    return made;
+  }
+
+  std::string operation_;
+  bool check_;
+  std::optional<Device> device_, other_;
+  std::unordered_map<c10::TensorImpl*, Tensor> aliases_of_;        // npu tensor -> its alias
+  std::unordered_map<c10::TensorImpl*, Tensor> originals_;         // alias -> npu tensor
+  std::unordered_map<c10::StorageImpl*, Storage> storages_;        // npu storage -> alias storage
+  std::unordered_map<c10::StorageImpl*, Storage> npu_storages_;    // alias or new CPU storage -> npu storage
+};
+
+struct BelowAutograd {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                           c10::autocast_dispatch_keyset};
+};
+
+// For operators that draw without a generator argument: the device's generator stands in for the CPU's default one.
+class SwappedGenerator {
+ public:
+  explicit SwappedGenerator(Device device) : lock_(mutex_), npu_(host_of(default_generator(device.index()))) {
+    cpu_ = at::detail::getDefaultCPUGenerator();
+    before_ = cpu_.get_state();
+    cpu_.set_state(npu_.get_state());
+  }
+  ~SwappedGenerator() {
+    npu_.set_state(cpu_.get_state());
+    cpu_.set_state(before_);
+  }
+
+ private:
+  static inline std::mutex mutex_;
+  std::lock_guard<std::mutex> lock_;
+  at::Generator npu_, cpu_;
+  Tensor before_;
+};
+
+void run_on_cpu(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto first = stack->size() - arguments.size();
+  Bridge bridge(toString(op.operator_name()));
+  std::optional<Device> asked;  // where a factory shall put its result
+  bool draws = op.hasTag(at::Tag::nondeterministic_seeded);
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    auto& value = (*stack)[first + i];
+    const bool indices = arguments[i].name() == "indices";  // these may lie on the CPU, as on every accelerator
+    if (value.isTensor()) {
+      value = bridge.to_cpu(value.toTensor(), indices);
+    } else if (value.isTensorList()) {
+      c10::List<Tensor> list;
+      for (const Tensor& tensor : value.toTensorVector()) list.push_back(bridge.to_cpu(tensor, indices));
+      value = list;
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<Tensor>> list;
+      for (const std::optional<Tensor> tensor : value.toOptionalTensorList())
+        list.push_back(tensor ? std::optional(bridge.to_cpu(*tensor, indices)) : std::nullopt);
+      value = list;
+    } else if (value.isStorage()) {
+      const auto storage = value.toStorage();
+      TORCH_CHECK(storage.device_type() == NPU, op.operator_name(), ": a storage on ", storage.device(), " for an npu tensor");
+      value = bridge.to_cpu(storage);
+    } else if (value.isDevice()) {
+      asked = value.toDevice();
+      if (asked->type() == NPU) asked = Device(NPU, resolved(asked->index()));
+      value = Device(c10::kCPU);
+    }
+  }
+  if (asked && asked->type() == NPU) bridge.set_device(*asked);
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    auto& value = (*stack)[first + i];
+    if (arguments[i].name() != "generator") continue;
+    draws = false;
+    if (value.isNone()) {
+      value = host_of(default_generator(bridge.device().index()));
+    } else if (value.isGenerator()) {
+      const auto device = value.toGenerator().device();
+      TORCH_CHECK(device.type() == NPU, "Expected a 'npu' device type for generator but found '", device, "'");
+      value = host_of(value.toGenerator());
+    }
+  }
+  {
+    const BelowAutograd below;
+    std::optional<SwappedGenerator> swapped;
+    if (draws) swapped.emplace(bridge.device());
+    op.callBoxed(stack);
+  }
+  bridge.take_back();
+  if (asked && asked->is_cpu()) return;
+  for (auto i = stack->size() - op.schema().returns().size(); i < stack->size(); ++i) {
+    auto& value = (*stack)[i];
+    if (value.isTensor()) {
+      value = bridge.to_npu(value.toTensor());
+    } else if (value.isTensorList()) {
+      c10::List<Tensor> list;
+      for (const Tensor& tensor : value.toTensorVector()) list.push_back(bridge.to_npu(tensor));
+      value = list;
+    }
+  }
+}
+
+// ---- kernels of the device's own -----------------------------------------------------------------------------------
+
+Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
+             std::optional<Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  const c10::DeviceGuard guard(device.value_or(Device(NPU)));
+  return at::detail::empty_generic(size, &allocator, DispatchKeySet(DispatchKey::PrivateUse1),
+                                   c10::dtype_or_default(dtype), format);
+}
+
+Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype,
+                     std::optional<at::Layout>, std::optional<Device> device, std::optional<bool>) {
+  const c10::DeviceGuard guard(device.value_or(Device(NPU)));
+  return at::detail::empty_strided_generic(size, stride, &allocator, DispatchKeySet(DispatchKey::PrivateUse1),
+                                           c10::dtype_or_default(dtype));
+}
+
+Tensor copy_from(const Tensor& self, const Tensor& dst, bool) {
+  const BelowAutograd below;
+  Bridge bridge("_copy_from", /*check=*/false);
+  bridge.to_cpu(dst).copy_(bridge.to_cpu(self));
+  return dst;
+}
+
+Tensor copy_from_and_resize(const Tensor& self, const Tensor& dst) {
+  dst.resize_(self.sizes());
+  return copy_from(self, dst, false);
+}
+
+Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
+                   int64_t groups) {
+  const BelowAutograd below;
+  Bridge bridge("convolution");
+  const auto x = bridge.to_cpu(input), w = bridge.to_cpu(weight);
+  const auto b = bias ? std::optional(bridge.to_cpu(*bias)) : std::nullopt;
+  return bridge.to_npu(at::convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups));
+}
+
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                                        at::IntArrayRef stride, at::IntArrayRef padding,
+                                                        at::IntArrayRef dilation, bool transposed,
+                                                        at::IntArrayRef output_padding, int64_t groups,
+                                                        std::array<bool, 3> mask) {
+  const BelowAutograd below;
+  Bridge bridge("convolution_backward");
+  const auto g = bridge.to_cpu(grad), x = bridge.to_cpu(input), w = bridge.to_cpu(weight);
+  const auto channels = transposed ? weight.size(1) * groups : weight.size(0);
+  auto [dx, dw, db] = at::convolution_backward(g, x, w, at::IntArrayRef{channels}, stride, padding, dilation, transposed,
+                                               output_padding, groups, mask);
+  return {bridge.to_npu(dx), bridge.to_npu(dw), bridge.to_npu(db)};
+}
+
+bool shallow_copy_type(const Tensor& self, const Tensor& from) {
+  const auto strided = [](const Tensor& tensor) {
+    return tensor.layout() == at::kStrided && (tensor.device().type() == NPU || tensor.device().is_cpu());
+  };
+  return strided(self) && strided(from);
+}
+
+void record_stream(Tensor&, c10::Stream) {}
+
+// ---- autocast ------------------------------------------------------------------------------------------------------
+
+template <typename Cast>
+void cast_tensors(const c10::FunctionSchema& schema, Stack* stack, Cast cast) {
+  for (auto i = stack->size() - schema.arguments().size(); i < stack->size(); ++i) {
+    auto& value = (*stack)[i];
+    if (value.isTensor()) {
+      value = cast(value.toTensor());
+    } else if (value.isTensorList()) {
+      c10::List<Tensor> list;
+      for (const Tensor& tensor : value.toTensorVector()) list.push_back(cast(tensor));
+      value = list;
+    }
+  }
+}
+
+bool eligible(const Tensor& tensor) {
+  return tensor.defined() && tensor.device().type() == NPU && tensor.is_floating_point() &&
+      tensor.scalar_type() != at::kDouble;
+}
+
+enum class Policy { lower, fp32, fp32_result, widest };
+
+template <Policy policy>
+void cast_and_call(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(DispatchKey::AutocastPrivateUse1);
+  const auto& schema = op.schema();
+  const auto first = stack->size() - schema.arguments().size();
+  auto dtype = policy == Policy::fp32 ? at::kFloat : at::autocast::get_autocast_dtype(NPU);
+  if constexpr (policy == Policy::widest) {
+    cast_tensors(schema, stack, [&](const Tensor& tensor) {
+      if (eligible(tensor) && tensor.scalar_type() == at::kFloat) dtype = at::kFloat;
+      return tensor;
+    });
+  }
+  if constexpr (policy == Policy::fp32_result) {
+    for (size_t i = 0; i < schema.arguments().size(); ++i) {
+      auto& value = (*stack)[first + i];
+      if (schema.arguments()[i].name() == "dtype" && value.isNone() && eligible((*stack)[first].toTensor()))
+        value = at::kFloat;
+    }
+  } else {
+    cast_tensors(schema, stack, [&](const Tensor& tensor) {
+      return tensor.defined() ? at::autocast::cached_cast(dtype, tensor, NPU) : tensor;
+    });
+  }
+  op.callBoxed(stack);
+}
+
+// The lists are torch's own; a name comes with or without an overload.
+#define NAME1(op) #op
+#define NAME2(op, overload) #op "." #overload
+#define PICK(_1, _2, chosen, ...) chosen
+#define NAME(...) PICK(__VA_ARGS__, NAME2, NAME1)(__VA_ARGS__)
+#define BOXED(function) torch::CppFunction::makeFromBoxedFunction<&function>()
+#define LOWER(...) m.impl(NAME(__VA_ARGS__), BOXED(cast_and_call<Policy::lower>));
+#define FP32(...) m.impl(NAME(__VA_ARGS__), BOXED(cast_and_call<Policy::fp32>));
+#define FP32_RESULT(...) m.impl(NAME(__VA_ARGS__), BOXED(cast_and_call<Policy::fp32_result>));
+#define WIDEST(...) m.impl(NAME(__VA_ARGS__), BOXED(cast_and_call<Policy::widest>));
+
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
+
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
+  AT_FORALL_LOWER_PRECISION_FP(LOWER)
+  AT_FORALL_FP32(FP32)
+  AT_FORALL_FP32_SET_OPT_DTYPE(FP32_RESULT)
+  AT_FORALL_PROMOTE(WIDEST)
+}
+
+// ---- registration --------------------------------------------------------------------------------------------------
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(BOXED(run_on_cpu)); }
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
+  m.impl("empty.memory_format", &empty);
+  m.impl("empty_strided", &empty_strided);
+  m.impl("_copy_from", &copy_from);
+  m.impl("_copy_from_and_resize", &copy_from_and_resize);
+  m.impl("convolution_overrideable", &convolution);
+  m.impl("convolution_backward_overrideable", &convolution_backward);
+  m.impl("_has_compatible_shallow_copy_type", &shallow_copy_type);
+  m.impl("record_stream", &record_stream);
+  // These have kernels for any backend that would be taken before the fallback, and compute otherwise than the CPU's.
+  for (const char* name : {"mse_loss", "mse_loss.out", "smooth_l1_loss", "smooth_l1_loss.out", "huber_loss",
+                           "huber_loss.out", "native_group_norm", "native_layer_norm"})
+    m.impl(name, BOXED(run_on_cpu));
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("_has_compatible_shallow_copy_type", &shallow_copy_type); }
+
+C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
+
+TORCH_LIBRARY(npu_sim, m) {
+  m.def("memory_allocated(int index) -> int", [](int64_t index) { return counters[resolved(index)].now.load(); });
+  m.def("max_memory_allocated(int index) -> int", [](int64_t index) { return counters[resolved(index)].peak.load(); });
+  m.def("reset_peak(int index) -> ()", [](int64_t index) {
+    auto& counter = counters[resolved(index)];
+    counter.peak = counter.now.load();
+  });
+  m.def("default_generator(int index) -> Generator", [](int64_t index) { return default_generator(resolved(index)); });
+}
+
+[[maybe_unused]] const bool registered = [] {
+  for (DeviceIndex i = 0; i < MAX_DEVICES; ++i) {
+    alias_allocators[i].index = i;
+    alias_allocators[i].as_cpu = true;
+  }
+  c10::SetAllocator(NPU, &allocator);
+  at::setHostAllocator(NPU, &pinned_allocator);
+  at::RegisterPrivateUse1HooksInterface(new Hooks);
+  return true;
+}();
+
+}  // namespace
