@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 SOURCE = Path(__file__).with_name("npu_sim.cpp")
 FLAGS = ("-O1", "-std=c++20", "-shared", "-fPIC", "-w")  # -w: torch's own headers warn
@@ -55,13 +54,12 @@ def _version(cxx: str) -> bytes:
 
 def _compile(cxx: str, built: Path) -> None:
     """Compile into a folder beside the target and rename: a half-written file never has the final name."""
-    libraries = cpp_extension.library_paths()
+    home = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=built.parent) as aside:
         made = Path(aside) / built.name
         command = [
             cxx, *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", str(SOURCE), "-o", str(made),
-            *(part for path in cpp_extension.include_paths() for part in ("-isystem", path)),
-            *(f"-L{path}" for path in libraries), "-ltorch_cpu", "-lc10", "-ltorch",
+            "-isystem", str(home / "include"), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-ltorch",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:

@@ -571,13 +571,21 @@ TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("_has_compatible_shall
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
 TORCH_LIBRARY(npu_sim, m) {
+  m.def("device_count() -> int", [] { return int64_t(device_count()); });
+  m.def("current_device() -> int", [] { return int64_t(current_device); });
+  m.def("set_device(int index) -> ()", [](int64_t index) { current_device = resolved(index); });
   m.def("memory_allocated(int index) -> int", [](int64_t index) { return counters[resolved(index)].now.load(); });
   m.def("max_memory_allocated(int index) -> int", [](int64_t index) { return counters[resolved(index)].peak.load(); });
   m.def("reset_peak(int index) -> ()", [](int64_t index) {
     auto& counter = counters[resolved(index)];
     counter.peak = counter.now.load();
   });
-  m.def("default_generator(int index) -> Generator", [](int64_t index) { return default_generator(resolved(index)); });
+  // The same memory as a CPU tensor, for collectives.
+  m.def("cpu_alias(Tensor tensor) -> Tensor", [](const Tensor& tensor) {
+    const BelowAutograd below;
+    return Bridge("cpu_alias").to_cpu(tensor);
+  });
+  m.def("default_generator(int index) -> Generator?", [](int64_t index) { return default_generator(resolved(index)); });
 }
 
 [[maybe_unused]] const bool registered = [] {

@@ -1,0 +1,30 @@
+"""A stand-in for Ascend's torch_npu, for test processes only: the same names over a simulated NPU.
+
+It loads the extension that $NPU_SIM_LIBRARY names (test/npu_sim/environment.py builds it and sets the variable).
+"""
+
+import os
+import sys
+
+import torch
+
+if "NPU_SIM_LIBRARY" not in os.environ:
+    raise ImportError("this torch_npu is the tests' simulated NPU; start the process with test/npu_sim/environment.py")
+torch.ops.load_library(os.environ["NPU_SIM_LIBRARY"])
+torch.utils.rename_privateuse1_backend("npu")
+
+from torch_npu import npu  # noqa: E402
+
+torch._register_device_module("npu", npu)
+# `import torch.npu.amp` must find the modules that are loaded, not load them again.
+for _name in [name for name in sys.modules if name.startswith("torch_npu.npu")]:
+    sys.modules[_name.replace("torch_npu.npu", "torch.npu", 1)] = sys.modules[_name]
+torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+
+from torch_npu._hccl import register as _register_hccl  # noqa: E402
+from torch_npu._operators import npu_fusion_attention, npu_geglu, npu_rms_norm, npu_swiglu  # noqa: E402
+
+_register_hccl()
+
+__version__ = "2.14.0"
+__all__ = ["npu", "npu_fusion_attention", "npu_geglu", "npu_rms_norm", "npu_swiglu"]

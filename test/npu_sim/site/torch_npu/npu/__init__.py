@@ -1,0 +1,162 @@
+"""`torch.npu`: devices, memory figures, streams and random state of the simulated NPU."""
+
+import time
+
+import torch
+
+from torch_npu.npu import amp, random
+from torch_npu.npu._device import _utils, device, device_of, resolve
+from torch_npu.npu.memory import (
+    empty_cache,
+    max_memory_allocated,
+    max_memory_reserved,
+    mem_get_info,
+    memory_allocated,
+    memory_reserved,
+    memory_stats,
+    reset_max_memory_allocated,
+    reset_peak_memory_stats,
+    set_per_process_memory_fraction,
+)
+from torch_npu.npu.random import (
+    default_generators,
+    get_rng_state,
+    get_rng_state_all,
+    initial_seed,
+    manual_seed,
+    manual_seed_all,
+    seed,
+    seed_all,
+    set_rng_state,
+    set_rng_state_all,
+)
+
+_initialized = True
+
+
+def init() -> None:
+    """Nothing to start."""
+
+
+def is_initialized() -> bool:
+    return True
+
+
+def _is_in_bad_fork() -> bool:
+    return False
+
+
+def is_available() -> bool:
+    return device_count() > 0
+
+
+def device_count() -> int:
+    return torch.ops.npu_sim.device_count()
+
+
+def current_device() -> int:
+    return torch.ops.npu_sim.current_device()
+
+
+def set_device(device) -> None:
+    torch.ops.npu_sim.set_device(resolve(device))
+
+
+def synchronize(device=None) -> None:
+    """Everything is done when it returns; only the device is checked."""
+    resolve(device)
+
+
+def get_device_name(device=None) -> str:
+    resolve(device)
+    return "Ascend910B (simulated)"
+
+
+class _Properties:
+    def __init__(self, name: str, total_memory: int) -> None:
+        self.name, self.total_memory = name, total_memory
+
+
+def get_device_properties(device=None) -> _Properties:
+    return _Properties(get_device_name(device), mem_get_info(device)[1])
+
+
+def get_device_capability(device=None) -> None:
+    """Ascend has none; torch_npu returns None."""
+
+
+def is_bf16_supported() -> bool:
+    return True
+
+
+def get_amp_supported_dtype() -> list[torch.dtype]:
+    return [torch.float16, torch.bfloat16, torch.float32]
+
+
+class Stream(torch.Stream):
+    """A stream; work on it is done when it is launched."""
+
+    def __new__(cls, device=None, priority=0, **kwargs):
+        return super().__new__(cls, device=torch.device("npu", resolve(device)), priority=priority)
+
+
+class Event:
+    """A point in time on the host, which is where everything runs."""
+
+    def __init__(self, enable_timing=False, blocking=False, interprocess=False) -> None:
+        self.enable_timing, self.seconds = enable_timing, None
+
+    def record(self, stream=None) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, stream=None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end_event: "Event") -> float:
+        """Milliseconds."""
+        if not (self.enable_timing and end_event.enable_timing):
+            raise RuntimeError("both events need enable_timing=True")
+        if self.seconds is None or end_event.seconds is None:
+            raise RuntimeError("both events must be recorded before elapsed_time")
+        return (end_event.seconds - self.seconds) * 1000
+
+
+class stream:  # noqa: N801  torch's name
+    """`with torch.npu.stream(s):`"""
+
+    def __init__(self, stream) -> None:
+        self.stream = stream
+
+    def __enter__(self):
+        return self.stream
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def current_stream(device=None) -> Stream:
+    return Stream(device)
+
+
+default_stream = current_stream
+
+
+def set_stream(stream) -> None:
+    pass
+
+
+__all__ = [
+    "Event", "Stream", "amp", "current_device", "current_stream", "default_generators", "default_stream", "device",
+    "device_count", "device_of", "empty_cache", "get_amp_supported_dtype", "get_device_capability", "get_device_name",
+    "get_device_properties", "get_rng_state", "get_rng_state_all", "init", "initial_seed", "is_available",
+    "is_bf16_supported", "is_initialized", "manual_seed", "manual_seed_all", "max_memory_allocated",
+    "max_memory_reserved", "mem_get_info", "memory_allocated", "memory_reserved", "memory_stats", "random",
+    "reset_max_memory_allocated", "reset_peak_memory_stats", "seed", "seed_all", "set_device",
+    "set_per_process_memory_fraction", "set_rng_state", "set_rng_state_all", "set_stream", "stream", "synchronize",
+]  # fmt: skip
