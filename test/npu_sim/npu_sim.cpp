@@ -14,6 +14,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -147,15 +148,23 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getNewStream(Device device, int) const override { return getStream(device); }
   c10::Stream exchangeStream(c10::Stream stream) const override { return getStream(stream.device()); }
   DeviceIndex deviceCount() const noexcept override { return device_count(); }
-  // Everything is done when it returns: events have always happened.
-  void record(void** event, const c10::Stream&, DeviceIndex, c10::EventFlag) const override { *event = &current_device; }
+  // Everything is done when it returns: an event is the time at which it was recorded.
+  using Moment = std::chrono::steady_clock::time_point;
+  void record(void** event, const c10::Stream&, DeviceIndex, c10::EventFlag) const override {
+    if (!*event) *event = new Moment;
+    *static_cast<Moment*>(*event) = std::chrono::steady_clock::now();
+  }
+  void destroyEvent(void* event, DeviceIndex) const noexcept override { delete static_cast<Moment*>(event); }
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override {}
   void synchronizeEvent(void*) const override {}
   void synchronizeDevice(DeviceIndex) const override {}
-  double elapsedTime(void*, void*, DeviceIndex) const override { return 0.0; }
+  double elapsedTime(void* from, void* to, DeviceIndex) const override {
+    TORCH_CHECK(from && to, "both events must be recorded before elapsed_time");
+    return std::chrono::duration<double, std::milli>(*static_cast<Moment*>(to) - *static_cast<Moment*>(from)).count();
+  }
 };
 
 // An npu generator is a CPU one under another name, so its numbers are its own.
@@ -445,14 +454,75 @@ Tensor copy_from_and_resize(const Tensor& self, const Tensor& dst) {
   return copy_from(self, dst, false);
 }
 
+// Matrix products of halves are summed in fp32, as the device's matrix unit does. (The CPU's own take minutes.)
+bool is_half(const Tensor& tensor) { return tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16; }
+
+Tensor wide(Bridge& bridge, const Tensor& tensor) {
+  const auto alias = bridge.to_cpu(tensor);
+  return alias.defined() && is_half(alias) ? alias.to(at::kFloat) : alias;
+}
+
+Tensor narrow(Bridge& bridge, const Tensor& result, const Tensor& like) {
+  return bridge.to_npu(result.defined() ? result.to(like.scalar_type()) : result);
+}
+
+template <typename... Args>
+void check_dtypes(const char* name, const Tensor& first, const Args&... others) {
+  TORCH_CHECK(((first.scalar_type() == others.scalar_type()) && ...), name, ": expected all tensors to have the same ",
+              "dtype, but found ", first.scalar_type(), " and another");
+}
+
+Tensor& keep(Bridge& bridge, const Tensor& result, Tensor& out) {
+  auto alias = bridge.to_cpu(out);
+  alias.resize_(result.sizes()).copy_(result);
+  bridge.take_back();
+  return out;
+}
+
+#define PRODUCT(op)                                                                  \
+  Tensor op(const Tensor& a, const Tensor& b) {                                      \
+    check_dtypes(#op, a, b);                                                         \
+    const BelowAutograd below;                                                       \
+    Bridge bridge(#op);                                                              \
+    return narrow(bridge, at::op(wide(bridge, a), wide(bridge, b)), a);              \
+  }                                                                                  \
+  Tensor& op##_out(const Tensor& a, const Tensor& b, Tensor& out) {                  \
+    check_dtypes(#op, a, b, out);                                                    \
+    const BelowAutograd below;                                                       \
+    Bridge bridge(#op);                                                              \
+    return keep(bridge, at::op(wide(bridge, a), wide(bridge, b)), out);              \
+  }
+
+#define SUM_WITH_PRODUCT(op)                                                                                          \
+  Tensor op(const Tensor& c, const Tensor& a, const Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {     \
+    check_dtypes(#op, c, a, b);                                                                                       \
+    const BelowAutograd below;                                                                                        \
+    Bridge bridge(#op);                                                                                               \
+    return narrow(bridge, at::op(wide(bridge, c), wide(bridge, a), wide(bridge, b), beta, alpha), a);                 \
+  }                                                                                                                   \
+  Tensor& op##_out(const Tensor& c, const Tensor& a, const Tensor& b, const at::Scalar& beta, const at::Scalar& alpha, \
+                   Tensor& out) {                                                                                     \
+    check_dtypes(#op, c, a, b, out);                                                                                  \
+    const BelowAutograd below;                                                                                        \
+    Bridge bridge(#op);                                                                                               \
+    return keep(bridge, at::op(wide(bridge, c), wide(bridge, a), wide(bridge, b), beta, alpha), out);                 \
+  }
+
+PRODUCT(mm)
+PRODUCT(bmm)
+SUM_WITH_PRODUCT(addmm)
+SUM_WITH_PRODUCT(baddbmm)
+
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
                    int64_t groups) {
+  check_dtypes("convolution", input, weight);
   const BelowAutograd below;
   Bridge bridge("convolution");
-  const auto x = bridge.to_cpu(input), w = bridge.to_cpu(weight);
-  const auto b = bias ? std::optional(bridge.to_cpu(*bias)) : std::nullopt;
-  return bridge.to_npu(at::convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups));
+  const auto x = wide(bridge, input), w = wide(bridge, weight);
+  const auto b = bias ? std::optional(wide(bridge, *bias)) : std::nullopt;
+  const auto out = at::convolution(x, w, b, stride, padding, dilation, transposed, output_padding, groups);
+  return narrow(bridge, out, input);
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
@@ -462,11 +532,11 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad, cons
                                                         std::array<bool, 3> mask) {
   const BelowAutograd below;
   Bridge bridge("convolution_backward");
-  const auto g = bridge.to_cpu(grad), x = bridge.to_cpu(input), w = bridge.to_cpu(weight);
+  const auto g = wide(bridge, grad), x = wide(bridge, input), w = wide(bridge, weight);
   const auto channels = transposed ? weight.size(1) * groups : weight.size(0);
   auto [dx, dw, db] = at::convolution_backward(g, x, w, at::IntArrayRef{channels}, stride, padding, dilation, transposed,
                                                output_padding, groups, mask);
-  return {bridge.to_npu(dx), bridge.to_npu(dw), bridge.to_npu(db)};
+  return {narrow(bridge, dx, input), narrow(bridge, dw, weight), narrow(bridge, db, weight)};
 }
 
 bool shallow_copy_type(const Tensor& self, const Tensor& from) {
@@ -556,6 +626,14 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty_strided", &empty_strided);
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
+  m.impl("mm", &mm);
+  m.impl("mm.out", &mm_out);
+  m.impl("bmm", &bmm);
+  m.impl("bmm.out", &bmm_out);
+  m.impl("addmm", &addmm);
+  m.impl("addmm.out", &addmm_out);
+  m.impl("baddbmm", &baddbmm);
+  m.impl("baddbmm.out", &baddbmm_out);
   m.impl("convolution_overrideable", &convolution);
   m.impl("convolution_backward_overrideable", &convolution_backward);
   m.impl("_has_compatible_shallow_copy_type", &shallow_copy_type);

@@ -67,7 +67,6 @@ class HcclGroup(dist.ProcessGroup):
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
         gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
-        gloo._set_sequence_number_for_group()
         self.gloo = gloo
         # Under a ProcessGroup of its own gloo has every name that ProcessGroup has.
         self.inner = dist.ProcessGroup(dist.PrefixStore("inner", store), rank, size)

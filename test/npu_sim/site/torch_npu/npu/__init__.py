@@ -1,7 +1,5 @@
 """`torch.npu`: devices, memory figures, streams and random state of the simulated NPU."""
 
-import time
-
 import torch
 
 from torch_npu.npu import amp, random
@@ -100,31 +98,9 @@ class Stream(torch.Stream):
         return super().__new__(cls, device=torch.device("npu", resolve(device)), priority=priority)
 
 
-class Event:
-    """A point in time on the host, which is where everything runs."""
-
-    def __init__(self, enable_timing=False, blocking=False, interprocess=False) -> None:
-        self.enable_timing, self.seconds = enable_timing, None
-
-    def record(self, stream=None) -> None:
-        self.seconds = time.perf_counter()
-
-    def wait(self, stream=None) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end_event: "Event") -> float:
-        """Milliseconds."""
-        if not (self.enable_timing and end_event.enable_timing):
-            raise RuntimeError("both events need enable_timing=True")
-        if self.seconds is None or end_event.seconds is None:
-            raise RuntimeError("both events must be recorded before elapsed_time")
-        return (end_event.seconds - self.seconds) * 1000
+def Event(enable_timing=False, blocking=False, interprocess=False) -> torch.Event:  # noqa: N802  torch's name
+    """A point in time; whatever came before it is done. (torch compares events of its own class only.)"""
+    return torch.Event(device="npu", enable_timing=enable_timing, blocking=blocking)
 
 
 class stream:  # noqa: N801  torch's name
