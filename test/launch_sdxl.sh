@@ -85,6 +85,10 @@ judge_demo() {
 launch() {
     local device_id=${ASCEND_DEVICE_ID:-${DEVICE_ID:-0}} status=0
     python=$(bash test/setup_env.sh | tail -n 1)
+    # The card that DEVICE_ID names is the one that trains, unless the user has chosen the visible ones.
+    if [ "$processes" = 1 ] && [ -n "${ASCEND_DEVICE_ID:-}" ]; then
+        export ASCEND_RT_VISIBLE_DEVICES=${ASCEND_RT_VISIBLE_DEVICES:-$ASCEND_DEVICE_ID}
+    fi
     # shellcheck source=test/env_npu.sh
     source test/env_npu.sh
     if [ "$demo" = 1 ]; then

@@ -101,8 +101,8 @@ def add_preview_arguments(parser: ArgumentParser) -> None:
         type=Path,
         help="prompts to sample, one a line (--w --h --d --s --l --n --ss), or .toml, .json",
     )
-    group.add_argument("--sample_every_n_steps", type=positive_int)
-    group.add_argument("--sample_every_n_epochs", type=positive_int)
+    group.add_argument("--sample_every_n_steps", type=positive_int, help="sample each n steps")
+    group.add_argument("--sample_every_n_epochs", type=positive_int, help="sample each n epochs")
     group.add_argument("--sample_at_first", action="store_true", help="sample before the first step, too")
     group.add_argument(
         "--sample_sampler", choices=NAMES, default="ddim", help="where a prompt names none (%(default)s)"

@@ -63,6 +63,11 @@ class NoiseSchedule:
         """S, the number of timesteps."""
         return len(self.alphas_cumprod_S)
 
+    @property
+    def ends_in_pure_noise(self) -> bool:
+        """True if no signal is left at the last timestep: a zero terminal SNR."""
+        return float(self.alphas_cumprod_S[-1]) == 0.0
+
     def signal_and_noise(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at the timesteps, each (B, 1, 1, 1)."""
         alpha_bar_B111 = self.alphas_cumprod_S[t_B][:, None, None, None]

@@ -27,6 +27,7 @@ from library.training.metrics import MetricsWriter
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
 from library.training.report import FinalFigures, write_case_log
+from library.training.rules import check_optimization, check_preview
 from library.training.saving import Cadence, epoch_name, last_name, step_name
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,10 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
     accelerator = make_accelerator(options.run.mixed_precision)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
-    _prepare_output(options)
+    check_optimization(options.optimization, options.run, accelerator.num_processes)
+    check_preview(options.preview)
+    if not options.run.dry_run:
+        _prepare_output(options)
     surroundings = Surroundings(accelerator, _seed(options.run.seed, accelerator))
     data = prepare_data(
         options.data,

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from library import device as devices
 from library.data.loader import MicroBatch
 from library.errors import TrainingError
-from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
+from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -220,10 +220,12 @@ class Trainer:
         bad = [(name, reason) for batch in batches for name, reason in batch.quarantined]
         if not bad:
             return
-        self.quarantined += len(bad)
         rank = self.accelerator.process_index
-        name = "quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl"
-        with (self.options.output_dir / name).open("a", encoding="utf-8") as file:
+        path = self.options.output_dir / ("quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl")
+        if not self.quarantined:
+            set_aside(path)
+        self.quarantined += len(bad)
+        with path.open("a", encoding="utf-8") as file:
             for sample, reason in bad:
                 file.write(json.dumps({"step": step + 1, "sample": sample, "reason": reason}) + "\n")
                 self.writer.write_text(f"sample {sample} replaced: {reason}")

@@ -27,6 +27,7 @@ from library.training.optimizers import ParameterGroup
 from library.training.precision import DTYPES, SAVE_DTYPES
 from library.training.preview import GuidedDenoiser, Previewer
 from library.training.prompts import SamplePrompt, read_prompts
+from library.training.rules import text_encoder_rates
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,12 @@ class SDXLPretraining:
     def __init__(self, model_options: ModelOptions, options: Options, surroundings: Surroundings) -> None:
         self.model_options, self.options, self.surroundings = model_options, options, surroundings
         self.accelerator, self.seed, self.device = surroundings.accelerator, surroundings.seed, surroundings.device
-        self.learning_rates = _learning_rates(options)
+        te1_rate, te2_rate = text_encoder_rates(options.optimization)
+        self.learning_rates = {
+            "unet": options.optimization.learning_rate,
+            "text_encoder1": te1_rate,
+            "text_encoder2": te2_rate,
+        }
         self.model = load_sdxl(
             model_options.pretrained_model_name_or_path,
             vae=model_options.vae,
@@ -51,12 +57,12 @@ class SDXLPretraining:
             if model_options.v_parameterization
             else self.model.scheduler_config.get("prediction_type", "epsilon")
         )
-        if model_options.zero_terminal_snr and self.prediction.name == "epsilon":
-            raise InputError(
-                "--zero_terminal_snr cannot act on epsilon prediction, which says nothing about pure noise; "
-                "add --v_parameterization"
-            )
         schedule = NoiseSchedule.from_config(self.model.scheduler_config, model_options.zero_terminal_snr)
+        if schedule.ends_in_pure_noise and self.prediction.name == "epsilon":
+            raise InputError(
+                "a zero terminal SNR (--zero_terminal_snr, or rescale_betas_zero_snr in the model's scheduler) is not for "
+                "epsilon prediction, which says nothing about pure noise; add --v_parameterization"
+            )
         self.previewer = self._previewer(schedule)
         self._place(schedule)
 
@@ -134,8 +140,6 @@ class SDXLPretraining:
         """The previewer that --sample_prompts asks for, checked before anything trains."""
         preview = self.options.preview
         if preview.sample_prompts is None:
-            if preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs:
-                raise InputError("--sample_at_first and --sample_every_n_... sample nothing without --sample_prompts")
             return None
         saving = self.options.saving
         previewer = Previewer(
@@ -184,16 +188,3 @@ class SDXLPretraining:
             return shapes(noisy_BCHW.to(compute_dtype), t_B, ids_BK77, ids_BK77, size_ids_B6).float().mean()
 
         return estimate(self.module, [self.model.vae], compute_dtype, step).lines()
-
-
-def _learning_rates(options: Options) -> dict[str, float]:
-    """Rates by part; a text encoder that does not train has 0. Flags that cannot act are an error."""
-    optimization = options.optimization
-    unet, te1, te2 = optimization.learning_rate, optimization.learning_rate_te1, optimization.learning_rate_te2
-    if optimization.train_text_encoder:
-        te1, te2 = unet if te1 is None else te1, unet if te2 is None else te2
-        return {"unet": unet, "text_encoder1": te1, "text_encoder2": te2}
-    for flag, rate in (("--learning_rate_te1", te1), ("--learning_rate_te2", te2)):
-        if rate:
-            raise InputError(f"{flag}={rate:g} trains nothing without --train_text_encoder; add that, or leave it out")
-    return {"unet": unet, "text_encoder1": 0.0, "text_encoder2": 0.0}
