@@ -60,8 +60,8 @@ class SDXLPretraining:
         schedule = NoiseSchedule.from_config(self.model.scheduler_config, model_options.zero_terminal_snr)
         if schedule.ends_in_pure_noise and self.prediction.name == "epsilon":
             raise InputError(
-                "a zero terminal SNR (--zero_terminal_snr, or rescale_betas_zero_snr in the model's scheduler) is not for "
-                "epsilon prediction, which says nothing about pure noise; add --v_parameterization"
+                "a zero terminal SNR (--zero_terminal_snr, or rescale_betas_zero_snr in the model's scheduler) is not "
+                "for epsilon prediction, which says nothing about pure noise; add --v_parameterization"
             )
         self.previewer = self._previewer(schedule)
         self._place(schedule)
