@@ -27,7 +27,8 @@ class ConditionedUNet(nn.Module):
             self.unet.enable_gradient_checkpointing()
             for encoder, trained in ((self.text_encoder1, train_te1), (self.text_encoder2, train_te2)):
                 if trained:
-                    encoder.gradient_checkpointing_enable()
+                    # transformers 5.2x renames the method; the old name still works there, with a warning
+                    getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)()
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Hold the encoders that do not train in `dtype`; what trains keeps fp32 weights."""
