@@ -108,9 +108,9 @@ def test_the_trainer_loads_the_folder(model: Path, pipeline: StableDiffusionXLPi
 def test_the_kept_vae_reconstructs_and_has_unit_latents() -> None:
     assert WEIGHTS.stat().st_size < 2_000_000
     figures = measure(load_vae(), count=12)
-    assert figures["psnr_db"] >= 20  # the issue's demand
-    assert figures["latents_mean"] == pytest.approx([0] * 4, abs=0.35)
-    assert figures["latents_std"] == pytest.approx([1] * 4, abs=0.35)
+    assert figures["psnr_db"] >= 30  # the issue asks for 20
+    assert figures["latents_mean"] == pytest.approx([0] * 4, abs=0.3)
+    assert figures["latents_std"] == pytest.approx([1] * 4, abs=0.3)
 
 
 def test_the_judge_sees_reconstructions_as_it_sees_the_scenes() -> None:
@@ -133,7 +133,7 @@ def test_latent_statistics_are_set_without_changing_pictures() -> None:
         spread_before = (
             vae.encode(x_BCHW).latent_dist.std / vae.encode(x_BCHW).latent_dist.mean.std(dim=(0, 2, 3))[:, None, None]
         )
-        set_latent_statistics(vae, x_BCHW, std=2.0)
+        set_latent_statistics(vae, [x_BCHW], std=2.0)
         after = vae.decode(vae.encode(x_BCHW).latent_dist.mean).sample
         posterior = vae.encode(x_BCHW).latent_dist
     assert torch.allclose(before, after, atol=1e-3)
@@ -144,7 +144,7 @@ def test_latent_statistics_are_set_without_changing_pictures() -> None:
 
 def test_a_fit_improves_and_is_kept(tmp_path: Path) -> None:
     vae = load_vae()
-    set_latent_statistics(vae, scene_batch(1, range(12), SIZES[0]), std=1.0)
+    set_latent_statistics(vae, [scene_batch(1, range(12), SIZES[0])], std=1.0)
     vae.register_to_config(scaling_factor=1.0)
     for parameter in vae.decoder.conv_out.parameters():
         parameter.mul_(0.7)  # pale pictures: something to learn

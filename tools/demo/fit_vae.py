@@ -15,6 +15,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,15 +102,15 @@ def fit(vae: Any, minutes: float, seed: int, batch: int, rate: float, half: bool
 
 
 @torch.no_grad()
-def set_latent_statistics(vae: Any, x_BCHW: Tensor, std: float = 1 / SCALING_FACTOR) -> None:
+def set_latent_statistics(vae: Any, pictures: Sequence[Tensor], std: float = 1 / SCALING_FACTOR) -> None:
     """Fold a shift and a scale per latent channel into the 1×1 convolutions around the latents.
 
-    Afterwards the posterior's means over x_BCHW have mean 0 and that standard deviation per channel. Reconstructions
-    stay what they were.
+    Afterwards the posterior's means over the pictures (batches x_BCHW of any sizes) have mean 0 and that
+    standard deviation per channel. Reconstructions stay what they were.
     """
-    mean_BChw = vae.encode(x_BCHW).latent_dist.mean
-    shift_C = mean_BChw.mean(dim=(0, 2, 3))
-    scale_C = std / mean_BChw.std(dim=(0, 2, 3))
+    means_CN = torch.cat([vae.encode(x_BCHW).latent_dist.mean.transpose(0, 1).flatten(1) for x_BCHW in pictures], dim=1)
+    shift_C = means_CN.mean(dim=1)
+    scale_C = std / means_CN.std(dim=1)
     channels = len(scale_C)
     quant, post = vae.quant_conv, vae.post_quant_conv
     post.bias += post.weight[:, :, 0, 0] @ shift_C
@@ -188,12 +189,12 @@ def main(argv: list[str] | None = None) -> int:
         vae = load_vae(args.out) if args.resume else make_vae()
         if not args.resume:
             set_start(vae)
-        some_BCHW = scene_batch(args.seed, range(256), SIZES[0])
-        set_latent_statistics(vae, some_BCHW, std=1.0)  # as the pull to a unit normal wants them
+        some = [scene_batch(args.seed, range(64), size) for size in SIZES]
+        set_latent_statistics(vae, some, std=1.0)  # as the pull to a unit normal wants them
         vae.requires_grad_(True)
         vae.encoder.mid_block.attentions.requires_grad_(False)
         fit(vae, args.minutes, args.seed, args.batch, args.learning_rate, half=not args.no_bf16)
-        set_latent_statistics(vae, some_BCHW)
+        set_latent_statistics(vae, some)
         save_weights(vae, args.out)
     figures = measure(load_vae(args.out))
     print(
