@@ -32,7 +32,7 @@ HEAD_CHANNELS = 64
 TEXT_WIDTHS = (64, 64)  # hidden sizes of the two text encoders
 TEXT_LAYERS = 2
 SIZE_CHANNELS = 256  # of the embedding of each of the 6 size conditions
-CHANNELS = (64, 128, 128)  # of the U-Net's levels
+CHANNELS = (64, 64, 64)  # of the U-Net's levels
 TRANSFORMER_DEPTHS = (0, 1, 2)
 
 SCHEDULER = {
