@@ -43,11 +43,16 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], zero_terminal_snr: bool = False) -> "NoiseSchedule":
         """Build it from a diffusers scheduler's settings; what they leave out is Stable Diffusion's."""
-        beta_S = betas(
-            config.get("beta_schedule", "scaled_linear"),
-            config.get("beta_start", BETA_START),
-            config.get("beta_end", BETA_END),
-            config.get("num_train_timesteps", TRAIN_TIMESTEPS),
+        trained = config.get("trained_betas")
+        beta_S = (
+            torch.tensor(trained, dtype=torch.float64)
+            if trained is not None
+            else betas(
+                config.get("beta_schedule", "scaled_linear"),
+                config.get("beta_start", BETA_START),
+                config.get("beta_end", BETA_END),
+                config.get("num_train_timesteps", TRAIN_TIMESTEPS),
+            )
         )
         alphas_cumprod_S = torch.cumprod(1 - beta_S, dim=0)
         if zero_terminal_snr or config.get("rescale_betas_zero_snr", False):

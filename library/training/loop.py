@@ -132,13 +132,14 @@ class Trainer:
             self._log(step, step_batches, result, waited, time.perf_counter() - began)
             self._stop_if_not_finite(step, step_batches, result)
             self._after_step(step + 1)
+        quarantined = torch.tensor(self.quarantined, device=self.accelerator.device)
         return RunReport(
             self.speed.images_per_second,
             self.average.value,
             self.options.max_train_steps,
             self.overflows,
             self.not_updated,
-            self.quarantined,
+            int(self.accelerator.reduce(quarantined, reduction="sum")),
         )
 
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
@@ -182,12 +183,9 @@ class Trainer:
 
     def _update(self) -> bool:
         """Step the optimizer; False if an overflow skipped it (then the loss scale has fallen)."""
-        scaler = self.accelerator.scaler
-        scale_before = scaler.get_scale() if scaler is not None else 1.0
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # A fused optimizer is called even when it then leaves the weights alone, so the scale is the one sure sign.
-        return scaler is None or scaler.get_scale() >= scale_before
+        return not self.accelerator.optimizer_step_was_skipped
 
     def _log(self, step: int, batches: Sequence[MicroBatch], result: StepResult, waited: float, seconds: float) -> None:
         images = self.options.global_batch
@@ -200,7 +198,7 @@ class Trainer:
         self.writer.write(
             StepMetrics(
                 step=step + 1,
-                epoch=self.epochs.epoch_of_step(step),
+                epoch=self.epochs.epoch_of_step(step) + 1,
                 loss=finite_or_none(result.loss),
                 average_loss=finite_or_none(self.average.value),
                 lr=result.lr,

@@ -82,9 +82,13 @@ def make_optimizer(
     keywords = check_optimizer(optimizer_type, arguments, process_count)
     parameters = [{"params": list(group.parameters), "lr": group.learning_rate, "name": group.name} for group in groups]
     try:
-        return torch.optim.AdamW(parameters, lr=groups[0].learning_rate, fused=True, **keywords)
-    except (TypeError, ValueError) as error:
+        optimizer = torch.optim.AdamW(parameters, lr=groups[0].learning_rate, fused=True, **keywords)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"--optimizer_args: AdamW refuses them: {error}") from error
+    # A fused optimizer offers to undo the loss scale itself. torch_npu's scaler then hands it an argument that torch's
+    # AdamW no longer takes, and elsewhere a skipped step could not be told from a taken one: the scaler does it.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def make_lr_schedule(

@@ -8,6 +8,7 @@ from torch import nn
 
 from library.models.conditioned_unet import ConditionedUNet
 from library.models.sdxl import SDXLModel
+from library.models.vae import encode_images
 from library.training.memory import LiveBytes, estimate, without_data
 
 BATCH = 4
@@ -17,6 +18,14 @@ def conditioned(sdxl, gradient_checkpointing):
     parts = (copy.deepcopy(part) for part in (sdxl.unet, sdxl.vae, sdxl.text_encoder1, sdxl.text_encoder2))
     model = SDXLModel(*parts, sdxl.tokenizer1, sdxl.tokenizer2)
     return ConditionedUNet(model, train_te1=True, train_te2=False, gradient_checkpointing=gradient_checkpointing)
+
+
+def encode(shapes):
+    return encode_images(shapes, torch.empty(BATCH, 32, 32, 3, dtype=torch.uint8, device="meta"))
+
+
+def predict(sdxl, module):
+    return estimate(module, sdxl.vae, torch.float32, loss_on("meta"), encode)
 
 
 def loss_on(device):
@@ -31,16 +40,24 @@ def loss_on(device):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_the_estimate_is_what_a_real_step_holds(sdxl, gradient_checkpointing):
     module = conditioned(sdxl, gradient_checkpointing)
-    predicted = estimate(module, [], torch.float32, loss_on("meta"))
+    predicted = predict(sdxl, module)
+    vae_bytes = sum(tensor.numel() * tensor.element_size() for tensor in sdxl.vae.state_dict().values())
     with LiveBytes() as live:
         live.hold([*module.parameters(), *module.buffers()])
         loss_on("cpu")(module).backward()
-    assert predicted.weights + predicted.gradients + predicted.activations == pytest.approx(live.peak, rel=0.1)
+    beside_the_vae = predicted.weights - vae_bytes + predicted.gradients + predicted.activations
+    assert beside_the_vae == pytest.approx(live.peak, rel=0.1)
+
+
+def test_encoding_is_what_the_vae_really_holds(sdxl):
+    predicted = predict(sdxl, conditioned(sdxl, False))
+    with LiveBytes() as live:
+        encode_images(sdxl.vae, torch.zeros(BATCH, 32, 32, 3, dtype=torch.uint8))
+    assert predicted.encoding == pytest.approx(live.peak, rel=0.1)
 
 
 def test_checkpointing_is_seen_to_save_and_adamw_to_cost_two_states(sdxl):
-    plain = estimate(conditioned(sdxl, False), [], torch.float32, loss_on("meta"))
-    checkpointed = estimate(conditioned(sdxl, True), [], torch.float32, loss_on("meta"))
+    plain, checkpointed = predict(sdxl, conditioned(sdxl, False)), predict(sdxl, conditioned(sdxl, True))
     assert checkpointed.activations < 0.8 * plain.activations
     assert plain.optimizer == 2 * plain.gradients
     trained = [p for p in conditioned(sdxl, False).parameters() if p.requires_grad]

@@ -44,6 +44,7 @@ def test_adamw_steps_as_torchs_plain_one(optimizer_type):
         ("AdamW", ["momentum=0.9"], "--optimizer_args momentum: AdamW takes betas"),
         ("AdamW", ["lr=1"], "--optimizer_args lr"),
         ("AdamW", ["betas=2,3"], "--optimizer_args: AdamW refuses"),
+        ("AdamW", ["differentiable=True"], "--optimizer_args: AdamW refuses"),
     ],
 )
 def test_a_bad_optimizer_setting_is_named(optimizer_type, arguments, message):
