@@ -152,7 +152,7 @@ def _expectations(scenes: Sequence[Scene]) -> dict[str, Any]:
     return {**tables, "prompts": prompts}
 
 
-def _prompt_lines(expected: dict[str, Any], steps: int = 20, guidance: float = 4.0) -> str:
+def _prompt_lines(expected: dict[str, Any], steps: int = 20, guidance: float = 3.0) -> str:
     """The prompts in the syntax of --sample_prompts, an empty negative prompt each."""
     lines = ["# combinations of shape, colour and background that the training set does not have"]
     for prompt in expected["prompts"]:
