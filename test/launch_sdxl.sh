@@ -70,6 +70,26 @@ train_arguments() {
     fi
 }
 
+# The demo's sizes, unless the user gave others (tools/demo/README.md says how they were found).
+demo_settings() {
+    demo_default batch_size 16
+    demo_default mixed_precision no
+    demo_default resolution 64,64
+    demo_default model_name "$demo_dir/model"
+    demo_default dataset_name "$demo_dir/data"
+}
+
+demo_train_arguments() {
+    train+=(
+        --max_train_steps=800 --min_bucket_reso=48 --max_bucket_reso=80 --bucket_reso_steps=8
+        --learning_rate=1.5e-3 --learning_rate_te1=2e-3 --learning_rate_te2=2e-3
+        --optimizer_args "betas=0.9,0.99" "weight_decay=0.01" --lr_scheduler=cosine --lr_warmup_steps=50
+        --caption_dropout_rate=0.1 --v_parameterization --zero_terminal_snr
+        --sample_prompts="$demo_dir/data/prompts.txt" --sample_at_first --sample_every_n_steps=800
+        --max_data_loader_n_workers=1
+    )
+}
+
 build_demo() {
     echo "building the demo's data set and model in $demo_dir"
     "$python" tools/demo/make_data.py --out "$demo_dir/data"
@@ -93,7 +113,7 @@ launch() {
     source test/env_npu.sh
     if [ "$demo" = 1 ]; then
         demo_dir=${output_dir:-test/output/demo}
-        demo_default output_dir "$demo_dir/$device_id"
+        output_dir=$demo_dir/$device_id
         demo_settings
     fi
     output_dir=${output_dir:-test/output/$device_id}
@@ -103,7 +123,8 @@ launch() {
     local log=$output_dir/train_$device_id.log
     if [ "$demo" = 1 ]; then build_demo; fi
     train_arguments
-    export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+    # Threads that wait by spinning steal the cores from the loader, and from whatever else the machine does.
+    export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     "$python" sdxl_pretrain.py "${train[@]}" 2>&1 | tee "$log" || status=${PIPESTATUS[0]}
     if [ "$status" != 0 ]; then
         echo "$(basename "$0"): training failed with exit status $status; log: $log" >&2
