@@ -152,8 +152,8 @@ def check_name(backend: str) -> None:
 def report(most_shapes: int = 24) -> list[str]:
     """For the run's log: a line a backend that ran, with the shapes it ran for, the most frequent first.
 
-    A run with many buckets has hundreds of shapes; what is beyond `most_shapes` is counted. Recomputation under gradient
-    checkpointing counts as a call.
+    A run with many buckets has hundreds of shapes; what is beyond `most_shapes` is counted. Recomputation under
+    gradient checkpointing counts as a call.
     """
     calls: dict[str, Counter[str]] = {}
     for case, record in _records.items():
