@@ -114,8 +114,22 @@ def weights(case: Case) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
 
 
-def make_step(kind: str, case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The network of that kind, and a function that trains it for one step and returns the loss."""
+@dataclass(frozen=True)
+class TrainStep:
+    """A network and the two halves of a step; called, it takes the whole and returns the loss."""
+
+    network: nn.Module
+    forward_backward: Callable[[], Tensor]
+    update: Callable[[], None]
+
+    def __call__(self) -> Tensor:
+        loss = self.forward_backward()
+        self.update()
+        return loss
+
+
+def make_step(kind: str, case: Case) -> TrainStep:
+    """Ours or diffusers' network with its optimizer, ready to train."""
     forward: Callable[[Inputs], Tensor]
     if kind == "ours":
         with torch.device("meta"):
@@ -145,17 +159,19 @@ def make_step(kind: str, case: Case) -> tuple[nn.Module, Callable[[], Tensor]]:
     batch = make_inputs(case)
     parameters = list(network.parameters())
 
-    def step() -> Tensor:
+    def forward_backward() -> Tensor:
         with torch.autocast(case.device.type, dtype=case.dtype, enabled=case.dtype != torch.float32):
             prediction = forward(batch)
         loss = F.mse_loss(prediction.float(), batch.target_BCHW)
         loss.backward()
+        return loss.detach()
+
+    def update() -> None:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
 
-    return network, step
+    return TrainStep(network, forward_backward, update)
 
 
 # Matrix arithmetic alone
@@ -196,7 +212,8 @@ def product_replay(recorder: ProductRecorder, device: torch.device) -> tuple[Cal
 
     def tensor(shape: _Shape) -> Tensor:
         if shape not in pool:
-            pool[shape] = torch.empty_strided(shape.size, shape.stride, dtype=shape.dtype, device=device).normal_()
+            length = 1 + sum((size - 1) * stride for size, stride in zip(shape.size, shape.stride, strict=True))
+            pool[shape] = torch.randn(length, device=device).to(shape.dtype).as_strided(shape.size, shape.stride)
         return pool[shape]
 
     work: list[tuple[Any, tuple[Any, ...], int]] = []
@@ -237,31 +254,37 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def measure_time(case: Case, steps: int, warmup: int) -> dict[str, Any]:
-    """Times in ms of both steps and of the matrix arithmetic, taken in turns in changing order."""
-    runs: dict[str, Callable[[], Any]] = {}
-    losses = {}
-    for kind in KINDS:
-        _, runs[kind] = make_step(kind, case)
-        losses[kind] = float(runs[kind]())
+    """Times in ms of both steps, of their halves and of the matrix arithmetic, taken in turns in changing order."""
+    trained = {kind: make_step(kind, case) for kind in KINDS}
+    losses = {kind: float(step()) for kind, step in trained.items()}
     with ProductRecorder() as recorder:
-        runs["ours"]()
-    runs["products"], product_calls = product_replay(recorder, case.device)
-    for _ in range(warmup):
-        for run in runs.values():
-            run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(steps):
-        order = list(runs)[:: 1 if index % 2 else -1]
-        for name in order:
-            times[name].append(timed_ms(runs[name], case.device))
-    ratios = [ours / theirs for ours, theirs in zip(times["ours"], times["diffusers"], strict=True)]
-    shares = [alone / ours for alone, ours in zip(times["products"], times["ours"], strict=True)]
+        trained["ours"]()
+    products, product_calls = product_replay(recorder, case.device)
+
+    runs: dict[str, dict[str, Callable[[], Any]]] = {
+        kind: {f"{kind}: forward, backward": step.forward_backward, f"{kind}: clip, AdamW": step.update}
+        for kind, step in trained.items()
+    }
+    runs["products"] = {"products": products}
+    times: dict[str, list[float]] = {}
+    for index in range(warmup + steps):
+        for kind in list(runs)[:: 1 if index % 2 else -1]:
+            parts = {name: timed_ms(run, case.device) for name, run in runs[kind].items()}
+            if index >= warmup:
+                for name, value in (parts | {kind: sum(parts.values())}).items():
+                    times.setdefault(name, []).append(value)
+
+    def ratio(one: str, other: str) -> dict[str, float]:
+        return spread([a / b for a, b in zip(times[one], times[other], strict=True)])
+
     return {
         "loss": losses,
         "loss_relative_difference": abs(losses["ours"] / losses["diffusers"] - 1),
         "ms": {name: spread(values) for name, values in times.items()},
-        "time_ratio_ours_to_diffusers": spread(ratios),
-        "product_share_of_our_step": spread(shares),
+        "time_ratio_ours_to_diffusers": ratio("ours", "diffusers"),
+        "network_time_ratio": ratio("ours: forward, backward", "diffusers: forward, backward"),
+        "product_share_of_our_step": ratio("products", "ours"),
+        "product_share_of_our_network": ratio("products", "ours: forward, backward"),
         "product_calls": product_calls,
     }
 
@@ -270,14 +293,14 @@ def measure_memory_here(kind: str, case: Case) -> dict[str, int]:
     """Peak bytes of two steps, of which `state` is weights, gradients and AdamW's two moments."""
     on_cpu = devices.is_cpu(case.device)
     if on_cpu:  # a first step of little size imports, and allocates, what is not this step's
-        make_step(kind, replace(case, config=TINY, latent_hw=(8, 8), batch=1))[1]()
+        make_step(kind, replace(case, config=TINY, latent_hw=(8, 8), batch=1))()
     before = _resident_bytes() if on_cpu else 0
-    network, step = make_step(kind, case)
+    step = make_step(kind, case)
     for _ in range(2):
         step()
     devices.synchronize(case.device)
     peak = devices.peak_memory_bytes(case.device) - before
-    return {"peak": peak, "state": 4 * sum(p.numel() * p.element_size() for p in network.parameters())}
+    return {"peak": peak, "state": 4 * sum(p.numel() * p.element_size() for p in step.network.parameters())}
 
 
 def measure_memory(kind: str) -> dict[str, int]:
@@ -340,19 +363,24 @@ def versions(case: Case) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    ratio, share = result["time_ratio_ours_to_diffusers"], result["product_share_of_our_step"]
-    print(f"{'':36}{'median':>10}{'quartiles':>22}")
-    for name, label in (("ours", "our step"), ("diffusers", "diffusers' step"), ("products", "its products alone")):
-        ms = result["ms"][name]
-        print(f"{label + ', ms':36}{ms['median']:10.1f}{ms['quartile1']:13.1f} {ms['quartile3']:8.1f}")
-    for label, value in (("time, ours / diffusers'", ratio), ("products' share of our step", share)):
-        print(f"{label:36}{value['median']:10.3f}{value['quartile1']:13.3f} {value['quartile3']:8.3f}")
+    print(f"{'':40}{'median':>10}{'quartiles':>22}")
+    for name, ms in sorted(result["ms"].items()):
+        print(f"{name + ', ms':40}{ms['median']:10.1f}{ms['quartile1']:13.1f} {ms['quartile3']:8.1f}")
+    labels = {
+        "time_ratio_ours_to_diffusers": "step, ours / diffusers'",
+        "network_time_ratio": "forward and backward, ours / diffusers'",
+        "product_share_of_our_step": "products / our step",
+        "product_share_of_our_network": "products / our forward and backward",
+    }
+    for name, label in labels.items():
+        value = result[name]
+        print(f"{label:40}{value['median']:10.3f}{value['quartile1']:13.3f} {value['quartile3']:8.3f}")
     for kind, memory in result.get("memory_bytes", {}).items():
         print(
             f"{'peak memory, MiB: ' + kind:36}{memory['peak'] / 2**20:10.0f}   ({memory['state'] / 2**20:.0f} of state)"
         )
     if "memory_ratio_ours_to_diffusers" in result:
-        print(f"{'peak memory, ours / diffusers':36}{result['memory_ratio_ours_to_diffusers']:10.3f}")
+        print(f"{'peak memory, ours / diffusers':40}{result['memory_ratio_ours_to_diffusers']:10.3f}")
 
 
 def main() -> None:

@@ -17,10 +17,11 @@ done
 if [ -z "$_cann_env" ]; then
     echo "env_npu.sh: no CANN found, Ascend's environment is not set"
 else
-    case $- in *u*) _nounset=1; set +u ;; *) _nounset= ;; esac  # CANN's script reads variables that may be unset
+    _shell_options=$(set +o)
+    set +eu  # CANN's script reads variables that may be unset and has commands that may fail
     # shellcheck disable=SC1090
     source "$_cann_env"
-    [ -n "$_nounset" ] && set -u
+    eval "$_shell_options"
     export ASCEND_SLOG_PRINT_TO_STDOUT=${ASCEND_SLOG_PRINT_TO_STDOUT:-0}  # no device log on the screen
     export ASCEND_GLOBAL_LOG_LEVEL=${ASCEND_GLOBAL_LOG_LEVEL:-3}          # errors only
     export ASCEND_GLOBAL_EVENT_ENABLE=${ASCEND_GLOBAL_EVENT_ENABLE:-0}
@@ -29,12 +30,12 @@ else
     export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}
     export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-5400}             # seconds
     if [ -z "${HCCL_IF_IP:-}" ]; then
-        HCCL_IF_IP=$(hostname -I 2>/dev/null | cut -d' ' -f1)
-        export HCCL_IF_IP
+        _address=$(hostname -I 2>/dev/null | cut -d' ' -f1) || _address=
+        if [ -n "$_address" ]; then export HCCL_IF_IP=$_address; fi
     fi
     if [ "${NNODES:-1}" -gt 1 ]; then
         export HCCL_BUFFSIZE=${HCCL_BUFFSIZE:-50}                         # MB
         export MULTI_STREAM_MEMORY_REUSE=${MULTI_STREAM_MEMORY_REUSE:-1}
     fi
 fi
-unset _cann_env _candidate _nounset
+unset _cann_env _candidate _shell_options _address

@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # The published configuration of the system (README, "The launchers").
 batch_size=4                # images per device
 max_train_epoch=120         # 13 is the performance run
+max_train_steps=            # steps instead of epochs
 mixed_precision=fp16
 resolution=1024,1024
 model_name=stabilityai/stable-diffusion-xl-base-1.0
@@ -16,7 +17,7 @@ tokenizer2_path=laion/CLIP-ViT-bigG-14-laion2B-39B-b160k
 dataset_name=laion          # folder of LAION shards or of images with captions
 output_dir=                 # default: test/output/DEVICE_ID
 demo=0
-known_arguments="batch_size max_train_epoch mixed_precision resolution model_name vae tokenizer1_path tokenizer2_path dataset_name output_dir"
+known_arguments="batch_size max_train_epoch max_train_steps mixed_precision resolution model_name vae tokenizer1_path tokenizer2_path dataset_name output_dir"
 given=" "                   # names that the user gave
 
 fail() { echo "$(basename "$0"): $1" >&2; exit 2; }
@@ -57,17 +58,44 @@ train_arguments() {
         --seed=1 --max_token_length=77 --enable_npu_flash_attention --save_precision=float --save_model_as=safetensors
         --case_name="$case_name"
     )
+    if [ -n "$max_train_steps" ]; then
+        train+=(--max_train_steps="$max_train_steps")
+    else
+        train+=(--max_train_epochs="$max_train_epoch")
+    fi
     if [ "$demo" = 1 ]; then
         demo_train_arguments
     else
         train+=(
             --vae="$vae" --tokenizer1_path="$tokenizer1_path" --tokenizer2_path="$tokenizer2_path"
-            --max_train_epochs="$max_train_epoch" --min_bucket_reso=512 --max_bucket_reso=2048
+            --min_bucket_reso=512 --max_bucket_reso=2048
             --learning_rate=1e-6 --learning_rate_te1=1e-7 --learning_rate_te2=1e-7
             --lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=1
             --gradient_checkpointing --save_every_n_epochs="$save_every_n_epochs"
         )
     fi
+}
+
+# The demo's sizes, unless the user gave others (tools/demo/README.md says how they were found).
+demo_settings() {
+    demo_default batch_size 16
+    demo_default max_train_steps 800
+    demo_default mixed_precision no
+    demo_default resolution 64,64
+    demo_default model_name "$demo_dir/model"
+    demo_default dataset_name "$demo_dir/data"
+}
+
+demo_train_arguments() {
+    train+=(
+        --min_bucket_reso=48 --max_bucket_reso=80 --bucket_reso_steps=8
+        --learning_rate=1.5e-3 --learning_rate_te1=2e-3 --learning_rate_te2=2e-3
+        --optimizer_args "betas=0.9,0.99" "weight_decay=0.01" --lr_scheduler=cosine
+        --lr_warmup_steps="$((max_train_steps / 16))"
+        --caption_dropout_rate=0.1 --v_parameterization --zero_terminal_snr
+        --sample_prompts="$demo_dir/data/prompts.txt" --sample_at_first --sample_every_n_steps="$max_train_steps"
+        --max_data_loader_n_workers=1
+    )
 }
 
 build_demo() {
@@ -85,11 +113,15 @@ judge_demo() {
 launch() {
     local device_id=${ASCEND_DEVICE_ID:-${DEVICE_ID:-0}} status=0
     python=$(bash test/setup_env.sh | tail -n 1)
+    # The card that DEVICE_ID names is the one that trains, unless the user has chosen the visible ones.
+    if [ "$processes" = 1 ] && [ -n "${ASCEND_DEVICE_ID:-}" ]; then
+        export ASCEND_RT_VISIBLE_DEVICES=${ASCEND_RT_VISIBLE_DEVICES:-$ASCEND_DEVICE_ID}
+    fi
     # shellcheck source=test/env_npu.sh
     source test/env_npu.sh
     if [ "$demo" = 1 ]; then
         demo_dir=${output_dir:-test/output/demo}
-        demo_default output_dir "$demo_dir/$device_id"
+        output_dir=$demo_dir/$device_id
         demo_settings
     fi
     output_dir=${output_dir:-test/output/$device_id}
@@ -99,7 +131,8 @@ launch() {
     local log=$output_dir/train_$device_id.log
     if [ "$demo" = 1 ]; then build_demo; fi
     train_arguments
-    export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+    # Threads that wait by spinning steal the cores from the loader, and from whatever else the machine does.
+    export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     "$python" sdxl_pretrain.py "${train[@]}" 2>&1 | tee "$log" || status=${PIPESTATUS[0]}
     if [ "$status" != 0 ]; then
         echo "$(basename "$0"): training failed with exit status $status; log: $log" >&2

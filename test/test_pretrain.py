@@ -7,6 +7,7 @@ import tarfile
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -166,18 +167,52 @@ def test_epochs_count_full_batches_and_name_their_checkpoints(train):
     assert status == 0, printed
     assert "override steps. steps for 3 epochs is 18" in printed  # 24 images, 8 in each of three buckets
     assert len(metrics(out)) == 18
-    assert [line["epoch"] for line in metrics(out)] == [0] * 6 + [1] * 6 + [2] * 6
+    assert [line["epoch"] for line in metrics(out)] == [1] * 6 + [2] * 6 + [3] * 6
     names = {path.name for path in out.glob("*.safetensors")}
     assert names == {"epoch-000001.safetensors", "epoch-000002.safetensors", "last.safetensors"}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_trains(train, precision):
-    status, out, printed = train(
-        "--train_batch_size=1", "--max_train_steps=1", f"--mixed_precision={precision}", "--no_half_vae"
-    )
+def test_half_precision_trains_and_keeps_what_does_not_train_bit_for_bit(train, tiny_sdxl_folder, precision):
+    arguments = ("--train_batch_size=1", "--max_train_steps=1", "--train_text_encoder", "--learning_rate_te1=0")
+    status, out, printed = train(*arguments, f"--mixed_precision={precision}")
     assert status == 0, printed
     assert metrics(out)[0]["updated"]
+    before, after = load_sdxl(str(tiny_sdxl_folder)), load_sdxl(str(out / "last"))
+    for part in ("vae", "text_encoder1"):
+        old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
+        assert all(torch.equal(old[key], new[key]) for key in old), part
+    assert not torch.equal(before.unet.out[2].weight, after.unet.out[2].weight)
+
+
+@pytest.mark.parametrize(("arguments", "dtype"), [(["--no_half_vae"], torch.float32), ([], torch.bfloat16)])
+def test_the_vae_computes_in_fp32_where_asked(train, monkeypatch, tmp_path, arguments, dtype):
+    seen = set()
+    for name in ("encode", "decode"):
+        real = getattr(AutoencoderKL, name)
+
+        def watched(self, x, *rest, real=real, **named):
+            seen.add((self.decoder.conv_in(torch.zeros(1, 4, 2, 2, dtype=self.dtype)).dtype, x.dtype))
+            return real(self, x, *rest, **named)
+
+        monkeypatch.setattr(AutoencoderKL, name, watched)
+    (tmp_path / "prompts.txt").write_text("red --w 32 --h 32 --s 1\n")
+    sampling = (f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first")
+    half = ("--train_batch_size=1", "--max_train_steps=1", "--mixed_precision=bf16")
+    assert train(*half, *sampling, *arguments)[0] == 0
+    assert seen == {(dtype, dtype)}
+
+
+@pytest.mark.parametrize("form", ["diffusers_safetensors", "safetensors"])
+def test_what_the_model_was_trained_to_predict_goes_into_its_checkpoint(train, tiny_sdxl_folder, form):
+    arguments = ("--train_batch_size=1", "--max_train_steps=1", "--v_parameterization", "--zero_terminal_snr")
+    status, out, printed = train(*arguments, f"--save_model_as={form}")
+    assert status == 0, printed
+    path = out / ("last.safetensors" if form == "safetensors" else "last")
+    tokenizers = {"tokenizer1": f"{tiny_sdxl_folder}/tokenizer", "tokenizer2": f"{tiny_sdxl_folder}/tokenizer_2"}
+    config = load_sdxl(str(path), **tokenizers).scheduler_config
+    assert config["prediction_type"] == "v_prediction"
+    assert config["rescale_betas_zero_snr"] is True
 
 
 def test_a_dry_run_tells_the_plan_and_trains_nothing(train):
@@ -206,6 +241,12 @@ def test_a_dry_run_tells_the_plan_and_trains_nothing(train):
         (["--zero_terminal_snr"], "--v_parameterization"),
         (["--pretrained_model_name_or_path=/no/such/model"], "/no/such/model"),
         (["--lr_warmup_steps=10", "--lr_scheduler=constant"], "constant_with_warmup"),
+        (
+            ["--lr_warmup_steps=999", "--lr_scheduler=cosine", "--max_train_epochs=1", "--dry_run"],
+            "--lr_warmup_steps=999",
+        ),
+        (["--logging_dir=/dev/null/logs"], "--logging_dir"),
+        (["--output_dir=/dev/null/out"], "--output_dir"),
         (["--tokenizer1_path=/no/such/tokenizer"], "/no/such/tokenizer"),
     ],
 )

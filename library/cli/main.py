@@ -1,6 +1,7 @@
 """What stands around every script's work: logging, and exit statuses that a launcher can trust."""
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,8 @@ def run_main(work: Callable[[], object]) -> int:
     0: done. 1: training failed (a traceback for what nobody expected, one line for a `TrainingError`).
     2: bad input, one line that says what to mend. 130: interrupted.
     """
+    # device.py imports torch_npu. Left to itself torch would, and die where CANN's environment is not set.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
     )
@@ -32,6 +35,12 @@ def run_main(work: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {where}{error.strerror or error}; what was written before is complete", file=sys.stderr, flush=True
+        )
+        return EXIT_FAILED
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED

@@ -56,6 +56,21 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """An argparse type: a whole number that 64 bits hold."""
+    value = non_negative_int(text)
+    if value >= 2**64:
+        raise argparse.ArgumentTypeError(f"must be less than 2**64, got {text}")
+    return value
+
+
+def file_stem(text: str) -> str:
+    """An argparse type: a name for files, without folders."""
+    if not text or text in (".", "..") or "/" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must be a file name without '/', got {text!r}")
+    return text
+
+
 def rate(text: str) -> float:
     """An argparse type: a share from 0 to 1."""
     value = float(text)

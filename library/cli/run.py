@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.cli.parser import non_negative_int, positive_int
+from library.cli.parser import file_stem, positive_int, seed
 from library.diffusion.samplers import NAMES
 
 
@@ -56,7 +56,7 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="(%(default)s)")
     group.add_argument(
         "--seed",
-        type=non_negative_int,
+        type=seed,
         help="of everything random; the same seed and data give the same run (default: drawn, logged)",
     )
     group.add_argument(
@@ -76,7 +76,9 @@ def add_saving_arguments(parser: ArgumentParser) -> None:
     """Add the flags of `SavingOptions` to a parser."""
     group = parser.add_argument_group("saving and logging")
     group.add_argument("--output_dir", required=True, type=Path, help="where checkpoints, samples and metrics.jsonl go")
-    group.add_argument("--output_name", help="stem of the checkpoints' names (default: epoch, at and last)")
+    group.add_argument(
+        "--output_name", type=file_stem, help="stem of the checkpoints' names (default: epoch, at and last)"
+    )
     group.add_argument("--save_every_n_epochs", type=positive_int, help="checkpoint {name}-{epoch} each n epochs")
     group.add_argument("--save_every_n_steps", type=positive_int, help="checkpoint {name}-step{step} each n steps")
     group.add_argument(
@@ -89,7 +91,9 @@ def add_saving_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument("--logging_dir", type=Path, help="TensorBoard events go to a new folder in it")
     group.add_argument(
-        "--case_name", help="at the end also write the run's figures as OUTPUT_DIR/CASE_NAME.log (the launchers set it)"
+        "--case_name",
+        type=file_stem,
+        help="at the end also write the run's figures as OUTPUT_DIR/CASE_NAME.log (the launchers set it)",
     )
 
 
@@ -101,8 +105,8 @@ def add_preview_arguments(parser: ArgumentParser) -> None:
         type=Path,
         help="prompts to sample, one a line (--w --h --d --s --l --n --ss), or .toml, .json",
     )
-    group.add_argument("--sample_every_n_steps", type=positive_int)
-    group.add_argument("--sample_every_n_epochs", type=positive_int)
+    group.add_argument("--sample_every_n_steps", type=positive_int, help="sample each n steps")
+    group.add_argument("--sample_every_n_epochs", type=positive_int, help="sample each n epochs")
     group.add_argument("--sample_at_first", action="store_true", help="sample before the first step, too")
     group.add_argument(
         "--sample_sampler", choices=NAMES, default="ddim", help="where a prompt names none (%(default)s)"

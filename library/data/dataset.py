@@ -73,7 +73,7 @@ def prepare_data(options: DataOptions, seed: int, *, rank: int, world_size: int,
     )
     check_options(bucket_options)
     logger.info("loading image sizes.")
-    with tqdm(desc="index", leave=False, disable=rank != 0, mininterval=0.5) as bar:
+    with tqdm(desc="index", disable=rank != 0, mininterval=0.5) as bar:
         index = build_index(options.train_data_dir, options.caption_extension, progress=_shown_in(bar))
     sizes_N2 = np.stack([index.rows["width"], index.rows["height"]], axis=1).astype(np.int64)
     buckets = assign_buckets(sizes_N2, bucket_options, index.name)

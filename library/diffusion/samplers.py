@@ -43,8 +43,7 @@ def make_sampler(name: str, schedule: NoiseSchedule, prediction: Prediction) -> 
     if name not in NAMES:
         raise InputError(f"sampler {name!r} is not known; choose one of {', '.join(NAMES)}")
     plain_name = name.removeprefix("k_")
-    zero_snr = float(schedule.alphas_cumprod_S[-1]) == 0.0
-    if zero_snr and plain_name not in _ZERO_SNR_SAFE:
+    if schedule.ends_in_pure_noise and plain_name not in _ZERO_SNR_SAFE:
         raise InputError(f"sampler {name!r} cannot start at a zero terminal SNR; use ddim (--sample_sampler or --ss)")
     class_name, settings = _SAMPLERS[plain_name]
     sampler_class = getattr(diffusers, class_name)

@@ -43,11 +43,16 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], zero_terminal_snr: bool = False) -> "NoiseSchedule":
         """Build it from a diffusers scheduler's settings; what they leave out is Stable Diffusion's."""
-        beta_S = betas(
-            config.get("beta_schedule", "scaled_linear"),
-            config.get("beta_start", BETA_START),
-            config.get("beta_end", BETA_END),
-            config.get("num_train_timesteps", TRAIN_TIMESTEPS),
+        trained = config.get("trained_betas")
+        beta_S = (
+            torch.tensor(trained, dtype=torch.float64)
+            if trained is not None
+            else betas(
+                config.get("beta_schedule", "scaled_linear"),
+                config.get("beta_start", BETA_START),
+                config.get("beta_end", BETA_END),
+                config.get("num_train_timesteps", TRAIN_TIMESTEPS),
+            )
         )
         alphas_cumprod_S = torch.cumprod(1 - beta_S, dim=0)
         if zero_terminal_snr or config.get("rescale_betas_zero_snr", False):
@@ -62,6 +67,11 @@ class NoiseSchedule:
     def timesteps(self) -> int:
         """S, the number of timesteps."""
         return len(self.alphas_cumprod_S)
+
+    @property
+    def ends_in_pure_noise(self) -> bool:
+        """True if no signal is left at the last timestep: a zero terminal SNR."""
+        return float(self.alphas_cumprod_S[-1]) == 0.0
 
     def signal_and_noise(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at the timesteps, each (B, 1, 1, 1)."""

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -148,17 +149,25 @@ def check_name(backend: str) -> None:
         raise ValueError(f"no attention backend {backend!r}; there are {', '.join(BACKENDS)}")
 
 
-def report() -> list[str]:
-    """Lines for the run's log: which backend ran for which shapes, how often, and what was asked for if another.
+def report(most_shapes: int = 24) -> list[str]:
+    """For the run's log: a line a backend that ran, with the shapes it ran for, the most frequent first.
 
-    Recomputation under gradient checkpointing counts as a call.
+    A run with many buckets has hundreds of shapes; what is beyond `most_shapes` is counted. Recomputation under
+    gradient checkpointing counts as a call.
     """
-    return [
-        f"attention: {record.ran}{'' if record.ran == case.asked else f' (asked: {case.asked})'}, "
-        f"{_name(case.dtype)} on {case.device_type}, query {_sizes(case.q_shape)}, "
-        f"key {_sizes(case.k_shape)} (batch x tokens x heads x head size): {record.calls} calls"
-        for case, record in _records.items()
-    ]
+    calls: dict[str, Counter[str]] = {}
+    for case, record in _records.items():
+        asked = "" if record.ran == case.asked else f" (asked: {case.asked})"
+        (_, queries, heads, head_size), keys = case.q_shape, case.k_shape[1]
+        shapes = calls.setdefault(f"{record.ran}{asked}, {_name(case.dtype)} on {case.device_type}", Counter())
+        shapes[f"{queries}x{keys} ({heads}x{head_size})"] += record.calls
+    lines = []
+    for backend, shapes in calls.items():
+        listed = ", ".join(f"{shape}: {count}" for shape, count in shapes.most_common(most_shapes))
+        rest = f", and {len(shapes) - most_shapes} more shapes" if len(shapes) > most_shapes else ""
+        what = "calls by query x key tokens (heads x head size)"
+        lines.append(f"attention: {backend}, {shapes.total()} {what}: {listed}{rest}")
+    return lines
 
 
 def reset_report() -> None:
@@ -181,7 +190,3 @@ def _choose(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, backend: str) -> str
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _sizes(shape: torch.Size) -> str:
-    return "x".join(str(size) for size in shape)

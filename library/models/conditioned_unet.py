@@ -4,12 +4,22 @@ One module, so that a wrapper (DistributedDataParallel and its kin) sees every g
 Legend: B batch, C channels, H W latent rows and columns, K chunks of a caption, T text tokens, V vector conditions.
 """
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from library.models.sdxl import SDXLModel
 from library.models.text_encoders import encode_sdxl, set_trainable, trainable_parameters
 from library.models.unet import size_embedding
+
+
+def frozen_copy(network: Any, dtype: torch.dtype) -> Any:
+    """The network in `dtype`, to compute with: a copy where it has another, so that checkpoints keep its weights."""
+    frozen = network.requires_grad_(False).eval()
+    same = all(parameter.dtype == dtype for parameter in frozen.parameters())
+    return frozen if same else nn.Module.to(copy.deepcopy(frozen), dtype)
 
 
 class ConditionedUNet(nn.Module):
@@ -27,13 +37,15 @@ class ConditionedUNet(nn.Module):
             self.unet.enable_gradient_checkpointing()
             for encoder, trained in ((self.text_encoder1, train_te1), (self.text_encoder2, train_te2)):
                 if trained:
-                    encoder.gradient_checkpointing_enable()
+                    # transformers 5.2x renames the method; the old name still works there, with a warning
+                    getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)()
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Hold the encoders that do not train in `dtype`; what trains keeps fp32 weights."""
-        for encoder, trained in ((self.text_encoder1, self.trained_te1), (self.text_encoder2, self.trained_te2)):
-            if not trained:
-                nn.Module.to(encoder, dtype)
+        """Compute with copies in `dtype` of the encoders that do not train; what trains keeps fp32 weights."""
+        if not self.trained_te1:
+            self.text_encoder1 = frozen_copy(self.text_encoder1, dtype)
+        if not self.trained_te2:
+            self.text_encoder2 = frozen_copy(self.text_encoder2, dtype)
 
     def conditions(self, ids1_BK77: Tensor, ids2_BK77: Tensor, size_ids_B6: Tensor) -> tuple[Tensor, Tensor]:
         """Text states (B, T, C) and vector conditions (B, V): pooled text beside the six embedded sizes, in px."""

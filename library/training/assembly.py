@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from library import device as devices
 from library.cli.data import DataOptions
@@ -27,6 +29,7 @@ from library.training.metrics import MetricsWriter
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
 from library.training.report import FinalFigures, write_case_log
+from library.training.rules import check_optimization, check_preview
 from library.training.saving import Cadence, epoch_name, last_name, step_name
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,9 @@ class Task(loop.Task, Protocol):
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
         """Token ids of captions, one tensor (B, chunks, 77) a text encoder. Called in the loader's workers."""
 
+    def plan_lines(self) -> list[str]:
+        """What is resolved about the model, for the log."""
+
     def memory_lines(self, bucket_px: tuple[int, int]) -> list[str]:
         """What a step needs in memory at a bucket's width and height, for --dry_run."""
 
@@ -89,7 +95,10 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
     accelerator = make_accelerator(options.run.mixed_precision)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
-    _prepare_output(options)
+    check_optimization(options.optimization, options.run, accelerator.num_processes)
+    check_preview(options.preview)
+    if not options.run.dry_run:
+        _prepare_output(options)
     surroundings = Surroundings(accelerator, _seed(options.run.seed, accelerator))
     data = prepare_data(
         options.data,
@@ -101,13 +110,14 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
     steps, epochs = _length(options.run, data.plan)
     task = make_task(surroundings)
     groups = task.parameter_groups()
-    for line in (*data.report(), *_plan_lines(options, data, steps, epochs, groups, accelerator)):
+    logger.info("seed: %d", surroundings.seed)
+    for line in (*data.report(), *task.plan_lines(), *_plan_lines(options, data, steps, epochs, groups, accelerator)):
         logger.info(line)
+    bare_optimizer, schedule = _optimizer(options.optimization, groups, steps, accelerator)
     if options.run.dry_run:
         for line in task.memory_lines(data.largest_bucket):
             logger.info(line)
         return
-    bare_optimizer, schedule = _optimizer(options.optimization, groups, steps, accelerator)
     module, optimizer = accelerator.prepare(task.module, bare_optimizer)
     logger.info("running training")
     writer = MetricsWriter(options.saving.output_dir, options.saving.logging_dir, steps, accelerator.is_main_process)
@@ -115,13 +125,14 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
         trainer = loop.Trainer(
             task, accelerator, module, optimizer, schedule, data.plan, _loop_options(options, data.plan, steps), writer
         )
-        report = trainer.train(iter(data.loader(task.tokenize, steps)))
+        with logging_redirect_tqdm():
+            report = trainer.train(iter(data.loader(task.tokenize, steps)))
     finally:
         writer.close()
     if accelerator.is_main_process:
         logger.info("saving checkpoint: %s", task.save(last_name(options.saving.output_name)))
         logger.info("model saved.")
-        _finish(options, report, task.network_name, accelerator, started)
+        _finish(options, report, task.network_name, data.plan.global_batch, accelerator, started)
     accelerator.end_training()
 
 
@@ -130,15 +141,18 @@ def _accumulation(options: Options) -> int:
 
 
 def _prepare_output(options: Options) -> None:
-    """Make the output folder now: a full or read-only disk is found before the training, not after it."""
-    folder = options.saving.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written to ({error.strerror}); choose another") from error
+    """Make the output folders now: what cannot be written to is found before the training, not after it."""
+    folders = {"--output_dir": options.saving.output_dir, "--logging_dir": options.saving.logging_dir}
+    for flag, folder in folders.items():
+        if folder is None:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".writable.{platform.node()}.{os.getpid()}"
+            probe.touch()
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror}); choose another") from error
 
 
 def _seed(given: int | None, accelerator: Accelerator) -> int:
@@ -236,11 +250,25 @@ def _plan_lines(
         f"global batch: {data.plan.global_batch}",
         f"total optimization steps: {steps}",
         f"gradient checkpointing: {options.run.gradient_checkpointing}",
+        f"checkpoints each {_each(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)}, "
+        f"samples each {_each(options.preview.sample_every_n_steps, options.preview.sample_every_n_epochs)}",
+        f"output: {options.saving.output_dir}, TensorBoard: {options.saving.logging_dir or 'none'}",
     ]
 
 
+def _each(steps: int | None, epochs: int | None) -> str:
+    """A cadence in words."""
+    named = [f"{count} {unit}" for count, unit in ((steps, "steps"), (epochs, "epochs")) if count]
+    return " and ".join(named) or "time at the end only"
+
+
 def _finish(
-    options: Options, report: loop.RunReport, network_name: str, accelerator: Accelerator, started: float
+    options: Options,
+    report: loop.RunReport,
+    network_name: str,
+    global_batch: int,
+    accelerator: Accelerator,
+    started: float,
 ) -> None:
     """Log what ran on which attention backend, write {CaseName}.log, print the final block."""
     for line in attention_report():
@@ -249,7 +277,7 @@ def _finish(
         images_per_second=report.images_per_second,
         train_loss=report.average_loss,
         duration_seconds=time.perf_counter() - started,
-        global_batch=options.data.train_batch_size * accelerator.num_processes * _accumulation(options),
+        global_batch=global_batch,
         process_count=accelerator.num_processes,
         batch_per_device=options.data.train_batch_size,
         quarantined=report.quarantined,

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from library import device as devices
 from library.data.loader import MicroBatch
 from library.errors import TrainingError
-from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
+from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +132,14 @@ class Trainer:
             self._log(step, step_batches, result, waited, time.perf_counter() - began)
             self._stop_if_not_finite(step, step_batches, result)
             self._after_step(step + 1)
+        quarantined = torch.tensor(self.quarantined, device=self.accelerator.device)
         return RunReport(
             self.speed.images_per_second,
             self.average.value,
             self.options.max_train_steps,
             self.overflows,
             self.not_updated,
-            self.quarantined,
+            int(self.accelerator.reduce(quarantined, reduction="sum")),
         )
 
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
@@ -182,12 +183,9 @@ class Trainer:
 
     def _update(self) -> bool:
         """Step the optimizer; False if an overflow skipped it (then the loss scale has fallen)."""
-        scaler = self.accelerator.scaler
-        scale_before = scaler.get_scale() if scaler is not None else 1.0
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # A fused optimizer is called even when it then leaves the weights alone, so the scale is the one sure sign.
-        return scaler is None or scaler.get_scale() >= scale_before
+        return not self.accelerator.optimizer_step_was_skipped
 
     def _log(self, step: int, batches: Sequence[MicroBatch], result: StepResult, waited: float, seconds: float) -> None:
         images = self.options.global_batch
@@ -200,7 +198,7 @@ class Trainer:
         self.writer.write(
             StepMetrics(
                 step=step + 1,
-                epoch=self.epochs.epoch_of_step(step),
+                epoch=self.epochs.epoch_of_step(step) + 1,
                 loss=finite_or_none(result.loss),
                 average_loss=finite_or_none(self.average.value),
                 lr=result.lr,
@@ -220,10 +218,12 @@ class Trainer:
         bad = [(name, reason) for batch in batches for name, reason in batch.quarantined]
         if not bad:
             return
-        self.quarantined += len(bad)
         rank = self.accelerator.process_index
-        name = "quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl"
-        with (self.options.output_dir / name).open("a", encoding="utf-8") as file:
+        path = self.options.output_dir / ("quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl")
+        if not self.quarantined:
+            set_aside(path)
+        self.quarantined += len(bad)
+        with path.open("a", encoding="utf-8") as file:
             for sample, reason in bad:
                 file.write(json.dumps({"step": step + 1, "sample": sample, "reason": reason}) + "\n")
                 self.writer.write_text(f"sample {sample} replaced: {reason}")

@@ -7,11 +7,13 @@ What it cannot see: the allocator's fragmentation, libraries' workspaces, CUDA's
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -57,6 +59,38 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+class _FusedShapes(torch.autograd.Function):
+    """What a fused attention kernel holds: its inputs and its output, never the matrix of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """On the meta device torch writes attention out, as no device does; this puts the fused kernels' shapes there.
+
+    The function is exchanged, not overridden by a mode: modes do not reach into the recomputation of checkpoints.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _FusedShapes.apply(q, k, v)
+
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
 def without_data(module: Module, dtype: torch.dtype | None = None) -> Module:
     """A copy of a module on the meta device, without its data. `dtype` None keeps each tensor's own."""
 
@@ -77,52 +111,58 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int  # with half-precision copies of weights under mixed precision
+    encoding: int  # of the images by the VAE, before there are activations and gradients
 
     @property
     def total(self) -> int:
         """The peak of a step."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.optimizer + max(self.gradients + self.activations, self.encoding)
 
     def lines(self) -> list[str]:
         """For a person."""
         parts = {
             "weights": self.weights,
-            "gradients": self.gradients,
             "optimizer state": self.optimizer,
+            "gradients": self.gradients,
             "activations": self.activations,
+            "before these, VAE encoding": self.encoding,
         }
         listed = ", ".join(f"{name} {size / GIB:.3f}" for name, size in parts.items())
         return [f"estimated device memory of a step: {self.total / GIB:.3f} GiB ({listed})"]
 
 
 def estimate(
-    module: nn.Module, frozen: Sequence[nn.Module], compute_dtype: torch.dtype, step: Callable[[nn.Module], Tensor]
+    module: nn.Module,
+    vae: nn.Module,
+    compute_dtype: torch.dtype,
+    step: Callable[[nn.Module], Tensor],
+    encode: Callable[[nn.Module], Tensor],
 ) -> MemoryEstimate:
-    """Run one forward and backward on shapes.
+    """Run one encoding, forward and backward on shapes.
 
     Args:
         module: what trains, as it will be held.
-        frozen: other modules on the device.
+        vae: beside it on the device.
         compute_dtype: what autocast computes in; fp32 for none.
         step: the loss of a data-less copy of `module`, made of tensors on the meta device.
+        encode: the latents by a data-less copy of `vae`.
     """
-    weights = sum(_bytes(tensor) for part in (module, *frozen) for tensor in (*part.parameters(), *part.buffers()))
+    weights = sum(_bytes(tensor) for part in (module, vae) for tensor in (*part.parameters(), *part.buffers()))
     trained = sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
+    vae_shapes = without_data(vae)
+    with LiveBytes() as encoding, _fused_attention():
+        encode(vae_shapes)
     shapes = without_data(module, compute_dtype if compute_dtype != torch.float32 else None)
-    held = [*shapes.parameters(), *shapes.buffers()]
-    with LiveBytes() as live:
-        live.hold(held)
+    with LiveBytes() as live, _fused_attention():
+        live.hold([*shapes.parameters(), *shapes.buffers()])
         at_start = live.bytes
         step(shapes).backward()
-        computed_gradients = sum(
-            _bytes(parameter.grad) for parameter in shapes.parameters() if parameter.grad is not None
-        )
+        computed_gradients = sum(_bytes(one.grad) for one in shapes.parameters() if one.grad is not None)
     # Gradients appear while activations go: what the peak holds beyond weights is both. Under autocast the copy's
     # weights stand for the half-precision copies that autocast makes, and its gradients are half of the real ones.
     copies = at_start if compute_dtype != torch.float32 else 0
-    beyond = live.peak - at_start
-    activations = max(beyond - computed_gradients, 0) + copies
-    return MemoryEstimate(weights, trained, ADAMW_STATES * trained, activations)
+    activations = max(live.peak - at_start - computed_gradients, 0) + copies
+    return MemoryEstimate(weights, trained, ADAMW_STATES * trained, activations, encoding.peak)
 
 
 def _bytes(tensor: Tensor) -> int:

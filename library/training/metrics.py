@@ -1,5 +1,6 @@
 """What a run measures of itself: speed without warm-up, average loss, metrics.jsonl, TensorBoard, the bar."""
 
+import itertools
 import json
 import math
 import time
@@ -97,9 +98,7 @@ class MetricsWriter:
         if not main:
             return
         path = output_dir / "metrics.jsonl"
-        if path.exists():
-            taken = next(n for n in range(1, 1_000_000) if not (output_dir / f"metrics.{n}.jsonl").exists())
-            path.rename(output_dir / f"metrics.{taken}.jsonl")
+        set_aside(path)
         self._file = path.open("w", encoding="utf-8")
         self._board = None
         if logging_dir is not None:
@@ -118,11 +117,11 @@ class MetricsWriter:
         if self._board is not None:
             for name, value in _scalars(metrics).items():
                 self._board.add_scalar(name, value, metrics.step)
-        self.bar.update(1)
         shown = {"loss": metrics.loss, "avr_loss": metrics.average_loss, "img/s": metrics.images_per_second}
         self.bar.set_postfix(
             {name: "nan" if value is None else f"{value:.4g}" for name, value in shown.items()}, refresh=False
         )
+        self.bar.update(1)
 
     def write_text(self, line: str) -> None:
         """Print a line above the bar."""
@@ -136,6 +135,13 @@ class MetricsWriter:
             self._file.close()
             if self._board is not None:
                 self._board.close()
+
+
+def set_aside(path: Path) -> None:
+    """Keep a file of an earlier run under the next free name: metrics.jsonl becomes metrics.1.jsonl, and so on."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def _scalars(metrics: StepMetrics) -> dict[str, float]:

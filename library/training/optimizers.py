@@ -47,15 +47,11 @@ def parse_optimizer_args(arguments: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
-def make_optimizer(
-    optimizer_type: str, groups: Sequence[ParameterGroup], arguments: Iterable[str], process_count: int = 1
-) -> torch.optim.Optimizer:
-    """The optimizer over the groups, in their order.
-
-    AdamW is torch's (Loshchilov & Hutter, 1711.05101), in its fused form: one kernel a tensor, on the CPU too.
+def check_optimizer(optimizer_type: str, arguments: Iterable[str], process_count: int = 1) -> dict[str, Any]:
+    """The optimizer's keyword arguments.
 
     Raises:
-        InputError: the type is not known, or an argument is not one that the optimizer takes.
+        InputError: the type is not known, cannot run on that many processes, or does not take an argument.
     """
     kind = {name.lower(): name for name in OPTIMIZERS}.get(optimizer_type.lower())
     if kind is None:
@@ -70,11 +66,29 @@ def make_optimizer(
     unknown = [name for name in keywords if name not in known]
     if unknown:
         raise InputError(f"--optimizer_args {unknown[0]}: AdamW takes {', '.join(known)}, and lr by --learning_rate")
+    return keywords
+
+
+def make_optimizer(
+    optimizer_type: str, groups: Sequence[ParameterGroup], arguments: Iterable[str], process_count: int = 1
+) -> torch.optim.Optimizer:
+    """The optimizer over the groups, in their order.
+
+    AdamW is torch's (Loshchilov & Hutter, 1711.05101), in its fused form: one kernel a tensor, on the CPU too.
+
+    Raises:
+        InputError: as `check_optimizer`, or a value is out of the optimizer's range.
+    """
+    keywords = check_optimizer(optimizer_type, arguments, process_count)
     parameters = [{"params": list(group.parameters), "lr": group.learning_rate, "name": group.name} for group in groups]
     try:
-        return torch.optim.AdamW(parameters, lr=groups[0].learning_rate, fused=True, **keywords)
-    except (TypeError, ValueError) as error:
+        optimizer = torch.optim.AdamW(parameters, lr=groups[0].learning_rate, fused=True, **keywords)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"--optimizer_args: AdamW refuses them: {error}") from error
+    # A fused optimizer offers to undo the loss scale itself. torch_npu's scaler then hands it an argument that torch's
+    # AdamW no longer takes, and elsewhere a skipped step could not be told from a taken one: the scaler does it.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def make_lr_schedule(
@@ -83,14 +97,10 @@ def make_lr_schedule(
     """diffusers' schedule of that name, counted in optimizer steps whatever the number of processes.
 
     Raises:
-        InputError: warm-up with a schedule that has none or longer than the run; polynomial below its final rate.
+        InputError: a warm-up longer than the run, polynomial below its final rate.
     """
     from diffusers.optimization import get_scheduler
 
-    if name == "constant" and warmup_steps:
-        raise InputError(
-            f"--lr_warmup_steps={warmup_steps} has no effect with --lr_scheduler=constant; use constant_with_warmup"
-        )
     if warmup_steps > max_train_steps:
         raise InputError(
             f"--lr_warmup_steps={warmup_steps} is longer than the run of {max_train_steps} steps; shorten the warm-up"

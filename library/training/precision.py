@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs
 
 from library import device as devices
+from library.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -20,14 +21,18 @@ def make_accelerator(mixed_precision: str, ddp_timeout: timedelta = timedelta(mi
 
     accelerate turns fp16 off without a word on the CPU; here it is on there, too (slow, but the same arithmetic), so
     that what is tried on a small machine is what runs on the large one.
+
+    Raises:
+        InputError: the device cannot compute in this precision.
     """
     device = devices.default_device()
     initial_scale = devices.initial_loss_scale(device)
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        cpu=devices.is_cpu(device),
-        kwargs_handlers=[GradScalerKwargs(init_scale=initial_scale), InitProcessGroupKwargs(timeout=ddp_timeout)],
-    )
+    handlers = [GradScalerKwargs(init_scale=initial_scale), InitProcessGroupKwargs(timeout=ddp_timeout)]
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=devices.is_cpu(device), kwargs_handlers=handlers)
+    except ValueError as error:
+        raise InputError(f"--mixed_precision={mixed_precision} does not go with this device: {error}") from error
+    accelerator.gradient_accumulation_steps = 1  # the loop accumulates; a variable of `accelerate launch` must not, too
     if devices.is_cpu(device) and mixed_precision != "no":
         logger.warning(
             "mixed precision %s on the CPU is emulated and hundreds of times slower than fp32", mixed_precision

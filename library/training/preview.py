@@ -6,6 +6,7 @@ Legend: B batch, C channels, H W latent rows and columns, T text tokens, V vecto
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from library.diffusion.samplers import make_sampler
 from library.diffusion.schedule import NoiseSchedule, Prediction
+from library.errors import InputError
 from library.keyed_random import Stream, generator
 from library.training.prompts import SamplePrompt
 from library.training.saving import sample_name
@@ -33,8 +35,16 @@ class Previewer:
 
     def check(self) -> None:
         """Raise InputError now, not after hours, if a sampler cannot work with this schedule."""
-        for name in {prompt.sample_sampler or self.default_sampler for prompt in self.prompts}:
-            make_sampler(name, self.schedule, self.prediction)
+        for prompt in self.prompts:
+            name = prompt.sample_sampler or self.default_sampler
+            try:
+                make_sampler(name, self.schedule, self.prediction).set_timesteps(prompt.sample_steps)
+            except ValueError as error:
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(
+                    f"sampler {name} cannot take {prompt.sample_steps} steps for {prompt.prompt!r}: {error}"
+                ) from error
 
     @torch.no_grad()
     def run(
@@ -91,8 +101,7 @@ class Previewer:
         sampler.set_timesteps(prompt.sample_steps, device=device)
         noise_CHW = random.standard_normal(shape_CHW, dtype=np.float32)
         latents_BCHW = torch.from_numpy(noise_CHW)[None].to(device) * sampler.init_noise_sigma
-        takes_generator = "generator" in sampler.step.__code__.co_varnames
-        extra = {"generator": torch_generator} if takes_generator else {}
+        extra = {"generator": torch_generator} if "generator" in signature(sampler.step).parameters else {}
         for t in sampler.timesteps:
             predicted_BCHW = denoise(sampler.scale_model_input(latents_BCHW, t), t)
             latents_BCHW = sampler.step(predicted_BCHW, t, latents_BCHW, **extra).prev_sample

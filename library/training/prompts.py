@@ -1,6 +1,7 @@
 """Sample prompts: text files with options after each prompt, .toml and .json lists of the same fields."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -100,6 +101,8 @@ def _checked(prompt: SamplePrompt, where: str) -> SamplePrompt:
         raise InputError(f"{where}: sampler {prompt.sample_sampler!r} is not known; {', '.join(NAMES)} are")
     if not 1 <= prompt.sample_steps <= 1000:
         raise InputError(f"{where}: sample steps must lie in 1 .. 1000, got {prompt.sample_steps}")
+    if not math.isfinite(prompt.scale):
+        raise InputError(f"{where}: the guidance scale must be a number, got {prompt.scale}")
     if prompt.seed is not None and not 0 <= prompt.seed < 2**64:
         raise InputError(f"{where}: seed must lie in 0 .. 2**64 - 1, got {prompt.seed}")
     if min(prompt.width, prompt.height) < 2 * VAE_FACTOR:

@@ -17,7 +17,7 @@ from library.diffusion.schedule import NoiseSchedule, prediction_type
 from library.errors import InputError
 from library.keyed_random import Stream
 from library.models.checkpoint import load_sdxl, save_sdxl
-from library.models.conditioned_unet import ConditionedUNet
+from library.models.conditioned_unet import ConditionedUNet, frozen_copy
 from library.models.metadata import modelspec
 from library.models.text_encoders import tokenize
 from library.models.vae import decode_latents, encode_images, latent_shape
@@ -27,6 +27,7 @@ from library.training.optimizers import ParameterGroup
 from library.training.precision import DTYPES, SAVE_DTYPES
 from library.training.preview import GuidedDenoiser, Previewer
 from library.training.prompts import SamplePrompt, read_prompts
+from library.training.rules import text_encoder_rates
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,12 @@ class SDXLPretraining:
     def __init__(self, model_options: ModelOptions, options: Options, surroundings: Surroundings) -> None:
         self.model_options, self.options, self.surroundings = model_options, options, surroundings
         self.accelerator, self.seed, self.device = surroundings.accelerator, surroundings.seed, surroundings.device
-        self.learning_rates = _learning_rates(options)
+        te1_rate, te2_rate = text_encoder_rates(options.optimization)
+        self.learning_rates = {
+            "unet": options.optimization.learning_rate,
+            "text_encoder1": te1_rate,
+            "text_encoder2": te2_rate,
+        }
         self.model = load_sdxl(
             model_options.pretrained_model_name_or_path,
             vae=model_options.vae,
@@ -51,12 +57,21 @@ class SDXLPretraining:
             if model_options.v_parameterization
             else self.model.scheduler_config.get("prediction_type", "epsilon")
         )
-        if model_options.zero_terminal_snr and self.prediction.name == "epsilon":
-            raise InputError(
-                "--zero_terminal_snr cannot act on epsilon prediction, which says nothing about pure noise; "
-                "add --v_parameterization"
-            )
         schedule = NoiseSchedule.from_config(self.model.scheduler_config, model_options.zero_terminal_snr)
+        if schedule.ends_in_pure_noise and self.prediction.name == "epsilon":
+            raise InputError(
+                "a zero terminal SNR (--zero_terminal_snr, or rescale_betas_zero_snr in the model's scheduler) is not "
+                "for epsilon prediction, which says nothing about pure noise; add --v_parameterization"
+            )
+        # Checkpoints say what the model was trained to predict, not what it predicted before.
+        zero_snr = (
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if schedule.ends_in_pure_noise else {}
+        )
+        self.model.scheduler_config = {
+            **self.model.scheduler_config,
+            "prediction_type": self.prediction.name,
+            **zero_snr,
+        }
         self.previewer = self._previewer(schedule)
         self._place(schedule)
 
@@ -70,16 +85,30 @@ class SDXLPretraining:
             gradient_checkpointing=self.options.run.gradient_checkpointing,
         )
         self.module.cast_frozen(half)
-        self.module.unet.set_attention_backend("npu" if self.model_options.enable_npu_flash_attention else "sdpa")
+        self.attention_backend = "npu" if self.model_options.enable_npu_flash_attention else "sdpa"
+        self.module.unet.set_attention_backend(self.attention_backend)
         vae_dtype = torch.float32 if self.model_options.no_half_vae else half
         if vae_dtype == torch.float16 and not self.model_options.vae:
             logger.warning(
                 "the model's own VAE runs in fp16; SDXL's stock VAE overflows there: if the loss is not finite, use "
                 "--vae=madebyollin/sdxl-vae-fp16-fix or --no_half_vae"
             )
-        nn.Module.to(self.model.vae.requires_grad_(False).eval(), self.device, vae_dtype)
+        self.vae = frozen_copy(self.model.vae, vae_dtype).to(self.device)
         self.module.to(self.device)
         self.schedule = schedule.to(self.device)
+
+    def plan_lines(self) -> list[str]:
+        """What is resolved about the model, for the log."""
+        snr = ", zero terminal SNR" if self.schedule.ends_in_pure_noise else ""
+        prompts = len(self.previewer.prompts) if self.previewer else 0
+        return [
+            f"model: {self.model_options.pretrained_model_name_or_path}, VAE: {self.model_options.vae or 'its own'}",
+            f"prediction: {self.prediction.name}{snr}; VAE in {str(self.vae.dtype).removeprefix('torch.')}",
+            f"attention backend asked for: {self.attention_backend}",
+            f"checkpoints as: {self.options.saving.save_model_as or self._loaded_form()}, "
+            f"precision: {self.options.saving.save_precision or 'float'}",
+            f"sample prompts: {prompts}",
+        ]
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """The U-Net's parameters and those of each text encoder that trains."""
@@ -110,9 +139,9 @@ class SDXLPretraining:
 
     def _latents(self, batch: MicroBatch, places: Sequence[int]) -> Tensor:
         """The images' latents (B, C, H, W), drawn from the VAE's posterior."""
-        vae, images_BHWC = self.model.vae, batch.images_BHWC
+        images_BHWC = batch.images_BHWC
         noise_BCHW = normal(self.seed, Stream.VAE, batch.step, places, self._latent_shape(*images_BHWC.shape[1:3]))
-        return encode_images(vae, images_BHWC.to(self.device), noise_BCHW.to(self.device))
+        return encode_images(self.vae, images_BHWC.to(self.device), noise_BCHW.to(self.device))
 
     def save(self, stem: str) -> Path:
         """Write the whole model, complete or not at all."""
@@ -134,8 +163,6 @@ class SDXLPretraining:
         """The previewer that --sample_prompts asks for, checked before anything trains."""
         preview = self.options.preview
         if preview.sample_prompts is None:
-            if preview.sample_at_first or preview.sample_every_n_steps or preview.sample_every_n_epochs:
-                raise InputError("--sample_at_first and --sample_every_n_... sample nothing without --sample_prompts")
             return None
         saving = self.options.saving
         previewer = Previewer(
@@ -154,19 +181,24 @@ class SDXLPretraining:
     def preview(self, position: str, step: int) -> None:
         """Sample the preview prompts with the weights as they are."""
         if self.previewer is not None:
-            with self.accelerator.autocast():
-                self.previewer.run(self._denoiser, self._decode, self._latent_shape, position, step, self.device)
+            self.previewer.run(self._denoiser, self._decode, self._latent_shape, position, step, self.device)
 
     def _denoiser(self, prompt: SamplePrompt) -> GuidedDenoiser:
         """The U-Net with a prompt's conditions, in row 0, and its negative prompt's, in row 1."""
         ids1, ids2 = self.tokenize([prompt.prompt, prompt.negative_prompt])
         size_hw = (prompt.height, prompt.width)
         size_ids_26 = torch.tensor([[*size_hw, 0, 0, *size_hw]] * 2, dtype=torch.float32, device=self.device)
-        context_2TC, vector_2V = self.module.conditions(ids1.to(self.device), ids2.to(self.device), size_ids_26)
-        return GuidedDenoiser(self.module.unet, context_2TC, vector_2V, prompt.scale)
+        with self.accelerator.autocast():
+            context_2TC, vector_2V = self.module.conditions(ids1.to(self.device), ids2.to(self.device), size_ids_26)
+        return GuidedDenoiser(self._predict, context_2TC, vector_2V, prompt.scale)
+
+    def _predict(self, noisy_BCHW: Tensor, t_B: Tensor, context_BTC: Tensor, vector_BV: Tensor) -> Tensor:
+        """The U-Net in the precision that it trains in; sampler and VAE keep their own."""
+        with self.accelerator.autocast():
+            return self.module.unet(noisy_BCHW, t_B, context_BTC, vector_BV)
 
     def _decode(self, latents_BCHW: Tensor) -> Tensor:
-        return decode_latents(self.model.vae, latents_BCHW)
+        return decode_latents(self.vae, latents_BCHW)
 
     def _latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         return latent_shape(self.model.vae, height_px, width_px)
@@ -183,17 +215,7 @@ class SDXLPretraining:
             t_B, size_ids_B6 = torch.zeros(batch, device="meta"), torch.zeros(batch, 6, device="meta")
             return shapes(noisy_BCHW.to(compute_dtype), t_B, ids_BK77, ids_BK77, size_ids_B6).float().mean()
 
-        return estimate(self.module, [self.model.vae], compute_dtype, step).lines()
+        def encode(shapes: nn.Module) -> Tensor:
+            return encode_images(shapes, torch.empty(batch, height, width, 3, dtype=torch.uint8, device="meta"))
 
-
-def _learning_rates(options: Options) -> dict[str, float]:
-    """Rates by part; a text encoder that does not train has 0. Flags that cannot act are an error."""
-    optimization = options.optimization
-    unet, te1, te2 = optimization.learning_rate, optimization.learning_rate_te1, optimization.learning_rate_te2
-    if optimization.train_text_encoder:
-        te1, te2 = unet if te1 is None else te1, unet if te2 is None else te2
-        return {"unet": unet, "text_encoder1": te1, "text_encoder2": te2}
-    for flag, rate in (("--learning_rate_te1", te1), ("--learning_rate_te2", te2)):
-        if rate:
-            raise InputError(f"{flag}={rate:g} trains nothing without --train_text_encoder; add that, or leave it out")
-    return {"unet": unet, "text_encoder1": 0.0, "text_encoder2": 0.0}
+        return estimate(self.module, self.vae, compute_dtype, step, encode).lines()

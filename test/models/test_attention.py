@@ -156,10 +156,9 @@ def test_xformers_takes_tokens_before_heads(monkeypatch):
 def test_report_counts_calls_by_shape():
     for sizes in (SIZES[0], SIZES[1], SIZES[0]):
         forward_and_backward(sizes, torch.float32, "sdpa")
-    assert module.report() == [
-        "attention: sdpa, float32 on cpu, query 2x6x2x8, key 2x6x2x8 (batch x tokens x heads x head size): 2 calls",
-        "attention: sdpa, float32 on cpu, query 1x5x3x16, key 1x3x3x16 (batch x tokens x heads x head size): 1 calls",
-    ]
+    line = "attention: sdpa, float32 on cpu, 3 calls by query x key tokens (heads x head size): 6x6 (2x8): 2"
+    assert module.report() == [f"{line}, 5x3 (3x16): 1"]
+    assert module.report(most_shapes=1) == [f"{line}, and 1 more shapes"]
 
 
 def test_an_unknown_backend_is_an_error():

@@ -156,6 +156,18 @@ def test_gradients_that_overflow_at_every_scale_stop_the_run_and_name_the_sample
         train(tmp_path, Broken(), precision="fp16")
 
 
+class _InfiniteGradient(torch.autograd.Function):
+    """Finite forward, infinite backward."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
 class _NaNGradient(torch.autograd.Function):
     """Finite forward, NaN backward."""
 
@@ -169,16 +181,71 @@ class _NaNGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
-def test_one_loss_that_is_not_finite_leaves_the_weights_alone_and_goes_on(tmp_path, precision):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    _, report, metrics = train(
-        tmp_path / "a", Regression(blow_up={2: math.nan, 3: math.inf, 5: math.nan}), precision=precision
-    )
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone_and_goes_on(tmp_path, precision):
+    weights = []
+
+    class Watched(Regression):
+        def loss(self, module, batch):
+            weights.append(module.weight.detach().clone())
+            return super().loss(module, batch)
+
+    blow_up = {2: math.nan, 3: math.inf, 5: math.nan}
+    _, report, metrics = train(tmp_path, Watched(blow_up=blow_up), precision=precision)
     assert report.steps_not_updated == 3
     assert [line["updated"] for line in metrics] == [step not in (2, 3, 5) for step in range(8)]
+    assert (
+        torch.equal(weights[2], weights[3])
+        and torch.equal(weights[3], weights[4])
+        and torch.equal(weights[5], weights[6])
+    )
+    assert not torch.equal(weights[4], weights[5])
     assert metrics[2]["loss"] is None
     assert all(math.isfinite(line["average_loss"]) for line in metrics)
+
+
+def test_an_overflow_that_passes_leaves_the_weights_of_a_run_without_it(tmp_path):
+    """The scale alone differs, and powers of two do not round."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    calm, _, _ = train(tmp_path / "a", precision="fp16")
+
+    class OverflowsOnce(Regression):
+        done = False
+
+        def loss(self, module, batch):
+            loss = super().loss(module, batch)
+            if batch.step == 3 and not self.done:
+                self.done = True
+                return _InfiniteGradient.apply(loss)
+            return loss
+
+    once, report, _ = train(tmp_path / "b", OverflowsOnce(), precision="fp16")
+    assert report.overflows == 1
+    torch.testing.assert_close(once.weight, calm.weight, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_scaler_of_torch_npu_can_step_our_optimizer(tmp_path, monkeypatch):
+    """It hands itself to optimizers that say they take it (torch_npu 2.14.0, npu/amp/grad_scaler.py)."""
+
+    class NpuScaler(torch.amp.GradScaler):
+        def step(self, optimizer, *args, **kwargs):
+            inner = getattr(optimizer, "optimizer", optimizer)
+            if getattr(inner, "_step_supports_amp_scaling", False):
+                return inner.step(*args, **kwargs, grad_scaler=self)
+            return super().step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", NpuScaler)
+    _, _, metrics = train(tmp_path, precision="fp16")
+    assert all(line["updated"] for line in metrics)
+
+
+def test_a_variable_of_accelerate_launch_does_not_scale_the_gradients(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    _, _, without = train(tmp_path / "a")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    _, _, with_variable = train(tmp_path / "b")
+    assert [line["grad_norm"] for line in with_variable] == [line["grad_norm"] for line in without]
 
 
 def test_three_losses_running_that_are_not_finite_stop_the_run(tmp_path):

@@ -51,6 +51,7 @@ def test_json_and_toml_hold_the_same_fields(tmp_path):
         ("a --s 0", "p.txt", "1 .. 1000"),
         ("a --w 8", "p.txt", "too small"),
         ("a --d -1", "p.txt", "seed"),
+        ("a --l nan", "p.txt", "guidance scale"),
         ("{", "p.json", "is not JSON"),
         ('{"prompt": "a"}', "p.json", "must be a list"),
         ('[{"prompt": "a", "width": "64"}]', "p.json", "entry 1: width must be a number"),

@@ -1,0 +1,45 @@
+"""Rules between options, checked once, before anything is read or loaded; each error names the flag and the way out."""
+
+from library.cli.optimization import OptimizationOptions
+from library.cli.run import PreviewOptions, RunOptions
+from library.errors import InputError
+from library.training.optimizers import check_optimizer
+from library.training.prompts import read_prompts
+
+
+def check_optimization(options: OptimizationOptions, run: RunOptions, process_count: int) -> None:
+    """Raise InputError where optimizer, rates and schedule cannot go together."""
+    check_optimizer(options.optimizer_type, options.optimizer_args, process_count)
+    text_encoder_rates(options)
+    warmup = options.lr_warmup_steps
+    if options.lr_scheduler == "constant" and warmup:
+        raise InputError(
+            f"--lr_warmup_steps={warmup} has no effect with --lr_scheduler=constant; use constant_with_warmup"
+        )
+    if run.max_train_epochs is None and warmup > run.max_train_steps:
+        raise InputError(
+            f"--lr_warmup_steps={warmup} is longer than the run of {run.max_train_steps} steps; shorten the warm-up"
+        )
+
+
+def text_encoder_rates(options: OptimizationOptions) -> tuple[float, float]:
+    """Learning rates of both text encoders; 0 for one that does not train.
+
+    Raises:
+        InputError: a rate is given for encoders that do not train.
+    """
+    te1, te2 = options.learning_rate_te1, options.learning_rate_te2
+    if options.train_text_encoder:
+        return options.learning_rate if te1 is None else te1, options.learning_rate if te2 is None else te2
+    for flag, rate in (("--learning_rate_te1", te1), ("--learning_rate_te2", te2)):
+        if rate:
+            raise InputError(f"{flag}={rate:g} trains nothing without --train_text_encoder; add that, or leave it out")
+    return 0.0, 0.0
+
+
+def check_preview(options: PreviewOptions) -> None:
+    """Raise InputError where sample pictures are asked for without prompts, or the prompts cannot be read."""
+    if options.sample_prompts is not None:
+        read_prompts(options.sample_prompts)
+    elif options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs:
+        raise InputError("--sample_at_first and --sample_every_n_... sample nothing without --sample_prompts")

@@ -1,0 +1,56 @@
+"""The benchmark of a training step: both networks do the same work, and all products of a step are counted."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+PATH = Path(__file__).resolve().parents[2] / "bench" / "train_step.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_train_step", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def case(bench):
+    return bench.Case(bench.TINY, (8, 8), 1, torch.float32, torch.device("cpu"), gradient_checkpointing=False)
+
+
+def test_both_take_the_same_steps(bench, case):
+    """Losses over three steps agree, so weights, batch, clipping and optimizer do, and they fall."""
+    ours = bench.make_step("ours", case)
+    theirs = bench.make_step("diffusers", case)
+    losses = [(float(ours()), float(theirs())) for _ in range(3)]
+    for one, other in losses:
+        assert one == pytest.approx(other, rel=1e-5)
+    assert losses[2][0] < losses[0][0]
+
+
+def test_forward_and_both_products_of_backward_are_recorded_and_run_again(bench):
+    layer, convolution = torch.nn.Linear(6, 3), torch.nn.Conv2d(2, 4, 3)
+    x, image = torch.randn(5, 6, requires_grad=True), torch.randn(1, 2, 8, 8, requires_grad=True)
+    with bench.ProductRecorder() as recorder:
+        for _ in range(2):
+            (F.gelu(layer(x)).sum() + convolution(image).sum()).backward()
+    replay, calls = bench.product_replay(recorder, torch.device("cpu"))
+    assert calls == 2 * (3 + 2)  # a convolution's backward is one call
+    with bench.ProductRecorder() as again:
+        replay()
+    assert sum(again.calls.values()) == calls
+
+
+def test_figures_are_one_json_object(bench, case, capsys):
+    result = bench.measure_time(case, steps=2, warmup=0)
+    json.dumps(result)
+    assert result["loss_relative_difference"] < 1e-5
+    assert {"ours", "diffusers", "products"} <= set(result["ms"])
+    bench.print_table(result)
+    assert "step, ours / diffusers'" in capsys.readouterr().out
