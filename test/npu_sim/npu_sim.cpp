@@ -403,6 +403,7 @@ void run_on_cpu(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
     } else if (value.isGenerator()) {
       const auto device = value.toGenerator().device();
       TORCH_CHECK(device.type() == NPU, "Expected a 'npu' device type for generator but found '", device, "'");
+      TORCH_CHECK(bridge.has_device(), "Expected a 'cpu' device type for generator but found '", device, "'");
       value = host_of(value.toGenerator());
     }
   }

@@ -1,4 +1,4 @@
-"""Ascend's fused operators by their reference formulas, with the checks of the real ones.
+"""Ascend's fused operators by their reference formulas, with the checks that torch_npu 2.14 documents for the real ones.
 
 Legend: B batch, S query tokens, K key and value tokens, N heads, D head size, H = N D, T tokens of all sequences.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "TND")
 MAX_TOKENS_AHEAD = 2147483647
 MAX_HEAD_SIZE = 768
+MAX_HEADS = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -47,18 +48,25 @@ def npu_fusion_attention(
         RuntimeError, TypeError: what the real operator refuses. NotImplementedError: what this one lacks.
     """
     _check_tensors("npu_fusion_attention", query, key, value)
+    if pse is not None and pse.dtype != query.dtype:
+        raise RuntimeError(f"npu_fusion_attention: pse is {pse.dtype}, query {query.dtype}")
     if input_layout not in LAYOUTS:
         raise RuntimeError(f"npu_fusion_attention: input_layout {input_layout!r} is not one of {', '.join(LAYOUTS)}")
     if padding_mask is not None:
         raise RuntimeError("npu_fusion_attention: padding_mask is not supported")
     if not 0 < keep_prob <= 1:
         raise RuntimeError(f"npu_fusion_attention: keep_prob must be in (0, 1], not {keep_prob}")
-    if prefix is not None or sparse_mode not in (0, 1, 2, 3) or softmax_layout:
+    if softmax_layout not in ("", "TND") or (softmax_layout and input_layout != "TND"):
+        raise RuntimeError(f"npu_fusion_attention: softmax_layout {softmax_layout!r} with input_layout {input_layout}")
+    if not 0 <= sparse_mode <= 8:
+        raise RuntimeError(f"npu_fusion_attention: sparse_mode is 0 to 8, not {sparse_mode}")
+    if prefix is not None or sparse_mode > 3:
         raise NotImplementedError("the simulated npu_fusion_attention has sparse_mode 0 to 3 only, and no prefix")
     if input_layout == "TND":
         return _ragged(
-            query, key, value, head_num, actual_seq_qlen, actual_seq_kvlen, pse, atten_mask, scale, keep_prob, sparse_mode
-        )
+            query, key, value, head_num, actual_seq_qlen, actual_seq_kvlen, pse, atten_mask, scale, keep_prob,
+            sparse_mode, softmax_layout,
+        )  # fmt: skip
     if actual_seq_qlen is not None or actual_seq_kvlen is not None:
         raise RuntimeError("npu_fusion_attention: actual_seq_qlen and actual_seq_kvlen are for input_layout TND")
     if query.dim() != len(input_layout):
@@ -75,28 +83,28 @@ def npu_fusion_attention(
     return out, _eight(max_BNS), _eight(sum_BNS), query.new_empty(0), 0, 0, 0 if keep_prob == 1 else max_BNS.numel()
 
 
-def npu_geglu(self: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False) -> tuple[Tensor, Tensor]:
+def npu_geglu(input: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False) -> tuple[Tensor, Tensor]:
     """Halves a tensor along dim: (left * gelu(right), gelu(right)), or the other way round with activate_left."""
-    _check_npu("npu_geglu", self)
-    left, right = self.chunk(2, dim)
+    _check_npu("npu_geglu", input)
+    left, right = input.chunk(2, dim)
     active, other = (left, right) if activate_left else (right, left)
     gelu = F.gelu(active, approximate="tanh" if approximate == 1 else "none")
     return other * gelu, gelu
 
 
-def npu_swiglu(self: Tensor, dim: int = -1) -> Tensor:
+def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
     """silu(left half) * right half."""
-    _check_npu("npu_swiglu", self)
-    left, right = self.chunk(2, dim)
+    _check_npu("npu_swiglu", input)
+    left, right = input.chunk(2, dim)
     return F.silu(left) * right
 
 
-def npu_rms_norm(self: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
+def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     """(x / rms(x) * gamma, 1 / rms(x)) over the last dimensions, as many as gamma has."""
-    _check_npu("npu_rms_norm", self, gamma)
+    _check_npu("npu_rms_norm", input, gamma)
     dims = tuple(range(-gamma.dim(), 0))
-    rstd = torch.rsqrt(self.float().pow(2).mean(dims, keepdim=True) + epsilon)
-    return (self.float() * rstd).to(self.dtype) * gamma, rstd
+    rstd = torch.rsqrt(input.float().pow(2).mean(dims, keepdim=True) + epsilon)
+    return (input.float() * rstd).to(input.dtype) * gamma, rstd
 
 
 def _check_npu(name: str, *tensors: Tensor) -> None:
@@ -152,7 +160,7 @@ def _attention(
     if head_size > MAX_HEAD_SIZE or k_BNKD.shape[-1] != head_size or v_BNKD.shape[-1] > head_size:
         sizes = head_size, k_BNKD.shape[-1], v_BNKD.shape[-1]
         raise RuntimeError(f"npu_fusion_attention: head sizes {sizes} of query, key and value (at most {MAX_HEAD_SIZE})")
-    if heads % key_heads or v_BNKD.shape[1] != key_heads:
+    if not 1 <= heads <= MAX_HEADS or heads % key_heads or v_BNKD.shape[1] != key_heads:
         raise RuntimeError(f"npu_fusion_attention: {heads} query heads for {key_heads} key and {v_BNKD.shape[1]} value heads")
     if k_BNKD.shape[0] != batch or v_BNKD.shape[0] != batch or v_BNKD.shape[2] != keys:
         raise RuntimeError("npu_fusion_attention: query, key and value differ in batch or in length")
@@ -179,16 +187,14 @@ def _hidden(
     batch, heads, queries, keys = shape
     if mask is not None and mask.dtype not in (torch.bool, torch.uint8):
         raise RuntimeError(f"npu_fusion_attention: atten_mask must be bool or uint8, not {mask.dtype}")
+    if mask is None:  # then nothing is hidden, in any mode
+        return None
+    _check_npu("npu_fusion_attention", mask)
     if sparse_mode in (2, 3):  # the mask is a triangle of fixed size, whatever the lengths
-        if mask is None or mask.shape[-2:] != (2048, 2048):
+        if mask.shape[-2:] != (2048, 2048):
             raise RuntimeError(f"npu_fusion_attention: sparse_mode {sparse_mode} needs an atten_mask of 2048 x 2048")
         diagonal = 1 if sparse_mode == 2 else keys - queries + 1
         return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(diagonal)
-    if mask is None:
-        if sparse_mode == 1:
-            raise RuntimeError("npu_fusion_attention: sparse_mode 1 needs an atten_mask")
-        return None
-    _check_npu("npu_fusion_attention", mask)
     allowed = [(batch, heads, queries, keys), (batch, 1, queries, keys), (1, 1, queries, keys), (queries, keys)]
     if tuple(mask.shape) not in allowed:
         raise RuntimeError(f"npu_fusion_attention: atten_mask {tuple(mask.shape)} is not one of {allowed}")
@@ -209,6 +215,7 @@ def _ragged(
     scale: float,
     keep_prob: float,
     sparse_mode: int,
+    softmax_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int, int]:
     """Layout TND: sequences one after the other, their ends given."""
     if ends_q is None or ends_kv is None:
@@ -229,7 +236,10 @@ def _ragged(
         outs.append(out_BNSD[0].transpose(0, 1))
         maxima.append(max_BNS[0].T)
         sums.append(sum_BNS[0].T)
-    return torch.cat(outs), _eight(torch.cat(maxima)), _eight(torch.cat(sums)), query.new_empty(0), 0, 0, 0
+    statistics = [torch.cat(parts) for parts in (maxima, sums)]  # (T, N)
+    if not softmax_layout:
+        statistics = [part.T for part in statistics]
+    return torch.cat(outs), *map(_eight, statistics), query.new_empty(0), 0, 0, 0
 
 
 def _eight(tensor: Tensor) -> Tensor:
