@@ -17,7 +17,9 @@ FLAGS = ("-O1", "-std=c++20", "-shared", "-fPIC", "-w")  # -w: torch's own heade
 
 def compiler() -> str | None:
     """The C++ compiler: $CXX, g++ or c++; None if there is none."""
-    return next((found for name in (os.environ.get("CXX"), "g++", "c++") if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX"), "g++", "c++") if name and (found := shutil.which(name))), None
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,7 +20,11 @@ from npu_sim import build  # noqa: E402
 
 def reason_to_skip() -> str | None:
     """Why the simulated NPU cannot run here, for pytest's skipif; None if it can."""
-    return None if build.compiler() else "the simulated NPU is built on first use and there is no C++ compiler (install g++)"
+    return (
+        None
+        if build.compiler()
+        else "the simulated NPU is built on first use and there is no C++ compiler (install g++)"
+    )
 
 
 def environment(devices: int = 8, base: Mapping[str, str] = os.environ) -> dict[str, str]:

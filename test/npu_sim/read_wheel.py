@@ -34,7 +34,7 @@ def names_in(source: str) -> set[str]:
             found.update(target.id for target in targets if isinstance(target, ast.Name))
             if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
                 found.update(part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant))
-    return {name for name in found if isinstance(name, str) and not name.startswith("__")}
+    return {name for name in found if name.isidentifier() and not name.startswith("__")}
 
 
 def main(wheel: str) -> None:

@@ -31,7 +31,9 @@ def _aliases(value):
     """The same with CPU aliases for npu tensors."""
     if isinstance(value, Tensor):
         if value.device.type != "npu":
-            raise RuntimeError(f"No backend type associated with device type {value.device.type} (hccl takes npu tensors)")
+            raise RuntimeError(
+                f"No backend type associated with device type {value.device.type} (hccl takes npu tensors)"
+            )
         if not value.is_contiguous():
             raise RuntimeError("Tensors must be contiguous")
         with torch.no_grad():
@@ -75,7 +77,7 @@ class HcclGroup(dist.ProcessGroup):
         # Object collectives ask a group for its devices and their backends.
         self._register_backend(torch.device("npu"), dist.ProcessGroup.BackendType.CUSTOM, gloo)
 
-    def getBackendName(self) -> str:  # noqa: N802  torch's name
+    def getBackendName(self) -> str:
         return "hccl"
 
     def barrier(self, *_, **__) -> dist.Work:

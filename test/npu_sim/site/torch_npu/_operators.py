@@ -70,7 +70,9 @@ def npu_fusion_attention(
     if actual_seq_qlen is not None or actual_seq_kvlen is not None:
         raise RuntimeError("npu_fusion_attention: actual_seq_qlen and actual_seq_kvlen are for input_layout TND")
     if query.dim() != len(input_layout):
-        raise RuntimeError(f"npu_fusion_attention: input_layout {input_layout} with a query of {query.dim()} dimensions")
+        raise RuntimeError(
+            f"npu_fusion_attention: input_layout {input_layout} with a query of {query.dim()} dimensions"
+        )
     q_BNSD = _to_bnsd(query, input_layout, head_num)
     if q_BNSD.shape[1] != head_num:
         raise RuntimeError(f"npu_fusion_attention: head_num is {head_num}, the query has {q_BNSD.shape[1]} heads")
@@ -159,9 +161,13 @@ def _attention(
     key_heads, keys = k_BNKD.shape[1:3]
     if head_size > MAX_HEAD_SIZE or k_BNKD.shape[-1] != head_size or v_BNKD.shape[-1] > head_size:
         sizes = head_size, k_BNKD.shape[-1], v_BNKD.shape[-1]
-        raise RuntimeError(f"npu_fusion_attention: head sizes {sizes} of query, key and value (at most {MAX_HEAD_SIZE})")
+        raise RuntimeError(
+            f"npu_fusion_attention: head sizes {sizes} of query, key and value (at most {MAX_HEAD_SIZE})"
+        )
     if not 1 <= heads <= MAX_HEADS or heads % key_heads or v_BNKD.shape[1] != key_heads:
-        raise RuntimeError(f"npu_fusion_attention: {heads} query heads for {key_heads} key and {v_BNKD.shape[1]} value heads")
+        raise RuntimeError(
+            f"npu_fusion_attention: {heads} query heads for {key_heads} key and {v_BNKD.shape[1]} value heads"
+        )
     if k_BNKD.shape[0] != batch or v_BNKD.shape[0] != batch or v_BNKD.shape[2] != keys:
         raise RuntimeError("npu_fusion_attention: query, key and value differ in batch or in length")
     with torch.autocast("npu", enabled=False):
@@ -181,7 +187,12 @@ def _attention(
 
 
 def _hidden(
-    mask: Tensor | None, shape: tuple[int, int, int, int], before: int, after: int, sparse_mode: int, device: torch.device
+    mask: Tensor | None,
+    shape: tuple[int, int, int, int],
+    before: int,
+    after: int,
+    sparse_mode: int,
+    device: torch.device,
 ) -> Tensor | None:
     """Where no attention goes, broadcastable to (B, N, S, K); None for nowhere."""
     batch, heads, queries, keys = shape

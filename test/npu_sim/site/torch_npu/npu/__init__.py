@@ -3,7 +3,7 @@
 import torch
 
 from torch_npu.npu import amp, random
-from torch_npu.npu._device import _utils, device, device_of, resolve
+from torch_npu.npu._device import _resolve, _utils, device, device_of
 from torch_npu.npu.memory import (
     empty_cache,
     max_memory_allocated,
@@ -17,7 +17,6 @@ from torch_npu.npu.memory import (
     set_per_process_memory_fraction,
 )
 from torch_npu.npu.random import (
-    default_generators,
     get_rng_state,
     get_rng_state_all,
     initial_seed,
@@ -57,16 +56,16 @@ def current_device() -> int:
 
 
 def set_device(device) -> None:
-    torch.ops.npu_sim.set_device(resolve(device))
+    torch.ops.npu_sim.set_device(_resolve(device))
 
 
 def synchronize(device=None) -> None:
     """Everything is done when it returns; only the device is checked."""
-    resolve(device)
+    _resolve(device)
 
 
 def get_device_name(device=None) -> str:
-    resolve(device)
+    _resolve(device)
     return "Ascend910B (simulated)"
 
 
@@ -95,10 +94,10 @@ class Stream(torch.Stream):
     """A stream; work on it is done when it is launched."""
 
     def __new__(cls, device=None, priority=0, **kwargs):
-        return super().__new__(cls, device=torch.device("npu", resolve(device)), priority=priority)
+        return super().__new__(cls, device=torch.device("npu", _resolve(device)), priority=priority)
 
 
-def Event(enable_timing=False, blocking=False, interprocess=False) -> torch.Event:  # noqa: N802  torch's name
+def Event(enable_timing=False, blocking=False, interprocess=False) -> torch.Event:
     """A point in time; whatever came before it is done. (torch compares events of its own class only.)"""
     return torch.Event(device="npu", enable_timing=enable_timing, blocking=blocking)
 
@@ -128,7 +127,7 @@ def set_stream(stream) -> None:
 
 
 __all__ = [
-    "Event", "Stream", "amp", "current_device", "current_stream", "default_generators", "default_stream", "device",
+    "Event", "Stream", "amp", "current_device", "current_stream", "default_stream", "device",
     "device_count", "device_of", "empty_cache", "get_amp_supported_dtype", "get_device_capability", "get_device_name",
     "get_device_properties", "get_rng_state", "get_rng_state_all", "init", "initial_seed", "is_available",
     "is_bf16_supported", "is_initialized", "manual_seed", "manual_seed_all", "max_memory_allocated",

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 
-def resolve(device=None) -> int:
+def _resolve(device=None) -> int:
     """The index of a device given as None (the current one), number, name or torch.device.
 
     Raises:
@@ -26,14 +26,14 @@ def resolve(device=None) -> int:
 
 
 # torch's serialization looks here.
-_utils = SimpleNamespace(_get_device_index=lambda device, optional=False, allow_cpu=False: resolve(device))
+_utils = SimpleNamespace(_get_device_index=lambda device, optional=False, allow_cpu=False: _resolve(device))
 
 
 class device:  # noqa: N801  torch's name
     """`with torch.npu.device(1):`"""
 
     def __init__(self, device) -> None:
-        self.index = None if device is None or device == -1 else resolve(device)
+        self.index = None if device is None or device == -1 else _resolve(device)
 
     def __enter__(self) -> None:
         self.before = torch.ops.npu_sim.current_device()

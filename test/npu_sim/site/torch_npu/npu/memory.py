@@ -2,21 +2,21 @@
 
 import torch
 
-from torch_npu.npu._device import resolve
+from torch_npu.npu._device import _resolve
 
 TOTAL_BYTES = 64 * 2**30
 
 
 def memory_allocated(device=None) -> int:
-    return torch.ops.npu_sim.memory_allocated(resolve(device))
+    return torch.ops.npu_sim.memory_allocated(_resolve(device))
 
 
 def max_memory_allocated(device=None) -> int:
-    return torch.ops.npu_sim.max_memory_allocated(resolve(device))
+    return torch.ops.npu_sim.max_memory_allocated(_resolve(device))
 
 
 def reset_peak_memory_stats(device=None) -> None:
-    torch.ops.npu_sim.reset_peak(resolve(device))
+    torch.ops.npu_sim.reset_peak(_resolve(device))
 
 
 reset_max_memory_allocated = reset_peak_memory_stats
@@ -43,4 +43,4 @@ def empty_cache() -> None:
 
 
 def set_per_process_memory_fraction(fraction: float, device=None) -> None:
-    resolve(device)
+    _resolve(device)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from torch_npu.npu._device import resolve
+from torch_npu.npu._device import _resolve
 
 
 class _Generators:
@@ -21,20 +21,20 @@ class _Generators:
         return (self[index] for index in range(len(self)))
 
 
-default_generators = _Generators()
+_default_generators = _Generators()
 
 
 def manual_seed(seed: int) -> None:
-    default_generators[resolve()].manual_seed(int(seed))
+    _default_generators[_resolve()].manual_seed(int(seed))
 
 
 def manual_seed_all(seed: int) -> None:
-    for generator in default_generators:
+    for generator in _default_generators:
         generator.manual_seed(int(seed))
 
 
 def seed() -> int:
-    return default_generators[resolve()].seed()
+    return _default_generators[_resolve()].seed()
 
 
 def seed_all() -> None:
@@ -42,20 +42,20 @@ def seed_all() -> None:
 
 
 def initial_seed() -> int:
-    return default_generators[resolve()].initial_seed()
+    return _default_generators[_resolve()].initial_seed()
 
 
 def get_rng_state(device="npu") -> Tensor:
     """A CPU ByteTensor."""
-    return default_generators[resolve(device)].get_state()
+    return _default_generators[_resolve(device)].get_state()
 
 
 def set_rng_state(new_state: Tensor, device="npu") -> None:
-    default_generators[resolve(device)].set_state(new_state)
+    _default_generators[_resolve(device)].set_state(new_state)
 
 
 def get_rng_state_all() -> list[Tensor]:
-    return [generator.get_state() for generator in default_generators]
+    return [generator.get_state() for generator in _default_generators]
 
 
 def set_rng_state_all(new_states: Iterable[Tensor]) -> None:

@@ -1,0 +1,127 @@
+"""sdxl_pretrain.py on the simulated NPU, from the command line to its files: what it does on the CPU it does there, in one
+process and in two, in fp32 and in fp16 with loss scaling, fused attention and gradient checkpointing.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+from npu_sim.environment import environment, reason_to_skip  # noqa: E402
+
+pytestmark = pytest.mark.skipif(reason_to_skip() is not None, reason=str(reason_to_skip()))
+
+STEPS = 3
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    """One shard of 16 pictures of two aspect ratios."""
+    folder = tmp_path_factory.mktemp("shards")
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number in range(16):
+            colour = ("red", "green", "blue")[number % 3]
+            picture = io.BytesIO()
+            Image.new("RGB", ((64, 64), (96, 48))[number % 2], colour).save(picture, "JPEG")
+            for extension, content in (("jpg", picture.getvalue()), ("txt", f"a {colour} photo".encode())):
+                member = tarfile.TarInfo(f"{number:08d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(tiny_sdxl_folder, shard, tmp_path_factory):
+    """Runs the script in processes of its own; returns (output folder, metrics, what it printed)."""
+
+    def run(env, *arguments, launcher=(), batch=2):
+        out = tmp_path_factory.mktemp("out")
+        command = [
+            sys.executable, *launcher, str(ROOT / "sdxl_pretrain.py"),
+            f"--pretrained_model_name_or_path={tiny_sdxl_folder}", f"--train_data_dir={shard}", "--resolution=64",
+            "--enable_bucket", "--min_bucket_reso=32", "--max_bucket_reso=128", "--bucket_reso_steps=16",
+            "--caption_extension=.txt", "--max_data_loader_n_workers=0", "--seed=1", f"--max_train_steps={STEPS}",
+            "--learning_rate=1e-3", "--train_text_encoder", "--learning_rate_te1=1e-3", "--learning_rate_te2=1e-3",
+            f"--train_batch_size={batch}", "--save_model_as=safetensors", f"--output_dir={out}",
+            *arguments, "--optimizer_args", "eps=1e-3",  # Adam turns gradients that are rounding noise into whole steps
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        printed = done.stdout + done.stderr
+        assert done.returncode == 0, printed[-6000:]
+        return out, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], printed
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_cpu(train):
+    return train({**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def assert_same_training(one, other, rtol):
+    """The same losses, gradient norms and final weights."""
+    (folder, lines, _), (other_folder, other_lines, _) = one, other
+    assert len(lines) == len(other_lines) == STEPS
+    for line, other_line in zip(lines, other_lines, strict=True):
+        assert other_line["loss"] == pytest.approx(line["loss"], rel=rtol)
+        assert other_line["grad_norm"] == pytest.approx(line["grad_norm"], rel=20 * rtol)
+    weights, other_weights = (load_file(path / "last.safetensors") for path in (folder, other_folder))
+    assert weights.keys() == other_weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            other_weights[name], weight, rtol=rtol, atol=20 * rtol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_fp32_training_equals_the_cpus(train, on_cpu):
+    on_npu = train(environment())
+    assert "device: Ascend910B (simulated) x 1" in on_npu[2]
+    assert "float32 on npu" in on_npu[2] and "on cpu" not in on_npu[2]
+    assert_same_training(on_cpu, on_npu, rtol=1e-5)
+    # Tensors on the device, not the process: far less than Python with torch holds, more than weights and both moments.
+    parameters = sum(weight.numel() for weight in load_file(on_npu[0] / "last.safetensors").values())
+    assert 3 * 4 * parameters < on_npu[1][-1]["memory_bytes"] < on_cpu[1][-1]["memory_bytes"]
+
+
+def test_two_processes_train_as_one(train, on_cpu):
+    double = train(environment(), launcher=TORCHRUN, batch=1)
+    assert "device: Ascend910B (simulated) x 2" in double[2]
+    assert_same_training(on_cpu, double, rtol=1e-5)
+
+
+def test_fp16_with_fused_attention_and_checkpointing_trains_samples_and_saves(train, on_cpu, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red photo --w 64 --h 48 --s 2 --l 3 --d 7\n")
+    out, lines, printed = train(
+        environment(),
+        "--mixed_precision=fp16", "--enable_npu_flash_attention", "--gradient_checkpointing",
+        f"--sample_prompts={prompts}", "--sample_at_first", f"--sample_every_n_steps={STEPS}",
+        launcher=TORCHRUN, batch=1,
+    )  # fmt: skip
+    attention = [line for line in printed.splitlines() if "attention: " in line and " on npu" in line]
+    assert attention and all("attention: npu, float16 on npu" in line for line in attention)
+    assert [line["updated"] for line in lines] == [True] * STEPS
+    assert [line["loss_scale"] for line in lines] == [2.0**7] * STEPS
+    for line, exact in zip(lines, on_cpu[1], strict=True):
+        assert line["loss"] == pytest.approx(exact["loss"], rel=2e-3)
+        assert line["grad_norm"] == pytest.approx(exact["grad_norm"], rel=5e-2)
+    weights, exact = (load_file(folder / "last.safetensors") for folder in (out, on_cpu[0]))
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float32, name
+        torch.testing.assert_close(weight, exact[name], rtol=0, atol=5e-3, msg=lambda m, n=name: f"{n}: {m}")
+    samples = sorted((out / "sample").glob("*.png"))
+    assert [Image.open(path).size for path in samples] == [(64, 48)] * 2
+    assert "Final Performance images/sec" in printed
