@@ -137,7 +137,7 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path):
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
-# ---- names: what is pretended here, and what the project uses, is in the real torch_npu ---------------------------------
+# ---- names: what is pretended here, and what the project uses, is in the real torch_npu -----------------------------
 
 REAL = {
     module: set(names)

@@ -1,5 +1,5 @@
-"""sdxl_pretrain.py on the simulated NPU, from the command line to its files: what it does on the CPU it does there, in one
-process and in two, in fp32 and in fp16 with loss scaling, fused attention and gradient checkpointing.
+"""sdxl_pretrain.py on the simulated NPU, from the command line to its files: what it does on the CPU it does there, in
+one process and in two, in fp32 and in fp16 with loss scaling, fused attention and gradient checkpointing.
 """
 
 import io

@@ -60,7 +60,8 @@ def _compile(cxx: str, built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as aside:
         made = Path(aside) / built.name
         command = [
-            cxx, *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", str(SOURCE), "-o", str(made),
+            cxx, *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            str(SOURCE), "-o", str(made),
             "-isystem", str(home / "include"), f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-ltorch",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Checks of the fused operators' stand-ins, in a child process on the simulated NPU (test/test_npu_sim.py starts them)."""
+"""Checks of the fused operators' stand-ins, in a child process that test/test_npu_sim.py starts."""
 
 import math
 

@@ -112,8 +112,8 @@ def test_attention_embeddings_and_indexing():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 5, 16).unbind()
     assert_same_on_both(nn.functional.scaled_dot_product_attention, q, k, v)
-    assert_same_on_both(lambda weight: nn.functional.embedding(torch.tensor([[0, 2], [2, 1]]).to(weight.device), weight),
-                        torch.randn(4, 8))  # fmt: skip
+    places = torch.tensor([[0, 2], [2, 1]])
+    assert_same_on_both(lambda weight: nn.functional.embedding(places.to(weight.device), weight), torch.randn(4, 8))
     assert_same_on_both(lambda x: x[torch.tensor([1, 0])], torch.randn(3, 4))  # indices may lie on the CPU
 
 

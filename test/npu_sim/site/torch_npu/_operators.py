@@ -1,4 +1,4 @@
-"""Ascend's fused operators by their reference formulas, with the checks that torch_npu 2.14 documents for the real ones.
+"""Ascend's fused operators by their reference formulas, with the checks that torch_npu 2.14 documents for them.
 
 Legend: B batch, S query tokens, K key and value tokens, N heads, D head size, H = N D, T tokens of all sequences.
 """

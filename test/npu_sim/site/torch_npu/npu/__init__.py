@@ -3,7 +3,7 @@
 import torch
 
 from torch_npu.npu import amp, random
-from torch_npu.npu._device import _resolve, _utils, device, device_of
+from torch_npu.npu._device import _resolve, _utils, device, device_of  # noqa: F401  _utils is for torch.load
 from torch_npu.npu.memory import (
     empty_cache,
     max_memory_allocated,
