@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library import device
+
 
 def downscale_factor(vae: Any) -> int:
     """Picture pixels per latent along a side: 8 for SDXL's VAE."""
@@ -43,7 +45,8 @@ def encode_images(
         part_BHWC = images_BHWC[start : start + (slice_size or len(images_BHWC))]
         # 127.5 and not 255 with 2: one rounding fewer in half precision.
         part_BCHW = (part_BHWC.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0).to(vae.dtype)
-        posterior = vae.encode(part_BCHW.contiguous()).latent_dist
+        # The permuted pixels lie channels last, as convolutions like them; Ascend's want rows of a channel together.
+        posterior = vae.encode(part_BCHW.contiguous() if device.is_npu(part_BCHW.device) else part_BCHW).latent_dist
         latents_BChw = posterior.mean.float()
         if noise_BChw is not None:
             latents_BChw = latents_BChw + posterior.std.float() * noise_BChw[start : start + len(part_BHWC)].float()

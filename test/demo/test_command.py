@@ -34,7 +34,13 @@ def test_a_demo_cut_short_goes_all_the_way_and_fails_its_judgement(tmp_path):
     assert before < 8 and after < 8  # 2 of 16 by chance
     assert "------------------ Final result ------------------" in printed
     out = tmp_path / "0"
-    for name in ("last.safetensors", "samples_before_after.png", "train_0.log", "metrics.jsonl", "SDXL_bs16_1p_acc.log"):
+    for name in (
+        "last.safetensors",
+        "samples_before_after.png",
+        "train_0.log",
+        "metrics.jsonl",
+        "SDXL_bs16_1p_acc.log",
+    ):
         assert (out / name).is_file(), sorted(path.name for path in out.iterdir())
     assert len(list((out / "sample").glob("*.png"))) == 32
 

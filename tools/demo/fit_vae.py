@@ -72,7 +72,8 @@ def scene_batch(seed: int, numbers: range, size: tuple[int, int], free_colours: 
 
 def fit(vae: Any, minutes: float, seed: int, batch: int, rate: float, half: bool, first: int = 0) -> None:
     """Train the VAE in place on reconstruction with a weak pull of the latents to a unit normal."""
-    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in vae.named_parameters() if not name.startswith(_SILENT)}
+    parameters = [parameter.requires_grad_() for parameter in trained.values()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     noise = torch.Generator().manual_seed(seed)
     started, step = time.perf_counter(), 0
@@ -191,8 +192,6 @@ def main(argv: list[str] | None = None) -> int:
             set_start(vae)
         some = [scene_batch(args.seed, range(64), size) for size in SIZES]
         set_latent_statistics(vae, some, std=1.0)  # as the pull to a unit normal wants them
-        vae.requires_grad_(True)
-        vae.encoder.mid_block.attentions.requires_grad_(False)
         fit(vae, args.minutes, args.seed, args.batch, args.learning_rate, half=not args.no_bf16)
         set_latent_statistics(vae, some)
         save_weights(vae, args.out)
