@@ -467,8 +467,12 @@ Tensor narrow(Bridge& bridge, const Tensor& result, const Tensor& like) {
   return bridge.to_npu(result.defined() ? result.to(like.scalar_type()) : result);
 }
 
+// Devices are compared before dtypes: of two faults the user hears of the worse.
 template <typename... Args>
-void check_dtypes(const char* name, const Tensor& first, const Args&... others) {
+void check_alike(const char* name, const Tensor& first, const Args&... others) {
+  Bridge bridge(name);
+  bridge.to_cpu(first);
+  (bridge.to_cpu(others), ...);
   TORCH_CHECK(((first.scalar_type() == others.scalar_type()) && ...), name, ": expected all tensors to have the same ",
               "dtype, but found ", first.scalar_type(), " and another");
 }
@@ -482,13 +486,13 @@ Tensor& keep(Bridge& bridge, const Tensor& result, Tensor& out) {
 
 #define PRODUCT(op)                                                                  \
   Tensor op(const Tensor& a, const Tensor& b) {                                      \
-    check_dtypes(#op, a, b);                                                         \
+    check_alike(#op, a, b);                                                         \
     const BelowAutograd below;                                                       \
     Bridge bridge(#op);                                                              \
     return narrow(bridge, at::op(wide(bridge, a), wide(bridge, b)), a);              \
   }                                                                                  \
   Tensor& op##_out(const Tensor& a, const Tensor& b, Tensor& out) {                  \
-    check_dtypes(#op, a, b, out);                                                    \
+    check_alike(#op, a, b, out);                                                    \
     const BelowAutograd below;                                                       \
     Bridge bridge(#op);                                                              \
     return keep(bridge, at::op(wide(bridge, a), wide(bridge, b)), out);              \
@@ -496,14 +500,14 @@ Tensor& keep(Bridge& bridge, const Tensor& result, Tensor& out) {
 
 #define SUM_WITH_PRODUCT(op)                                                                                          \
   Tensor op(const Tensor& c, const Tensor& a, const Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {     \
-    check_dtypes(#op, c, a, b);                                                                                       \
+    check_alike(#op, c, a, b);                                                                                       \
     const BelowAutograd below;                                                                                        \
     Bridge bridge(#op);                                                                                               \
     return narrow(bridge, at::op(wide(bridge, c), wide(bridge, a), wide(bridge, b), beta, alpha), a);                 \
   }                                                                                                                   \
   Tensor& op##_out(const Tensor& c, const Tensor& a, const Tensor& b, const at::Scalar& beta, const at::Scalar& alpha, \
                    Tensor& out) {                                                                                     \
-    check_dtypes(#op, c, a, b, out);                                                                                  \
+    check_alike(#op, c, a, b, out);                                                                                  \
     const BelowAutograd below;                                                                                        \
     Bridge bridge(#op);                                                                                               \
     return keep(bridge, at::op(wide(bridge, c), wide(bridge, a), wide(bridge, b), beta, alpha), out);                 \
@@ -517,7 +521,7 @@ SUM_WITH_PRODUCT(baddbmm)
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
                    int64_t groups) {
-  check_dtypes("convolution", input, weight);
+  check_alike("convolution", input, weight);
   const BelowAutograd below;
   Bridge bridge("convolution");
   const auto x = wide(bridge, input), w = wide(bridge, weight);

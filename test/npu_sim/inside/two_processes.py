@@ -148,6 +148,29 @@ def check_zero_redundancy_optimizer_is_one_process():
     torch.testing.assert_close(sharded, single, rtol=1e-5, atol=1e-7)
 
 
+def check_fairscale_is_one_process():
+    from fairscale.nn.data_parallel import ShardedDataParallel
+    from fairscale.optim.oss import OSS
+
+    made = []
+
+    class Sharded:
+        """fairscale's pair as one optimizer; gradients are zeroed through the module, or its buckets lose them."""
+
+        def __init__(self, module):
+            self.module, self.step = module, made[-1].step
+
+        def zero_grad(self):
+            self.module.zero_grad()
+
+    def wrap(model):
+        made.append(OSS(model.parameters(), torch.optim.AdamW, lr=0.01))
+        return ShardedDataParallel(model, made[-1])
+
+    single = trained(lambda model: model, slice(0, 8))
+    torch.testing.assert_close(trained(wrap, MINE, Sharded), single, rtol=1e-5, atol=1e-7)
+
+
 def check_fsdp_is_one_process():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
