@@ -95,6 +95,15 @@ def test_only_children_see_it():
     assert Path(printed[0]).is_relative_to(HERE / "npu_sim") and printed[1] == "3"
 
 
+@needs_compiler
+@pytest.mark.parametrize(("visible", "count"), [("2,3", 2), ("0,99,1", 1), ("99", 0)])
+def test_visible_devices_are_those_that_the_variable_names(visible, count):
+    looks = "import torch, torch_npu; print(torch.npu.device_count(), torch.npu.is_available())"
+    variables = {**environment(), "ASCEND_RT_VISIBLE_DEVICES": visible}
+    done = subprocess.run([sys.executable, "-c", looks], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(count), str(count > 0)]
+
+
 # ---- building ------------------------------------------------------------------------------------------------------
 
 COMPILER = """#!/bin/sh

@@ -125,3 +125,21 @@ def test_fp16_with_fused_attention_and_checkpointing_trains_samples_and_saves(tr
     samples = sorted((out / "sample").glob("*.png"))
     assert [Image.open(path).size for path in samples] == [(64, 48)] * 2
     assert "Final Performance images/sec" in printed
+
+
+@pytest.mark.all
+def test_the_demo_learns_on_the_npu(tmp_path):
+    """The launcher's demo in fp16 with fused attention: about six minutes, judged by its pictures."""
+    command = [
+        "bash",
+        "test/pretrain_full_1m_1p_sdxl.sh",
+        "--demo",
+        "--mixed_precision=fp16",
+        f"--output_dir={tmp_path}",
+    ]
+    env = {**environment(), "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3600)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-4000:]
+    assert "device: Ascend910B (simulated) x 1" in printed
+    assert "attention: npu, float16 on npu" in printed

@@ -19,6 +19,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <sstream>
 #include <unordered_map>
 
 namespace {
@@ -38,7 +39,13 @@ thread_local DeviceIndex current_device = 0;
 DeviceIndex device_count() {
   static const int count = [] {
     const char* asked = std::getenv("NPU_SIM_DEVICES");
-    return std::min(asked ? std::atoi(asked) : 8, MAX_DEVICES);
+    const int there = std::min(asked ? std::atoi(asked) : 8, MAX_DEVICES);
+    const char* visible = std::getenv("ASCEND_RT_VISIBLE_DEVICES");  // "2,3": as CANN, up to the first that is not there
+    if (!visible || !*visible) return there;
+    int seen = 0;
+    std::istringstream list(visible);
+    for (std::string id; std::getline(list, id, ',') && std::atoi(id.c_str()) < there;) ++seen;
+    return seen;
   }();
   return static_cast<DeviceIndex>(count);
 }
