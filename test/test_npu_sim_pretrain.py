@@ -127,6 +127,18 @@ def test_fp16_with_fused_attention_and_checkpointing_trains_samples_and_saves(tr
     assert "Final Performance images/sec" in printed
 
 
+def test_a_torch_npu_that_cannot_be_imported_is_an_error_that_says_what_to_do(tiny_sdxl_folder, shard, tmp_path):
+    """As where CANN's environment is not set: the package is there, its import fails."""
+    env = environment()
+    del env["NPU_SIM_LIBRARY"]
+    command = [sys.executable, "sdxl_pretrain.py", f"--pretrained_model_name_or_path={tiny_sdxl_folder}"]
+    arguments = [f"--train_data_dir={shard}", "--resolution=64", "--max_train_steps=1", f"--output_dir={tmp_path}"]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "error: torch_npu is installed but cannot be imported" in done.stderr and "set_env.sh" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.all
 def test_the_demo_learns_on_the_npu(tmp_path):
     """The launcher's demo in fp16 with fused attention: about six minutes, judged by its pictures."""

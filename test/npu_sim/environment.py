@@ -40,7 +40,6 @@ def environment(devices: int = 8, base: Mapping[str, str] = os.environ) -> dict[
         "NPU_SIM_LIBRARY": str(build.library()),
         "NPU_SIM_DEVICES": str(devices),
         "OMP_NUM_THREADS": base.get("OMP_NUM_THREADS", "1"),  # tests run beside others, and the models are tiny
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # torch_npu is imported where it is wanted
     }
 
 

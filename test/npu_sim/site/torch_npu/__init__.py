@@ -6,10 +6,21 @@ It loads the extension that $NPU_SIM_LIBRARY names (test/npu_sim/environment.py 
 import os
 import sys
 
-import torch
-
 if "NPU_SIM_LIBRARY" not in os.environ:
     raise ImportError("this torch_npu is the tests' simulated NPU; start the process with test/npu_sim/environment.py")
+
+# `import torch` imports this package by its entry point, as the real one; when this package comes first, it must not.
+_autoload_before = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+import torch  # noqa: E402
+
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = _autoload_before
+
+
+def _autoload() -> None:
+    """What torch calls; importing has done it all."""
+
+
 torch.ops.load_library(os.environ["NPU_SIM_LIBRARY"])
 torch.utils.rename_privateuse1_backend("npu")
 
