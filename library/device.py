@@ -38,12 +38,22 @@ def npu_available() -> bool:
 
 
 def default_device() -> torch.device:
-    """The device of this process: npu:LOCAL_RANK, cuda:LOCAL_RANK or cpu, in this order of preference."""
+    """The device of this process: npu:LOCAL_RANK, cuda:LOCAL_RANK or cpu, in this order of preference.
+
+    Raises:
+        InputError: more processes than devices.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if npu_available():
-        return torch.device("npu", local_rank)
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
+    for kind, available in (("npu", npu_available), ("cuda", torch.cuda.is_available)):
+        if available():
+            count = getattr(torch, kind).device_count()
+            if local_rank >= count:
+                raise InputError(
+                    f"process {local_rank} of this machine finds no device of its own, {count} of kind {kind} can be "
+                    f"seen; start at most {count} processes (--nproc_per_node), or let more be seen "
+                    "(ASCEND_RT_VISIBLE_DEVICES, CUDA_VISIBLE_DEVICES)"
+                )
+            return torch.device(kind, local_rank)
     return torch.device("cpu")
 
 

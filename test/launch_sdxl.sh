@@ -123,6 +123,9 @@ launch() {
         demo_dir=${output_dir:-test/output/demo}
         output_dir=$demo_dir/$device_id
         demo_settings
+        # The demo's layers are too small to share: on a busy machine OpenMP's threads wait for each other, many times
+        # as long as they compute (docs/measurements/demo.md).
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     fi
     output_dir=${output_dir:-test/output/$device_id}
     [ "$max_train_epoch" = 13 ] && local kind=perf || local kind=acc
@@ -131,8 +134,7 @@ launch() {
     local log=$output_dir/train_$device_id.log
     if [ "$demo" = 1 ]; then build_demo; fi
     train_arguments
-    # Threads that wait by spinning steal the cores from the loader, and from whatever else the machine does.
-    export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+    export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
     "$python" sdxl_pretrain.py "${train[@]}" 2>&1 | tee "$log" || status=${PIPESTATUS[0]}
     if [ "$status" != 0 ]; then
         echo "$(basename "$0"): training failed with exit status $status; log: $log" >&2

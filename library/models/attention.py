@@ -20,6 +20,9 @@ from library import device
 
 logger = logging.getLogger(__name__)
 
+# Limits of npu_fusion_attention, as torch_npu 2.14.0's own documentation gives them.
+NPU_MAX_HEADS = 256
+NPU_MAX_HEAD_SIZE = 768
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -76,8 +79,9 @@ def _npu_refusal(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> str | None:
         return "torch_npu is not installed"
     if q_BTND.dtype not in _HALF:
         return f"it is used in fp16 and bf16 only, not in {_name(q_BTND.dtype)} (--mixed_precision)"
-    if q_BTND.shape[-1] > 512:
-        return "the head size is over 512"
+    heads, head_size = q_BTND.shape[2:]
+    if head_size > NPU_MAX_HEAD_SIZE or heads > NPU_MAX_HEADS:
+        return f"it takes at most {NPU_MAX_HEADS} heads of at most {NPU_MAX_HEAD_SIZE}"
     return None
 
 

@@ -6,6 +6,7 @@ Legend: B batch, C channels, H W latent rows and columns, T text tokens, V vecto
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -211,7 +212,8 @@ class SDXLPretraining:
         noisy_BCHW = torch.empty(batch, *self._latent_shape(height, width), device="meta")
         compute_dtype = DTYPES[self.options.run.mixed_precision]
 
-        def step(shapes: nn.Module) -> Tensor:
+        def step(shapes: Any) -> Tensor:
+            shapes.unet.set_attention_backend("sdpa")  # stands for any fused kernel, and runs on shapes
             t_B, size_ids_B6 = torch.zeros(batch, device="meta"), torch.zeros(batch, 6, device="meta")
             return shapes(noisy_BCHW.to(compute_dtype), t_B, ids_BK77, ids_BK77, size_ids_B6).float().mean()
 
