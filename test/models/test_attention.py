@@ -165,3 +165,14 @@ def test_an_unknown_backend_is_an_error():
     leaves, _ = tensors(SIZES[0], torch.float32)
     with pytest.raises(ValueError, match="no attention backend 'flash9'; there are math, sdpa, npu, xformers"):
         attention(*leaves, "flash9")
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_size", "taken"), [(256, 8, True), (257, 8, False), (1, 768, True), (1, 769, False)]
+)
+def test_npu_takes_as_many_heads_and_as_long_ones_as_its_documentation_says(monkeypatch, heads, head_size, taken):
+    fake_npu(monkeypatch)
+    q = torch.zeros(1, 2, heads, head_size, dtype=torch.float16)
+    refusal = module.BACKENDS["npu"].refusal(q, q, q)
+    assert (refusal is None) == taken
+    assert taken or "at most 256 heads of at most 768" in refusal

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.keyed_random import Stream, generator
+from library.models.sdxl import DEFAULT_SCHEDULER
 from tools.demo.fit_vae import load_vae
 from tools.demo.make_tokenizer import write_tokenizer
 from tools.demo.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES
@@ -34,24 +35,6 @@ TEXT_LAYERS = 2
 SIZE_CHANNELS = 256  # of the embedding of each of the 6 size conditions
 CHANNELS = (64, 64, 64)  # of the U-Net's levels
 TRANSFORMER_DEPTHS = (0, 1, 2)
-
-SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-    "use_karras_sigmas": False,
-}
 
 
 def demo_words() -> list[str]:
@@ -164,7 +147,9 @@ def write_model(out: Path, seed: int = 1) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n", encoding="utf-8")
+    (out / "scheduler/scheduler_config.json").write_text(
+        json.dumps(DEFAULT_SCHEDULER, indent=2) + "\n", encoding="utf-8"
+    )
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name, module in parts.items():
         print(f"{name}: {sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M parameters")
