@@ -250,16 +250,16 @@ def _plan_lines(
         f"global batch: {data.plan.global_batch}",
         f"total optimization steps: {steps}",
         f"gradient checkpointing: {options.run.gradient_checkpointing}",
-        f"checkpoints each {_each(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)}, "
-        f"samples each {_each(options.preview.sample_every_n_steps, options.preview.sample_every_n_epochs)}",
+        f"checkpoints: {_each(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)}at the end",
+        f"samples: {_each(options.preview.sample_every_n_steps, options.preview.sample_every_n_epochs)}"
+        f"{'before the first step' if options.preview.sample_at_first else 'no others'}",
         f"output: {options.saving.output_dir}, TensorBoard: {options.saving.logging_dir or 'none'}",
     ]
 
 
 def _each(steps: int | None, epochs: int | None) -> str:
-    """A cadence in words."""
-    named = [f"{count} {unit}" for count, unit in ((steps, "steps"), (epochs, "epochs")) if count]
-    return " and ".join(named) or "time at the end only"
+    """A cadence in words, to be followed by others."""
+    return "".join(f"each {count} {unit}, " for count, unit in ((steps, "steps"), (epochs, "epochs")) if count)
 
 
 def _finish(

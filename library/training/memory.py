@@ -108,23 +108,21 @@ class MemoryEstimate:
     """Bytes that one process holds at the peak of a step."""
 
     weights: int  # all modules, as they are held
-    gradients: int
     optimizer: int
-    activations: int  # with half-precision copies of weights under mixed precision
+    backward: int  # the peak of activations and gradients together, with autocast's half copies of the weights
     encoding: int  # of the images by the VAE, before there are activations and gradients
 
     @property
     def total(self) -> int:
         """The peak of a step."""
-        return self.weights + self.optimizer + max(self.gradients + self.activations, self.encoding)
+        return self.weights + self.optimizer + max(self.backward, self.encoding)
 
     def lines(self) -> list[str]:
         """For a person."""
         parts = {
             "weights": self.weights,
             "optimizer state": self.optimizer,
-            "gradients": self.gradients,
-            "activations": self.activations,
+            "activations and gradients at their peak": self.backward,
             "before these, VAE encoding": self.encoding,
         }
         listed = ", ".join(f"{name} {size / GIB:.3f}" for name, size in parts.items())
@@ -158,11 +156,11 @@ def estimate(
         at_start = live.bytes
         step(shapes).backward()
         computed_gradients = sum(_bytes(one.grad) for one in shapes.parameters() if one.grad is not None)
-    # Gradients appear while activations go: what the peak holds beyond weights is both. Under autocast the copy's
-    # weights stand for the half-precision copies that autocast makes, and its gradients are half of the real ones.
+    # Under autocast the copy's weights stand for the half copies that autocast makes beside the fp32 ones, and the
+    # gradients that are kept are fp32, twice as large as those of the copy.
     copies = at_start if compute_dtype != torch.float32 else 0
-    activations = max(live.peak - at_start - computed_gradients, 0) + copies
-    return MemoryEstimate(weights, trained, ADAMW_STATES * trained, activations, encoding.peak)
+    backward = live.peak - at_start + copies + trained - computed_gradients
+    return MemoryEstimate(weights, ADAMW_STATES * trained, backward, encoding.peak)
 
 
 def _bytes(tensor: Tensor) -> int:
