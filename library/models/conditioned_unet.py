@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from library.models.sdxl import SDXLModel
-from library.models.text_encoders import encode_sdxl, set_trainable, trainable_parameters
+from library.models.text_encoders import (
+    enable_gradient_checkpointing,
+    encode_sdxl,
+    set_trainable,
+    trainable_parameters,
+)
 from library.models.unet import size_embedding
 
 
@@ -37,8 +42,7 @@ class ConditionedUNet(nn.Module):
             self.unet.enable_gradient_checkpointing()
             for encoder, trained in ((self.text_encoder1, train_te1), (self.text_encoder2, train_te2)):
                 if trained:
-                    # transformers 5.2x renames the method; the old name still works there, with a warning
-                    getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)()
+                    enable_gradient_checkpointing(encoder)
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Compute with copies in `dtype` of the encoders that do not train; what trains keeps fp32 weights."""

@@ -127,6 +127,14 @@ def trainable_parameters(text_encoder: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in text_encoder.parameters() if parameter.requires_grad]
 
 
+def enable_gradient_checkpointing(text_encoder: Any) -> None:
+    """Keep only the inputs of a text encoder's layers, and compute the rest again for backward."""
+    if hasattr(text_encoder, "activation_checkpointing_enable"):
+        text_encoder.activation_checkpointing_enable()
+    else:  # transformers before 5.23, on Python 3.10
+        text_encoder.gradient_checkpointing_enable()
+
+
 def _text_model(text_encoder: nn.Module) -> Any:
     """The module with embeddings, layers and final norm: the encoder itself, or inside the one with projection."""
     return getattr(text_encoder, "text_model", text_encoder)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from library.errors import InputError
 from library.models.text_encoders import (
     chunk_count,
+    enable_gradient_checkpointing,
     encode_sdxl,
     set_trainable,
     tokenize,
@@ -131,8 +132,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(tokenizers, text_encode
     for checkpointing in (False, True):
         first, second = (copy.deepcopy(encoder).train() for encoder in text_encoders)
         if checkpointing:
-            first.activation_checkpointing_enable()
-            second.activation_checkpointing_enable()
+            enable_gradient_checkpointing(first)
+            enable_gradient_checkpointing(second)
         context, pooled = encode_sdxl(first, second, ids1, ids2)
         (context.sin().sum() + pooled.sin().sum()).backward()
         gradients.append([p.grad for e in (first, second) for p in e.parameters() if p.grad is not None])
