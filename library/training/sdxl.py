@@ -40,7 +40,9 @@ class SDXLPretraining:
 
     def __init__(self, model_options: ModelOptions, options: Options, surroundings: Surroundings) -> None:
         self.model_options, self.options, self.surroundings = model_options, options, surroundings
-        self.accelerator, self.seed, self.device = surroundings.accelerator, surroundings.seed, surroundings.device
+        self.accelerator, self.seed = surroundings.accelerator, surroundings.seed
+        # A dry run answers whether the device is large enough: it must not need the device's memory for it.
+        self.device = torch.device("cpu") if options.run.dry_run else surroundings.device
         te1_rate, te2_rate = text_encoder_rates(options.optimization)
         self.learning_rates = {
             "unet": options.optimization.learning_rate,
