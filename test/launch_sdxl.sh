@@ -2,6 +2,7 @@
 # What the SDXL pre-training launchers share; sourced by them, not run. They set `processes` (per machine) and call
 # parse_arguments "$@", then launch. Everything a user can set is a --name=value below; an unknown one is an error.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The published configuration of the system (README, "The launchers").
@@ -31,12 +32,22 @@ parse_arguments() {
             --*=*)
                 name=${argument%%=*}; name=${name#--}
                 [[ " $known_arguments " == *" $name "* ]] || fail "unknown argument --$name; known are --demo and --NAME=VALUE for: $known_arguments"
-                printf -v "$name" %s "${argument#*=}"
+                printf -v "$name" %s "$(from_callers_folder "$name" "${argument#*=}")"
                 given+="$name "
                 ;;
             *) fail "unknown argument $argument; arguments are --demo and --NAME=VALUE for: $known_arguments" ;;
         esac
     done
+}
+
+# A path that is relative to where the user stands, made absolute; what is no path there (a hub name) stays as it is.
+from_callers_folder() {
+    local is_path=0
+    case $1 in
+        output_dir) is_path=1 ;;
+        dataset_name | model_name | vae | tokenizer1_path | tokenizer2_path) if [ -e "$caller/$2" ]; then is_path=1; fi ;;
+    esac
+    if [[ $is_path = 1 && -n "$2" && "$2" != /* ]]; then echo "$caller/$2"; else echo "$2"; fi
 }
 
 usage() {

@@ -103,6 +103,17 @@ def test_a_failed_training_fails_the_launcher_and_prints_no_block(tmp_path):
     assert "Final result" not in done.stdout
 
 
+def test_relative_paths_are_relative_to_where_the_user_stands(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    launcher = ROOT / "test" / "pretrain_full_1m_1p_sdxl.sh"
+    done = subprocess.run(
+        ["bash", launcher, "--dataset_name=pictures", "--output_dir=out", "--model_name=owner/name"],
+        cwd=tmp_path, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert f"--train_data_dir {tmp_path / 'pictures'}" in (tmp_path / "out" / "train_0.log").read_text()
+    assert done.returncode == 2
+
+
 def test_the_ascend_environment_says_that_there_is_no_cann():
     if Path("/usr/local/Ascend").exists():
         pytest.skip("CANN is installed here")
