@@ -8,7 +8,7 @@ from pathlib import Path
 from library.errors import InputError
 
 
-def write_file(target: Path, write: Callable[[Path], None]) -> None:
+def write_file(target: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside the target, then put it in the target's place, replacing what is there.
 
     The folder is made if need be. When `write` fails the target stays as it was and nothing is left beside it. One
@@ -20,7 +20,7 @@ def write_file(target: Path, write: Callable[[Path], None]) -> None:
     _guarded(target, write, _replace_file)
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+def write_folder(target: Path, write: Callable[[Path], object]) -> None:
     """As `write_file`, for a folder: `write` is given an empty folder to fill.
 
     An old folder is moved aside only once the new one is complete, and removed after; a run killed in between leaves
@@ -29,7 +29,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     _guarded(target, write, _replace_folder)
 
 
-def _guarded(target: Path, write: Callable[[Path], None], replace: Callable[[Path, Path], None]) -> None:
+def _guarded(target: Path, write: Callable[[Path], object], replace: Callable[[Path, Path], None]) -> None:
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -105,7 +105,7 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
         surroundings.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        accumulation=_accumulation(options),
+        accumulation=options.run.gradient_accumulation_steps,
     )
     steps, epochs = _length(options.run, data.plan)
     task = make_task(surroundings)
@@ -121,10 +121,9 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
     module, optimizer = accelerator.prepare(task.module, bare_optimizer)
     logger.info("running training")
     writer = MetricsWriter(options.saving.output_dir, options.saving.logging_dir, steps, accelerator.is_main_process)
+    loop_options = _loop_options(options, data.plan.global_batch, steps)
     try:
-        trainer = loop.Trainer(
-            task, accelerator, module, optimizer, schedule, data.plan, _loop_options(options, data.plan, steps), writer
-        )
+        trainer = loop.Trainer(task, accelerator, module, optimizer, schedule, data.plan, loop_options, writer)
         with logging_redirect_tqdm():
             report = trainer.train(iter(data.loader(task.tokenize, steps)))
     finally:
@@ -134,10 +133,6 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
         logger.info("model saved.")
         _finish(options, report, task.network_name, data.plan.global_batch, accelerator, started)
     accelerator.end_training()
-
-
-def _accumulation(options: Options) -> int:
-    return options.run.gradient_accumulation_steps
 
 
 def _prepare_output(options: Options) -> None:
@@ -156,13 +151,11 @@ def _prepare_output(options: Options) -> None:
 
 
 def _seed(given: int | None, accelerator: Accelerator) -> int:
-    """The run's seed: the one given, or one that the main process draws and logs, so that the run can be repeated."""
+    """The run's seed: the one given, or one that the main process draws. It is logged, to repeat the run."""
     if given is not None:
         return given
     drawn = torch.tensor([secrets.randbits(31)], device=accelerator.device)
-    seed = int(broadcast(drawn).item())
-    logger.info("no --seed given; this run's is %d", seed)
-    return seed
+    return int(broadcast(drawn).item())
 
 
 def _length(options: RunOptions, plan: Plan) -> tuple[int, int]:
@@ -194,7 +187,7 @@ def _optimizer(
     return optimizer, schedule
 
 
-def _loop_options(options: Options, plan: Plan, steps: int) -> loop.LoopOptions:
+def _loop_options(options: Options, global_batch: int, steps: int) -> loop.LoopOptions:
     """What the loop does between steps; at the last epoch the final checkpoint stands for the epoch's."""
     name = options.saving.output_name
     saves = Cadence(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)
@@ -213,8 +206,8 @@ def _loop_options(options: Options, plan: Plan, steps: int) -> loop.LoopOptions:
 
     return loop.LoopOptions(
         max_train_steps=steps,
-        accumulation=_accumulation(options),
-        global_batch=plan.global_batch,
+        accumulation=options.run.gradient_accumulation_steps,
+        global_batch=global_batch,
         max_grad_norm=options.optimization.max_grad_norm,
         output_dir=options.saving.output_dir,
         preview_at_first=options.preview.sample_at_first,
@@ -246,7 +239,7 @@ def _plan_lines(
         f"num batches per epoch: {data.plan.steps_before_epoch(1)} (first epoch; leftovers go to the next)",
         f"num epochs: {epochs}",
         f"batch size per device: {options.data.train_batch_size}",
-        f"gradient accumulation steps: {_accumulation(options)}",
+        f"gradient accumulation steps: {options.run.gradient_accumulation_steps}",
         f"global batch: {data.plan.global_batch}",
         f"total optimization steps: {steps}",
         f"gradient checkpointing: {options.run.gradient_checkpointing}",

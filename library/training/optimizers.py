@@ -56,10 +56,8 @@ def check_optimizer(optimizer_type: str, arguments: Iterable[str], process_count
     kind = {name.lower(): name for name in OPTIMIZERS}.get(optimizer_type.lower())
     if kind is None:
         raise InputError(f"--optimizer_type {optimizer_type!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
-    if kind == "oss":
-        if process_count > 1:
-            raise InputError("--optimizer_type oss: sharding over several processes is not built yet; use AdamW")
-        logger.info("optimizer oss on one process: there is nothing to shard, plain AdamW runs")
+    if kind == "oss" and process_count > 1:
+        raise InputError("--optimizer_type oss: sharding over several processes is not built yet; use AdamW")
     keywords = parse_optimizer_args(arguments)
     own = {"params", "lr", "fused", "foreach"}
     known = [name for name in inspect.signature(torch.optim.AdamW).parameters if name not in own]
@@ -80,6 +78,8 @@ def make_optimizer(
         InputError: as `check_optimizer`, or a value is out of the optimizer's range.
     """
     keywords = check_optimizer(optimizer_type, arguments, process_count)
+    if optimizer_type.lower() == "oss":
+        logger.info("optimizer oss on one process: there is nothing to shard, plain AdamW runs")
     parameters = [{"params": list(group.parameters), "lr": group.learning_rate, "name": group.name} for group in groups]
     try:
         optimizer = torch.optim.AdamW(parameters, lr=groups[0].learning_rate, fused=True, **keywords)
@@ -89,6 +89,14 @@ def make_optimizer(
     # AdamW no longer takes, and elsewhere a skipped step could not be told from a taken one: the scaler does it.
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def check_warmup(warmup_steps: int, max_train_steps: int) -> None:
+    """Raise InputError if the warm-up is longer than the run."""
+    if warmup_steps > max_train_steps:
+        raise InputError(
+            f"--lr_warmup_steps={warmup_steps} is longer than the run of {max_train_steps} steps; shorten the warm-up"
+        )
 
 
 def make_lr_schedule(
@@ -101,10 +109,7 @@ def make_lr_schedule(
     """
     from diffusers.optimization import get_scheduler
 
-    if warmup_steps > max_train_steps:
-        raise InputError(
-            f"--lr_warmup_steps={warmup_steps} is longer than the run of {max_train_steps} steps; shorten the warm-up"
-        )
+    check_warmup(warmup_steps, max_train_steps)
     try:
         return get_scheduler(
             name,

@@ -6,6 +6,7 @@ Legend: B batch, C channels, H W latent rows and columns, T text tokens, V vecto
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from library.diffusion.samplers import make_sampler
 from library.diffusion.schedule import NoiseSchedule, Prediction
 from library.errors import InputError
 from library.keyed_random import Stream, generator
+from library.models.atomic_write import write_file
 from library.training.prompts import SamplePrompt
 from library.training.saving import sample_name
 
@@ -67,7 +69,6 @@ class Previewer:
         from PIL import Image
 
         folder = self.output_dir / "sample"
-        folder.mkdir(parents=True, exist_ok=True)
         now = time.strftime("%Y%m%d%H%M%S")
         paths = []
         for index, prompt in enumerate(self.prompts):
@@ -75,9 +76,7 @@ class Previewer:
             latents_BCHW = self._sample(prompt, shape_CHW, denoise(prompt), self._random(prompt, index, step), device)
             image_HWC = decode(latents_BCHW)[0].cpu().numpy()
             path = folder / sample_name(self.output_name, now, position, index, prompt.seed)
-            aside = path.with_suffix(".tmp")
-            Image.fromarray(image_HWC).save(aside, format="PNG")
-            aside.replace(path)
+            write_file(path, partial(Image.fromarray(image_HWC).save, format="PNG"))
             paths.append(path)
         return paths
 

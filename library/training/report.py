@@ -4,6 +4,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.models.atomic_write import write_file
+
 
 @dataclass(frozen=True)
 class FinalFigures:
@@ -54,7 +56,5 @@ class FinalFigures:
 def write_case_log(figures: FinalFigures, output_dir: Path, case_name: str, network: str) -> Path:
     """Write {CaseName}.log into the output folder, complete or not at all."""
     path = output_dir / f"{case_name}.log"
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(figures.case_log(case_name, network), encoding="utf-8")
-    aside.replace(path)
+    write_file(path, lambda partial: partial.write_text(figures.case_log(case_name, network), encoding="utf-8"))
     return path

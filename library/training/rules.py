@@ -3,7 +3,7 @@
 from library.cli.optimization import OptimizationOptions
 from library.cli.run import PreviewOptions, RunOptions
 from library.errors import InputError
-from library.training.optimizers import check_optimizer
+from library.training.optimizers import check_optimizer, check_warmup
 from library.training.prompts import read_prompts
 
 
@@ -16,10 +16,8 @@ def check_optimization(options: OptimizationOptions, run: RunOptions, process_co
         raise InputError(
             f"--lr_warmup_steps={warmup} has no effect with --lr_scheduler=constant; use constant_with_warmup"
         )
-    if run.max_train_epochs is None and warmup > run.max_train_steps:
-        raise InputError(
-            f"--lr_warmup_steps={warmup} is longer than the run of {run.max_train_steps} steps; shorten the warm-up"
-        )
+    if run.max_train_epochs is None:
+        check_warmup(warmup, run.max_train_steps)
 
 
 def text_encoder_rates(options: OptimizationOptions) -> tuple[float, float]:

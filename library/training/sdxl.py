@@ -39,7 +39,7 @@ class SDXLPretraining:
     network_name = "SDXL"
 
     def __init__(self, model_options: ModelOptions, options: Options, surroundings: Surroundings) -> None:
-        self.model_options, self.options, self.surroundings = model_options, options, surroundings
+        self.model_options, self.options = model_options, options
         self.accelerator, self.seed = surroundings.accelerator, surroundings.seed
         # A dry run answers whether the device is large enough: it must not need the device's memory for it.
         self.device = torch.device("cpu") if options.run.dry_run else surroundings.device
@@ -67,14 +67,10 @@ class SDXLPretraining:
                 "for epsilon prediction, which says nothing about pure noise; add --v_parameterization"
             )
         # Checkpoints say what the model was trained to predict, not what it predicted before.
-        zero_snr = (
-            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if schedule.ends_in_pure_noise else {}
-        )
-        self.model.scheduler_config = {
-            **self.model.scheduler_config,
-            "prediction_type": self.prediction.name,
-            **zero_snr,
-        }
+        trained: dict[str, Any] = {"prediction_type": self.prediction.name}
+        if schedule.ends_in_pure_noise:
+            trained |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        self.model.scheduler_config = {**self.model.scheduler_config, **trained}
         self.previewer = self._previewer(schedule)
         self._place(schedule)
 
