@@ -49,6 +49,7 @@ def train(args: argparse.Namespace, started: float) -> None:
     from library.training.assembly import Options
     from library.training.assembly import run as run_training
     from library.training.sdxl import SDXLPretraining
+    from third_patch import PATCHES, apply
 
     options = Options(
         data=fill(data.DataOptions, args),
@@ -58,7 +59,11 @@ def train(args: argparse.Namespace, started: float) -> None:
         preview=fill(run.PreviewOptions, args),
     )
     model_options = fill(model.ModelOptions, args)
-    run_training(options, lambda surroundings: SDXLPretraining(model_options, options, surroundings), started)
+    undo = apply(PATCHES)
+    try:
+        run_training(options, lambda surroundings: SDXLPretraining(model_options, options, surroundings), started)
+    finally:
+        undo()
 
 
 if __name__ == "__main__":

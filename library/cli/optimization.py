@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from library.cli.parser import non_negative_float, non_negative_int, positive_int
 
+SHARDINGS = ("none", "oss", "zero1", "fsdp")  # library.training.sharding
 LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -14,6 +15,7 @@ class OptimizationOptions:
 
     optimizer_type: str
     optimizer_args: list[str]
+    sharding: str | None
     learning_rate: float
     train_text_encoder: bool
     learning_rate_te1: float | None
@@ -31,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--optimizer_type",
         default="AdamW",
-        help="AdamW, or oss: AdamW sharded over processes, on one process the same as AdamW (%(default)s)",
+        help="AdamW, or oss: AdamW with --sharding=oss (%(default)s)",
     )
     group.add_argument(
         "--optimizer_args",
@@ -39,6 +41,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help='for example "weight_decay=0.01" "betas=0.9,0.999"',
+    )
+    group.add_argument(
+        "--sharding",
+        choices=SHARDINGS,
+        help="what several processes share among themselves: none; oss: gradients and optimizer state (fairscale); "
+        "zero1: optimizer state (torch); fsdp: weights, too (torch); on one process there is nothing to share "
+        "(default: none, or oss with --optimizer_type=oss)",
     )
     group.add_argument("--learning_rate", type=non_negative_float, default=2e-6, help="of the U-Net (%(default)s)")
     group.add_argument("--train_text_encoder", action="store_true", help="train both text encoders, too")

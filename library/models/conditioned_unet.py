@@ -16,6 +16,7 @@ from library.models.text_encoders import (
     encode_sdxl,
     set_trainable,
     trainable_parameters,
+    trained_layers,
 )
 from library.models.unet import size_embedding
 
@@ -50,6 +51,13 @@ class ConditionedUNet(nn.Module):
             self.text_encoder1 = frozen_copy(self.text_encoder1, dtype)
         if not self.trained_te2:
             self.text_encoder2 = frozen_copy(self.text_encoder2, dtype)
+
+    def sharding_units(self) -> list[nn.Module]:
+        """The parts that fully sharded training gathers one by one: each is called for itself."""
+        unet = self.unet
+        trained = ((self.text_encoder1, self.trained_te1), (self.text_encoder2, self.trained_te2))
+        layers = [layer for encoder, trains in trained if trains for layer in trained_layers(encoder)]
+        return [*unet.input_blocks, unet.middle_block, *unet.output_blocks, *layers]
 
     def conditions(self, ids1_BK77: Tensor, ids2_BK77: Tensor, size_ids_B6: Tensor) -> tuple[Tensor, Tensor]:
         """Text states (B, T, C) and vector conditions (B, V): pooled text beside the six embedded sizes, in px."""

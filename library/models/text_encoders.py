@@ -127,6 +127,12 @@ def trainable_parameters(text_encoder: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in text_encoder.parameters() if parameter.requires_grad]
 
 
+def trained_layers(text_encoder: nn.Module) -> list[nn.Module]:
+    """The transformer layers that `set_trainable` left with something to train."""
+    layers: nn.ModuleList = _text_model(text_encoder).encoder.layers
+    return [layer for layer in layers if trainable_parameters(layer)]
+
+
 def enable_gradient_checkpointing(text_encoder: Any) -> None:
     """Keep only the inputs of a text encoder's layers, and compute the rest again for backward."""
     if hasattr(text_encoder, "activation_checkpointing_enable"):

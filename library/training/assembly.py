@@ -26,11 +26,12 @@ from library.errors import InputError
 from library.models.attention import report as attention_report
 from library.training import loop
 from library.training.metrics import MetricsWriter
-from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.optimizers import Construct, ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
 from library.training.report import FinalFigures, write_case_log
 from library.training.rules import check_optimization, check_preview
 from library.training.saving import Cadence, epoch_name, last_name, step_name
+from library.training.sharding import MakeOptimizer, shard, sharding_kind
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,8 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
     accelerator = make_accelerator(options.run.mixed_precision)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)
-    check_optimization(options.optimization, options.run, accelerator.num_processes)
+    check_optimization(options.optimization, options.run)
+    sharding = sharding_kind(options.optimization.sharding, options.optimization.optimizer_type)
     check_preview(options.preview)
     if not options.run.dry_run:
         _prepare_output(options)
@@ -111,25 +113,27 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
     task = make_task(surroundings)
     groups = task.parameter_groups()
     logger.info("seed: %d", surroundings.seed)
-    for line in (*data.report(), *task.plan_lines(), *_plan_lines(options, data, steps, epochs, groups, accelerator)):
+    plan_lines = _plan_lines(options, data, steps, epochs, groups, accelerator, sharding)
+    for line in (*data.report(), *task.plan_lines(), *plan_lines):
         logger.info(line)
-    bare_optimizer, schedule = _optimizer(options.optimization, groups, steps, accelerator)
     if options.run.dry_run:
+        _make_schedule(options.optimization, _make_optimizer(options.optimization)(groups), steps)
         for line in task.memory_lines(data.largest_bucket):
             logger.info(line)
         return
-    module, optimizer = accelerator.prepare(task.module, bare_optimizer)
+    parallel = shard(sharding, accelerator, task.module, groups, _make_optimizer(options.optimization))
+    schedule = accelerator.prepare_scheduler(_make_schedule(options.optimization, parallel.bare_optimizer, steps))
     logger.info("running training")
     writer = MetricsWriter(options.saving.output_dir, options.saving.logging_dir, steps, accelerator.is_main_process)
     loop_options = _loop_options(options, data.plan.global_batch, steps)
     try:
-        trainer = loop.Trainer(task, accelerator, module, optimizer, schedule, data.plan, loop_options, writer)
+        trainer = loop.Trainer(task, accelerator, parallel, schedule, data.plan, loop_options, writer)
         with logging_redirect_tqdm():
             report = trainer.train(iter(data.loader(task.tokenize, steps)))
+            trainer.save(last_name(options.saving.output_name))
     finally:
         writer.close()
     if accelerator.is_main_process:
-        logger.info("saving checkpoint: %s", task.save(last_name(options.saving.output_name)))
         logger.info("model saved.")
         _finish(options, report, task.network_name, data.plan.global_batch, accelerator, started)
     accelerator.end_training()
@@ -172,11 +176,16 @@ def _length(options: RunOptions, plan: Plan) -> tuple[int, int]:
     return steps, plan.epoch_of_step(steps - 1) + 1
 
 
-def _optimizer(
-    options: OptimizationOptions, groups: Sequence[ParameterGroup], steps: int, accelerator: Accelerator
-) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    optimizer = make_optimizer(options.optimizer_type, groups, options.optimizer_args, accelerator.num_processes)
-    schedule = make_lr_schedule(
+def _make_optimizer(options: OptimizationOptions) -> MakeOptimizer:
+    def make(groups: Sequence[ParameterGroup], **construct: Construct) -> torch.optim.Optimizer:
+        return make_optimizer(options.optimizer_type, groups, options.optimizer_args, **construct)
+
+    return make
+
+
+def _make_schedule(options: OptimizationOptions, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """The learning rates' schedule over the run."""
+    return make_lr_schedule(
         options.lr_scheduler,
         optimizer,
         steps,
@@ -184,7 +193,6 @@ def _optimizer(
         options.lr_scheduler_num_cycles,
         options.lr_scheduler_power,
     )
-    return optimizer, schedule
 
 
 def _loop_options(options: Options, global_batch: int, steps: int) -> loop.LoopOptions:
@@ -223,6 +231,7 @@ def _plan_lines(
     epochs: int,
     groups: Sequence[ParameterGroup],
     accelerator: Accelerator,
+    sharding: str,
 ) -> list[str]:
     """The resolved plan of the run, in the words that users of such trainers look for."""
     trained = {group.name: sum(parameter.numel() for parameter in group.parameters) for group in groups}
@@ -235,6 +244,7 @@ def _plan_lines(
         *(f"learning rate of {group.name}: {group.learning_rate:g}" for group in groups),
         f"optimizer: {optimization.optimizer_type}, schedule: {optimization.lr_scheduler}, "
         f"warm-up steps: {optimization.lr_warmup_steps}, max grad norm: {optimization.max_grad_norm:g}",
+        *_sharding_lines(sharding, accelerator.num_processes),
         f"num examples: {int(data.plan.samples_K.sum())}",
         f"num batches per epoch: {data.plan.steps_before_epoch(1)} (first epoch; leftovers go to the next)",
         f"num epochs: {epochs}",
@@ -248,6 +258,13 @@ def _plan_lines(
         f"{'before the first step' if options.preview.sample_at_first else 'no others'}",
         f"output: {options.saving.output_dir}, TensorBoard: {options.saving.logging_dir or 'none'}",
     ]
+
+
+def _sharding_lines(sharding: str, processes: int) -> list[str]:
+    """What is sharded, where somebody asked for it or could ask."""
+    if processes == 1:
+        return [] if sharding == "none" else [f"sharding: {sharding} on one process has nothing to shard, AdamW runs"]
+    return [f"sharding: {sharding}"]
 
 
 def _each(steps: int | None, epochs: int | None) -> str:

@@ -16,14 +16,15 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from library import device as devices
 from library.data.loader import MicroBatch
 from library.errors import TrainingError
 from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none, set_aside
+from library.training.sharding import Replicated
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,11 @@ class Task(Protocol):
     def loss(self, module: nn.Module, batch: MicroBatch) -> Tensor:
         """The mean loss over the micro-batch, a scalar with gradients to `module`."""
 
-    def save(self, stem: str) -> Path:
-        """Write a checkpoint, complete or not at all; returns where it lies. Called on the main process."""
+    def save(self, stem: str, module: nn.Module) -> Path:
+        """Write a checkpoint of the whole module, complete or not at all; returns its path. On the main process."""
 
-    def preview(self, position: str, step: int) -> None:
-        """Sample pictures. Called on the main process."""
+    def preview(self, position: str, step: int, module: nn.Module) -> None:
+        """Sample pictures with the whole module. Called on the main process."""
 
 
 class Epochs(Protocol):
@@ -98,17 +99,16 @@ class Trainer:
         self,
         task: Task,
         accelerator: Accelerator,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: LRScheduler,
+        parallel: Replicated,
+        schedule: AcceleratedScheduler,
         epochs: Epochs,
         options: LoopOptions,
         writer: MetricsWriter,
     ) -> None:
-        """`module` and `optimizer` are what `accelerator.prepare` returned, `schedule` is over the bare optimizer."""
-        self.task, self.accelerator, self.module, self.optimizer = task, accelerator, module, optimizer
-        self.schedule, self.epochs, self.options, self.writer = schedule, epochs, options, writer
-        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        """`parallel` is what `library.training.sharding.shard` made, `schedule` what accelerate prepared."""
+        self.task, self.accelerator, self.parallel = task, accelerator, parallel
+        self.optimizer, self.schedule = parallel.optimizer, schedule
+        self.epochs, self.options, self.writer = epochs, options, writer
         self.speed, self.average = SpeedMeter(), MovingAverage()
         self.overflows = self.not_updated = self.not_finite_running = self.quarantined = 0
 
@@ -148,14 +148,13 @@ class Trainer:
         for overflows in range(MAX_OVERFLOWS):
             loss = self._forward_backward(batches)
             if not math.isfinite(loss):
-                self.optimizer.zero_grad()
+                self.parallel.zero_grad()
                 return StepResult(loss, math.nan, overflows, False, lr)
-            grad_norm = self._clip()
+            grad_norm = self.parallel.clip(self.options.max_grad_norm)
             if self.accelerator.scaler is None and not math.isfinite(grad_norm):
-                self.optimizer.zero_grad()
+                self.parallel.zero_grad()
                 return StepResult(loss, grad_norm, overflows, False, lr)
             if self._update():
-                self.schedule.step()
                 return StepResult(loss, grad_norm, overflows, True, lr)
         raise TrainingError(
             f"the gradients of one step overflow fp16 at every loss scale, after {MAX_OVERFLOWS} halvings; "
@@ -168,23 +167,17 @@ class Trainer:
         for index, batch in enumerate(batches):
             # Gradients travel between processes once a step, with the last micro-batch.
             last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss = self.task.loss(self.module, batch) / len(batches)
+            with nullcontext() if last else self.parallel.no_sync():
+                loss = self.task.loss(self.parallel.module, batch) / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach().float()
         return float(self.accelerator.reduce(total, reduction="mean"))
 
-    def _clip(self) -> float:
-        """Unscale, measure the gradients' norm and, where asked, clip them to it."""
-        if self.options.max_grad_norm > 0:
-            return float(self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm))
-        self.accelerator.unscale_gradients()
-        return float(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
-
     def _update(self) -> bool:
-        """Step the optimizer; False if an overflow skipped it (then the loss scale has fallen)."""
+        """Step optimizer and schedule; False if an overflow skipped both (then the loss scale has fallen)."""
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.parallel.zero_grad()
         return not self.accelerator.optimizer_step_was_skipped
 
     def _log(self, step: int, batches: Sequence[MicroBatch], result: StepResult, waited: float, seconds: float) -> None:
@@ -253,19 +246,22 @@ class Trainer:
         epoch = self.epochs.epoch_of_step(steps_done - 1) + 1
         epochs_done = epoch if self.epochs.steps_before_epoch(epoch) == steps_done else None
         for stem in self.options.checkpoints_due(steps_done, epochs_done):
-            self._save(stem)
+            self.save(stem)
         self._preview(self.options.previews_due(steps_done, epochs_done), steps_done)
 
-    def _save(self, stem: str) -> None:
-        if self.accelerator.is_main_process:
-            path = self.task.save(stem)
-            self.writer.write_text(f"saving checkpoint: {path}")
+    def save(self, stem: str) -> None:
+        """Write a checkpoint of that name. Every process calls; those that do not write wait."""
+        with self.parallel.whole_module(torch.device("cpu")) as module:
+            if self.accelerator.is_main_process:
+                path = self.task.save(stem, module)
+                self.writer.write_text(f"saving checkpoint: {path}")
         self.accelerator.wait_for_everyone()
 
     def _preview(self, positions: Sequence[str], step: int) -> None:
         if not positions:
             return
-        if self.accelerator.is_main_process:
-            for position in positions:
-                self.task.preview(position, step)
+        with self.parallel.whole_module() as module:
+            if self.accelerator.is_main_process:
+                for position in positions:
+                    self.task.preview(position, step, module)
         self.accelerator.wait_for_everyone()

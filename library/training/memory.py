@@ -91,8 +91,15 @@ def _fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = original
 
 
-def without_data(module: Module, dtype: torch.dtype | None = None) -> Module:
-    """A copy of a module on the meta device, without its data. `dtype` None keeps each tensor's own."""
+def without_data(
+    module: Module, dtype: torch.dtype | None = None, share: Callable[[Tensor], bool] = lambda tensor: False
+) -> Module:
+    """A copy of a module on the meta device, without its data.
+
+    Args:
+        dtype: of its floating-point tensors; None keeps each tensor's own.
+        share: which parameters and buffers the copy has in common with the module, data and all.
+    """
 
     def shape_of(tensor: Tensor) -> Tensor:
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -100,7 +107,7 @@ def without_data(module: Module, dtype: torch.dtype | None = None) -> Module:
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
     tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): shape_of(tensor) for tensor in tensors})
+    return copy.deepcopy(module, {id(tensor): tensor if share(tensor) else shape_of(tensor) for tensor in tensors})
 
 
 @dataclass(frozen=True)

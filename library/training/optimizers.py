@@ -2,8 +2,7 @@
 
 import ast
 import inspect
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import InputError
 
-logger = logging.getLogger(__name__)
+OPTIMIZERS = ["AdamW", "oss"]  # oss is AdamW with its state sharded by fairscale (library.training.sharding)
 
-OPTIMIZERS = ["AdamW", "oss"]
+# Makes an optimizer from parameter groups, the optimizer's class and its keyword arguments; a sharded one wraps it.
+Construct = Callable[..., torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,15 @@ def parse_optimizer_args(arguments: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
-def check_optimizer(optimizer_type: str, arguments: Iterable[str], process_count: int = 1) -> dict[str, Any]:
+def check_optimizer(optimizer_type: str, arguments: Iterable[str]) -> dict[str, Any]:
     """The optimizer's keyword arguments.
 
     Raises:
-        InputError: the type is not known, cannot run on that many processes, or does not take an argument.
+        InputError: the type is not known, or does not take an argument.
     """
     kind = {name.lower(): name for name in OPTIMIZERS}.get(optimizer_type.lower())
     if kind is None:
         raise InputError(f"--optimizer_type {optimizer_type!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
-    if kind == "oss" and process_count > 1:
-        raise InputError("--optimizer_type oss: sharding over several processes is not built yet; use AdamW")
     keywords = parse_optimizer_args(arguments)
     own = {"params", "lr", "fused", "foreach"}
     known = [name for name in inspect.signature(torch.optim.AdamW).parameters if name not in own]
@@ -67,27 +65,32 @@ def check_optimizer(optimizer_type: str, arguments: Iterable[str], process_count
     return keywords
 
 
+def _whole(groups: list[dict[str, Any]], optimizer: type[torch.optim.Optimizer], **keywords: Any) -> Any:
+    return optimizer(groups, **keywords)
+
+
 def make_optimizer(
-    optimizer_type: str, groups: Sequence[ParameterGroup], arguments: Iterable[str], process_count: int = 1
+    optimizer_type: str, groups: Sequence[ParameterGroup], arguments: Iterable[str], construct: Construct = _whole
 ) -> torch.optim.Optimizer:
     """The optimizer over the groups, in their order.
 
     AdamW is torch's (Loshchilov & Hutter, 1711.05101), in its fused form: one kernel a tensor, on the CPU too.
 
+    Args:
+        construct: makes it of (groups, class, **keywords); a sharded optimizer's constructor, say.
+
     Raises:
         InputError: as `check_optimizer`, or a value is out of the optimizer's range.
     """
-    keywords = check_optimizer(optimizer_type, arguments, process_count)
-    if optimizer_type.lower() == "oss":
-        logger.info("optimizer oss on one process: there is nothing to shard, plain AdamW runs")
+    keywords = check_optimizer(optimizer_type, arguments)
     parameters = [{"params": list(group.parameters), "lr": group.learning_rate, "name": group.name} for group in groups]
     try:
-        optimizer = torch.optim.AdamW(parameters, lr=groups[0].learning_rate, fused=True, **keywords)
+        optimizer = construct(parameters, torch.optim.AdamW, lr=groups[0].learning_rate, fused=True, **keywords)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"--optimizer_args: AdamW refuses them: {error}") from error
     # A fused optimizer offers to undo the loss scale itself. torch_npu's scaler then hands it an argument that torch's
     # AdamW no longer takes, and elsewhere a skipped step could not be told from a taken one: the scaler does it.
-    optimizer._step_supports_amp_scaling = False
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
 
 

@@ -5,11 +5,13 @@ from library.cli.run import PreviewOptions, RunOptions
 from library.errors import InputError
 from library.training.optimizers import check_optimizer, check_warmup
 from library.training.prompts import read_prompts
+from library.training.sharding import sharding_kind
 
 
-def check_optimization(options: OptimizationOptions, run: RunOptions, process_count: int) -> None:
-    """Raise InputError where optimizer, rates and schedule cannot go together."""
-    check_optimizer(options.optimizer_type, options.optimizer_args, process_count)
+def check_optimization(options: OptimizationOptions, run: RunOptions) -> None:
+    """Raise InputError where optimizer, sharding, rates and schedule cannot go together."""
+    check_optimizer(options.optimizer_type, options.optimizer_args)
+    sharding_kind(options.sharding, options.optimizer_type)
     text_encoder_rates(options)
     warmup = options.lr_warmup_steps
     if options.lr_scheduler == "constant" and warmup:

@@ -5,6 +5,8 @@ Legend: B batch, C channels, H W latent rows and columns, T text tokens, V vecto
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from library.keyed_random import Stream
 from library.models.checkpoint import load_sdxl, save_sdxl
 from library.models.conditioned_unet import ConditionedUNet, frozen_copy
 from library.models.metadata import modelspec
+from library.models.sdxl import SDXLModel
 from library.models.text_encoders import tokenize
 from library.models.vae import decode_latents, encode_images, latent_shape
 from library.training.assembly import Options, Surroundings
@@ -142,16 +145,25 @@ class SDXLPretraining:
         noise_BCHW = normal(self.seed, Stream.VAE, batch.step, places, self._latent_shape(*images_BHWC.shape[1:3]))
         return encode_images(self.vae, images_BHWC.to(self.device), noise_BCHW.to(self.device))
 
-    def save(self, stem: str) -> Path:
+    def save(self, stem: str, module: nn.Module) -> Path:
         """Write the whole model, complete or not at all."""
         saving = self.options.saving
         return save_sdxl(
-            self.model,
+            self._model_with(module),
             saving.output_dir / stem,
             saving.save_model_as or self._loaded_form(),
             SAVE_DTYPES[saving.save_precision],
             modelspec(title=stem, resolution_wh_px=self.options.data.resolution, prediction_type=self.prediction.name),
         )
+
+    def _model_with(self, module: Any) -> SDXLModel:
+        """The model with the weights that train taken from `module`; the frozen ones as they were loaded."""
+        trained = {"unet": module.unet}
+        if self.module.trained_te1:
+            trained["text_encoder1"] = module.text_encoder1
+        if self.module.trained_te2:
+            trained["text_encoder2"] = module.text_encoder2
+        return replace(self.model, **trained)
 
     def _loaded_form(self) -> str:
         """The form that checkpoints take without --save_model_as: that of the model the run started from."""
@@ -177,24 +189,26 @@ class SDXLPretraining:
         return previewer
 
     @torch.no_grad()
-    def preview(self, position: str, step: int) -> None:
+    def preview(self, position: str, step: int, module: nn.Module) -> None:
         """Sample the preview prompts with the weights as they are."""
         if self.previewer is not None:
-            self.previewer.run(self._denoiser, self._decode, self._latent_shape, position, step, self.device)
+            denoiser = partial(self._denoiser, module)
+            self.previewer.run(denoiser, self._decode, self._latent_shape, position, step, self.device)
 
-    def _denoiser(self, prompt: SamplePrompt) -> GuidedDenoiser:
+    def _denoiser(self, module: Any, prompt: SamplePrompt) -> GuidedDenoiser:
         """The U-Net with a prompt's conditions, in row 0, and its negative prompt's, in row 1."""
         ids1, ids2 = self.tokenize([prompt.prompt, prompt.negative_prompt])
         size_hw = (prompt.height, prompt.width)
         size_ids_26 = torch.tensor([[*size_hw, 0, 0, *size_hw]] * 2, dtype=torch.float32, device=self.device)
         with self.accelerator.autocast():
-            context_2TC, vector_2V = self.module.conditions(ids1.to(self.device), ids2.to(self.device), size_ids_26)
-        return GuidedDenoiser(self._predict, context_2TC, vector_2V, prompt.scale)
+            context_2TC, vector_2V = module.conditions(ids1.to(self.device), ids2.to(self.device), size_ids_26)
 
-    def _predict(self, noisy_BCHW: Tensor, t_B: Tensor, context_BTC: Tensor, vector_BV: Tensor) -> Tensor:
-        """The U-Net in the precision that it trains in; sampler and VAE keep their own."""
-        with self.accelerator.autocast():
-            return self.module.unet(noisy_BCHW, t_B, context_BTC, vector_BV)
+        def predict(noisy_BCHW: Tensor, t_B: Tensor, context_BTC: Tensor, vector_BV: Tensor) -> Tensor:
+            """The U-Net in the precision that it trains in; sampler and VAE keep their own."""
+            with self.accelerator.autocast():
+                return module.unet(noisy_BCHW, t_B, context_BTC, vector_BV)
+
+        return GuidedDenoiser(predict, context_2TC, vector_2V, prompt.scale)
 
     def _decode(self, latents_BCHW: Tensor) -> Tensor:
         return decode_latents(self.vae, latents_BCHW)

@@ -14,6 +14,7 @@ from library.training.loop import LoopOptions, Trainer
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
+from library.training.sharding import shard
 
 FEATURES = 6
 
@@ -40,11 +41,11 @@ class Regression:
         factor = self.blow_up.get(batch.step, 1.0)
         return ((module(batch.inputs) - batch.targets).float().pow(2).mean()) * factor
 
-    def save(self, stem):
+    def save(self, stem, module):
         self.saved.append(stem)
         return stem
 
-    def preview(self, position, step):
+    def preview(self, position, step, module):
         self.previews.append((position, step))
 
 
@@ -71,13 +72,13 @@ def train(
     accelerator = make_accelerator(precision)
     torch.manual_seed(0)
     module = nn.Linear(FEATURES, 2)
-    optimizer = make_optimizer("AdamW", [ParameterGroup("unet", list(module.parameters()), 0.05)], [])
-    schedule = make_lr_schedule("linear", optimizer, steps, 0, 1, 1.0)
-    prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
+    groups = [ParameterGroup("unet", list(module.parameters()), 0.05)]
+    parallel = shard("none", accelerator, module, groups, lambda groups: make_optimizer("AdamW", groups, []))
+    schedule = accelerator.prepare_scheduler(make_lr_schedule("linear", parallel.bare_optimizer, steps, 0, 1, 1.0))
     loop_options = LoopOptions(steps, accumulation, accumulation * batch, max_grad_norm, tmp_path, **options)
     writer = MetricsWriter(tmp_path, None, steps)
     trainer = Trainer(
-        task or Regression(), accelerator, prepared, prepared_optimizer, schedule, FixedEpochs(), loop_options, writer
+        task or Regression(), accelerator, parallel, schedule, FixedEpochs(), loop_options, writer
     )
     try:
         report = trainer.train(batches or micro_batches(steps, accumulation, batch))

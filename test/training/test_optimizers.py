@@ -52,11 +52,6 @@ def test_a_bad_optimizer_setting_is_named(optimizer_type, arguments, message):
         make_optimizer(optimizer_type, [ParameterGroup("unet", weights(), 1e-3)], arguments)
 
 
-def test_oss_over_several_processes_says_that_it_cannot_yet():
-    with pytest.raises(InputError, match="oss"):
-        make_optimizer("oss", [ParameterGroup("unet", weights(), 1e-3)], [], process_count=2)
-
-
 def test_arguments_are_python_literals():
     assert parse_optimizer_args(["betas=0.9,0.95", "amsgrad=True", "eps=1e-6"]) == {
         "betas": (0.9, 0.95), "amsgrad": True, "eps": 1e-6,

@@ -1,0 +1,281 @@
+"""Training on several processes: what each of them holds of weights, gradients and optimizer state.
+
+| --sharding | weights | gradients | optimizer state | by |
+|---|---|---|---|---|
+| none | all | all | all | torch's DistributedDataParallel |
+| oss | all | its own share | its own share | fairscale's OSS and ShardedDataParallel (ZeRO stage 1, 1910.02054) |
+| zero1 | all | all | its own share | torch's ZeroRedundancyOptimizer and DistributedDataParallel |
+| fsdp | its own share | its own share | its own share | torch's FSDP2, `fully_shard` (ZeRO stage 3) |
+
+They differ in memory and in what travels (docs/scaling.md), and in nothing else: the loss, the gradient's norm and the
+updated weights are those of `none`, to rounding.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from library.errors import InputError
+from library.training.memory import without_data
+from library.training.optimizers import ParameterGroup
+
+# Makes the optimizer over parameter groups, given what a sharded one is constructed with.
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+def sharding_kind(sharding: str | None, optimizer_type: str) -> str:
+    """What --sharding and --optimizer_type ask for together: `--optimizer_type oss` is AdamW with `--sharding oss`.
+
+    Raises:
+        InputError: they ask for different things.
+    """
+    oss = optimizer_type.lower() == "oss"
+    if oss and sharding not in (None, "oss"):
+        raise InputError(
+            f"--optimizer_type={optimizer_type} is AdamW sharded by fairscale's OSS, and --sharding={sharding} asks "
+            "for another way; give --optimizer_type=AdamW with it, or leave --sharding out"
+        )
+    return "oss" if oss else sharding or "none"
+
+
+class Replicated:
+    """Every process holds the whole of everything, or is alone; the others are this with their differences."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        make_optimizer: MakeOptimizer,
+    ) -> None:
+        """
+        Args:
+            module: on its device, in the precision of its weights.
+            groups: what of it trains.
+            make_optimizer: the optimizer over groups; takes a `construct` (`library.training.optimizers`).
+        """
+        self.accelerator, self.bare_module = accelerator, module
+        self.bare_optimizer = make_optimizer(groups)
+        self.module, self.optimizer = accelerator.prepare(module, self.bare_optimizer)
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+
+    @property
+    def own_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that holds this process's share of the state."""
+        return getattr(self.bare_optimizer, "optim", self.bare_optimizer)
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """While accumulating: gradients stay where they are made."""
+        return self.accelerator.no_sync(self.module)
+
+    def clip(self, max_norm: float) -> float:
+        """Undo the loss scale, clip the gradient's norm to `max_norm` (0: leave it), return the norm before that.
+
+        The norm is that of all gradients of all processes together, so it is the same on each.
+        """
+        if max_norm > 0:
+            return float(self.accelerator.clip_grad_norm_(self.parameters, max_norm))
+        self.accelerator.unscale_gradients()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad()
+
+    @contextlib.contextmanager
+    def whole_module(self, device: torch.device | None = None) -> Iterator[nn.Module]:
+        """The module with all its weights, to compute or to save with, on the main process. Every process enters.
+
+        Args:
+            device: where gathered weights go; None for the device of this process.
+        """
+        yield self.bare_module
+
+
+class OptimizerSharded(Replicated):
+    """fairscale's OSS: through accelerate, as third_patch has it."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        make_optimizer: MakeOptimizer,
+    ) -> None:
+        agree_on_overflow(accelerator.scaler)
+        super().__init__(accelerator, module, groups, lambda groups: make_optimizer(groups, construct=_oss))
+
+    def clip(self, max_norm: float) -> float:
+        """A process has the gradients of its own share alone: OSS adds the shares up even where nothing is clipped."""
+        return float(self.accelerator.clip_grad_norm_(self.parameters, max_norm or float("inf")))
+
+
+class ZeroRedundancy(Replicated):
+    """torch's ZeroRedundancyOptimizer beside DistributedDataParallel."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        make_optimizer: MakeOptimizer,
+    ) -> None:
+        self.accelerator, self.bare_module = accelerator, module
+        self.bare_optimizer = make_optimizer(groups, construct=_zero1)
+        # Without device placement: accelerate would ask for the state dict, which takes a collective of its own.
+        self.module, self.optimizer = accelerator.prepare(module, self.bare_optimizer, device_placement=[True, False])
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+
+
+class FullySharded(Replicated):
+    """torch's FSDP2 over the module's own units; what does not train stays whole on every process.
+
+    The optimizer works on the bare shards: handed DTensors, a fused AdamW spends more time on finding out where each
+    result lies than on the arithmetic (docs/measurements/sharding.md).
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        make_optimizer: MakeOptimizer,
+    ) -> None:
+        agree_on_overflow(accelerator.scaler)
+        self.accelerator, self.bare_module = accelerator, module
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        group_names = [[names[id(parameter)] for parameter in group.parameters] for group in groups]
+        self._skeleton = without_data(module, share=lambda tensor: not tensor.requires_grad)
+        self.module = accelerator.prepare_model(module, evaluation_mode=True)  # autocast, without a wrapper
+        _fully_shard(self.module, accelerator)
+        self._sharded: dict[str, Any] = {name: module.get_parameter(name) for part in group_names for name in part}
+        self._shards = {name: nn.Parameter(whole.detach().to_local()) for name, whole in self._sharded.items()}
+        self.parameters = list(self._shards.values())
+        self.bare_optimizer = make_optimizer(
+            [
+                replace(group, parameters=[self._shards[name] for name in listed])
+                for group, listed in zip(groups, group_names, strict=True)
+            ]
+        )
+        self.optimizer = accelerator.prepare_optimizer(self.bare_optimizer)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """While accumulating: gradients stay, whole, where they are made."""
+        module: Any = self.module
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+
+    def clip(self, max_norm: float) -> float:
+        """The squared norms of all shares, added up, are the gradient's."""
+        for name, whole in self._sharded.items():
+            self._shards[name].grad = None if whole.grad is None else whole.grad.to_local()
+        self.accelerator.unscale_gradients()
+        own = nn.utils.get_total_norm([shard.grad for shard in self.parameters if shard.grad is not None])
+        squared = own.to(self.accelerator.device).square()
+        dist.all_reduce(squared)
+        norm = squared.sqrt()
+        if max_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        return float(norm)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the shards, and those that FSDP would add to."""
+        super().zero_grad()
+        for whole in self._sharded.values():
+            whole.grad = None
+
+    @contextlib.contextmanager
+    def whole_module(self, device: torch.device | None = None) -> Iterator[nn.Module]:
+        """A copy without FSDP's hooks that holds gathered weights, one tensor at a time, on the main process."""
+        for name, sharded in self._sharded.items():
+            whole = sharded.detach().full_tensor()
+            if self.accelerator.is_main_process:
+                _put(self._skeleton, name, whole.to(device or whole.device))
+            del whole
+        try:
+            yield self._skeleton
+        finally:
+            for name in self._sharded:
+                _put(self._skeleton, name, self._skeleton.get_parameter(name).detach().to("meta"))
+
+
+KINDS: dict[str, type[Replicated]] = {
+    "none": Replicated,
+    "oss": OptimizerSharded,
+    "zero1": ZeroRedundancy,
+    "fsdp": FullySharded,
+}
+
+
+def shard(
+    kind: str,
+    accelerator: Accelerator,
+    module: nn.Module,
+    groups: Sequence[ParameterGroup],
+    make_optimizer: MakeOptimizer,
+) -> Replicated:
+    """The module and its optimizer, ready to train on all processes. On one process there is nothing to shard."""
+    return KINDS[kind if accelerator.num_processes > 1 else "none"](accelerator, module, groups, make_optimizer)
+
+
+def _oss(groups: list[dict[str, Any]], optimizer: type[torch.optim.Optimizer], **keywords: Any) -> Any:
+    from fairscale.optim.oss import OSS
+
+    return OSS(groups, optim=optimizer, **keywords)
+
+
+def _zero1(groups: list[dict[str, Any]], optimizer: type[torch.optim.Optimizer], **keywords: Any) -> Any:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(groups, optimizer_class=optimizer, **keywords)
+
+
+def _fully_shard(module: nn.Module, accelerator: Accelerator) -> None:
+    """Shard each unit for itself, so that only one or two are whole at a time, and the rest with the root."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
+    units: Sequence[nn.Module] = getattr(module, "sharding_units", list)()
+    for unit in units:
+        fully_shard(unit, mesh=mesh, ignored_params=frozen)
+    fully_shard(module, mesh=mesh, ignored_params=frozen)
+
+
+def agree_on_overflow(scaler: Any) -> None:
+    """Make a GradScaler skip a step on all processes if the gradients of one overflow.
+
+    Each process looks at the gradients that it owns alone; what it may hold of the others' are not the true sums.
+    """
+    if scaler is None or getattr(scaler._unscale_grads_, "agreed", False):
+        return
+    unscale_own = scaler._unscale_grads_
+
+    def unscale(optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> dict[torch.device, Tensor]:
+        found = unscale_own(getattr(optimizer, "optim", optimizer), inv_scale, found_inf, allow_fp16)
+        found.setdefault(found_inf.device, found_inf)  # a process that owns no gradient takes part, too
+        for overflow in found.values():
+            dist.all_reduce(overflow, op=dist.ReduceOp.MAX)
+        return found
+
+    unscale.agreed = True  # type: ignore[attr-defined]
+    scaler._unscale_grads_ = unscale
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter by one that does not train."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

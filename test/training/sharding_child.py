@@ -1,0 +1,139 @@
+"""What torchrun starts for test_sharding.py: trains a tiny SDXL, U-Net and text encoders, once for each given case.
+
+    torchrun ... sharding_child.py MODEL_FOLDER CASES.json OUTPUT_FOLDER
+
+For each case the main process writes {name}.safetensors (the whole weights) and {name}.json (a line of metrics a step,
+and the bytes of optimizer state of every process).
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
+from torch import nn
+
+from library.models.checkpoint import load_sdxl
+from library.models.conditioned_unet import ConditionedUNet
+from library.training.loop import LoopOptions, Trainer
+from library.training.metrics import MetricsWriter
+from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.precision import make_accelerator
+from library.training.sharding import shard
+from third_patch import PATCHES, apply
+
+GLOBAL_BATCH = 12  # 1, 2 or 4 processes with 1 or 3 micro-batches divide it
+LATENT_HW = (4, 8)
+
+
+class NoisePrediction:
+    """The loop's task without data set and VAE: every input is a function of the step and the sample's place."""
+
+    def __init__(self, parallel_device):
+        self.device, self.saved = parallel_device, {}
+
+    def loss(self, module, batch):
+        predicted = module(*(part.to(self.device) for part in batch.inputs))
+        return nn.functional.mse_loss(predicted.float(), batch.target.to(self.device))
+
+    def save(self, stem, module):
+        self.saved[stem] = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+        return stem
+
+    def preview(self, position, step, module):
+        """Computes with the whole module on the main process alone, as a preview does."""
+        with torch.no_grad():
+            self.saved[position] = module(*(part[:1].to(self.device) for part in sample(0).inputs)).float().cpu()
+
+
+def sample(step):
+    """The global batch of a step."""
+    random = torch.Generator().manual_seed(step)
+    ids = torch.randint(3, 300, (2, GLOBAL_BATCH, 1, 77), generator=random)
+    return SimpleNamespace(
+        inputs=(
+            torch.randn(GLOBAL_BATCH, 4, *LATENT_HW, generator=random),
+            torch.randint(0, 1000, (GLOBAL_BATCH,), generator=random),
+            ids[0],
+            ids[1],
+            torch.full((GLOBAL_BATCH, 6), 64.0),
+        ),
+        target=torch.randn(GLOBAL_BATCH, 4, *LATENT_HW, generator=random),
+    )
+
+
+def micro_batches(steps, accumulation, rank, processes):
+    """This process's share: places rank, rank + processes ... of each micro-batch."""
+    for step in range(steps):
+        whole = sample(step)
+        size = GLOBAL_BATCH // accumulation
+        for micro in range(accumulation):
+            part = slice(micro * size + rank, (micro + 1) * size, processes)
+            inputs, target = tuple(one[part] for one in whole.inputs), whole.target[part]
+            yield SimpleNamespace(step=step, inputs=inputs, target=target, names=["?"], quarantined=[])
+
+
+class OneEpoch:
+    """Epochs do not matter here."""
+
+    def epoch_of_step(self, step):
+        return 0
+
+    def steps_before_epoch(self, epoch):
+        return 0
+
+
+def state_bytes(parallel):
+    """Bytes of optimizer state that this process holds; a step counter is not counted."""
+    values = [value for state in parallel.own_optimizer.state.values() for value in state.values()]
+    tensors = [getattr(value, "to_local", lambda value=value: value)() for value in values if value.dim()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def train(accelerator, model_folder, case, out):
+    model = load_sdxl(model_folder)
+    module = ConditionedUNet(model, case["text_encoders"], case["text_encoders"], case["checkpointing"])
+    module.to(accelerator.device)
+    parts = {"unet": list(module.unet.parameters()), "te1": module.trained_te1, "te2": module.trained_te2}
+    groups = [ParameterGroup(name, part, 1e-4) for name, part in parts.items() if part]
+    parallel = shard(
+        case["sharding"], accelerator, module, groups,
+        lambda groups, **construct: make_optimizer("AdamW", groups, ["weight_decay=0.1"], **construct),
+    )  # fmt: skip
+    steps, warmup = case["steps"], case["warmup"]
+    schedule = make_lr_schedule("linear" if warmup else "constant", parallel.bare_optimizer, steps, warmup, 1, 1.0)
+    folder = out / case["name"]
+    folder.mkdir(exist_ok=True)
+    options = LoopOptions(steps, case["accumulation"], GLOBAL_BATCH, case["max_grad_norm"], folder)
+    writer = MetricsWriter(folder, None, steps, accelerator.is_main_process)
+    task = NoisePrediction(accelerator.device)
+    trainer = Trainer(task, accelerator, parallel, accelerator.prepare_scheduler(schedule), OneEpoch(), options, writer)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    trainer.train(micro_batches(steps, case["accumulation"], rank, processes))
+    trainer._preview(["preview"], steps)
+    trainer.save("whole")
+    writer.close()
+    held = gather_object([state_bytes(parallel)])
+    if accelerator.is_main_process:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        (out / f"{case['name']}.json").write_text(json.dumps({"steps": lines, "state_bytes": held}))
+        save_file(task.saved["whole"], out / f"{case['name']}.safetensors")
+        save_file({"preview": task.saved["preview"]}, out / f"{case['name']}.preview.safetensors")
+    accelerator.free_memory()
+
+
+def main(model_folder, cases, out):
+    torch.set_num_threads(1)
+    undo = apply(PATCHES)
+    accelerator = make_accelerator("no")
+    for case in json.loads(Path(cases).read_text()):
+        train(accelerator, model_folder, case, Path(out))
+    accelerator.end_training()
+    undo()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
