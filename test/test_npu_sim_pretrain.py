@@ -109,8 +109,9 @@ def test_fp16_with_fused_attention_and_checkpointing_trains_samples_and_saves(tr
         environment(),
         "--mixed_precision=fp16", "--enable_npu_flash_attention", "--gradient_checkpointing",
         f"--sample_prompts={prompts}", "--sample_at_first", f"--sample_every_n_steps={STEPS}",
-        launcher=TORCHRUN, batch=1,
+        "--optimizer_type=oss", launcher=TORCHRUN, batch=1,
     )  # fmt: skip
+    assert "sharding: oss" in printed and "patched fairscale.optim.oss:OSS.zero_grad" in printed
     attention = [line for line in printed.splitlines() if "attention: " in line and " on npu" in line]
     assert attention and all("attention: npu, float16 on npu" in line for line in attention)
     assert [line["updated"] for line in lines] == [True] * STEPS

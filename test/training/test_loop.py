@@ -77,9 +77,7 @@ def train(
     schedule = accelerator.prepare_scheduler(make_lr_schedule("linear", parallel.bare_optimizer, steps, 0, 1, 1.0))
     loop_options = LoopOptions(steps, accumulation, accumulation * batch, max_grad_norm, tmp_path, **options)
     writer = MetricsWriter(tmp_path, None, steps)
-    trainer = Trainer(
-        task or Regression(), accelerator, parallel, schedule, FixedEpochs(), loop_options, writer
-    )
+    trainer = Trainer(task or Regression(), accelerator, parallel, schedule, FixedEpochs(), loop_options, writer)
     try:
         report = trainer.train(batches or micro_batches(steps, accumulation, batch))
     finally:

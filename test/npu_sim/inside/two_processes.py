@@ -181,6 +181,44 @@ def check_fsdp_is_one_process():
     torch.testing.assert_close(sharded, single, rtol=1e-5, atol=1e-7)
 
 
+def moved_after_oss_was_made(patches):
+    """A model on the CPU, OSS over it, and only then accelerate moves it: its parameters after three steps."""
+    from accelerate import Accelerator
+    from fairscale.optim.oss import OSS
+
+    from third_patch import apply
+
+    undo = apply(patches)
+    try:
+        accelerator = Accelerator()
+        model = small_model()
+        optimizer = OSS(model.parameters(), torch.optim.AdamW, lr=0.01)
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        torch.manual_seed(1)
+        batch = torch.randn(8, 8)
+        for _ in range(3):
+            accelerator.backward(wrapped(batch[MINE].to(NPU)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        return [parameter.detach() for parameter in model.parameters()]
+    finally:
+        undo()
+
+
+def check_oss_follows_a_module_that_is_moved_to_the_npu():
+    from third_patch import PATCHES
+
+    single = trained(lambda model: model, slice(0, 8))
+    torch.testing.assert_close(moved_after_oss_was_made(PATCHES), single, rtol=1e-5, atol=1e-7)
+    without = [patch for patch in PATCHES if not patch.target.endswith("refresh_trainable")]
+    try:
+        left = moved_after_oss_was_made(without)
+    except RuntimeError as error:
+        assert "npu" in str(error) and "cpu" in str(error)
+    else:
+        assert any(parameter.device.type == "cpu" for parameter in left)
+
+
 def check_accelerate_finds_the_process_group():
     from accelerate import Accelerator
 

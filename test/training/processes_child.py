@@ -1,0 +1,264 @@
+"""Checks of sharded training in two processes: torchrun starts this with a folder, where each writes what failed.
+
+The model is one small layer in a chain of two, so that each process owns some of its parameters.
+"""
+
+import json
+import math
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from torch import nn
+
+from library.training.loop import LoopOptions, Trainer
+from library.training.metrics import MetricsWriter
+from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.precision import make_accelerator
+from library.training.sharding import KINDS, agree_on_overflow, shard
+from third_patch import PATCHES, apply
+
+RANK, FEATURES, BATCH = int(os.environ["RANK"]), 6, 8
+OUT = Path(sys.argv[1])
+
+
+class Epochs:
+    def epoch_of_step(self, step):
+        return 0
+
+    def steps_before_epoch(self, epoch):
+        return 0
+
+
+class _InfiniteGradient(torch.autograd.Function):
+    """Finite forward, infinite backward."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
+
+
+class Regression:
+    """Mean squared error; on the process `overflow_on` the gradients of step 3 overflow once."""
+
+    def __init__(self, device, overflow_on=None):
+        self.device, self.overflow_on, self.overflowed = device, overflow_on, False
+
+    def loss(self, module, batch):
+        predicted = module(batch.inputs.to(self.device))
+        loss = (predicted - batch.targets.to(self.device)).float().pow(2).mean()
+        if batch.step == 3 and self.overflow_on == RANK and not self.overflowed:
+            self.overflowed = True
+            return _InfiniteGradient.apply(loss)
+        return loss
+
+    def save(self, stem, module):
+        return stem
+
+    def preview(self, position, step, module):
+        pass
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def rows(step, rank, processes):
+    random = torch.Generator().manual_seed(step)
+    inputs, targets = (torch.randn(BATCH, width, generator=random) for width in (FEATURES, 2))
+    part = slice(rank, None, processes)
+    return SimpleNamespace(step=step, inputs=inputs[part], targets=targets[part], names=["?"], quarantined=[])
+
+
+def train(kind, precision="no", patches=PATCHES, max_grad_norm=0.05, steps=8, overflow_on=None):
+    """(whole weights as each process computes with them, metrics) after some steps on both processes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    undo = apply(patches)
+    try:
+        accelerator = make_accelerator(precision)
+        module = model().to(accelerator.device)
+        groups = [ParameterGroup("unet", list(module.parameters()), 0.05)]
+        parallel = shard(
+            kind, accelerator, module, groups,
+            lambda groups, **construct: make_optimizer("AdamW", groups, [], **construct),
+        )  # fmt: skip
+        schedule = accelerator.prepare_scheduler(make_lr_schedule("linear", parallel.bare_optimizer, steps, 0, 1, 1.0))
+        folder = OUT / f"rank{RANK}"
+        writer = MetricsWriter(folder, None, steps, True)
+        options = LoopOptions(steps, 1, BATCH, max_grad_norm, folder)
+        task = Regression(accelerator.device, overflow_on)
+        trainer = Trainer(task, accelerator, parallel, schedule, Epochs(), options, writer)
+        trainer.train(rows(step, RANK, accelerator.num_processes) for step in range(steps))
+        writer.close()
+        if kind == "fsdp":
+            weights = [one.detach().full_tensor() for one in module.parameters()]
+        else:
+            weights = [one.detach().clone() for one in module.parameters()]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [one.cpu() for one in weights], lines
+    finally:
+        undo()
+
+
+def plainly(max_grad_norm=0.05, steps=8):
+    """The same training by torch alone, on the whole batch."""
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
+        batch = rows(step, 0, 1)
+        (module(batch.inputs) - batch.targets).pow(2).mean().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [one.detach() for one in module.parameters()]
+
+
+def equal(one, other, rtol=1e-5, atol=1e-6):
+    return all(torch.allclose(mine, yours, rtol=rtol, atol=atol) for mine, yours in zip(one, other, strict=True))
+
+
+def without(target):
+    return [patch for patch in PATCHES if patch.target != target]
+
+
+def same_on_both(weights):
+    gathered = gather_object([[one.tolist() for one in weights]])
+    return gathered[0] == gathered[1]
+
+
+def check_every_kind_is_torchs_own_training():
+    reference = plainly()
+    for kind in KINDS:
+        weights, _ = train(kind)
+        assert equal(weights, reference), kind
+        assert same_on_both(weights), kind
+
+
+def check_the_schedule_counts_optimizer_steps():
+    _, lines = train("none")
+    rates = [line["lr"]["unet"] for line in lines]
+    torch.testing.assert_close(rates, [0.05 * (1 - step / 8) for step in range(8)])
+    _, lines = train("none", patches=without("accelerate.scheduler:AcceleratedScheduler.step"))
+    assert [line["lr"]["unet"] for line in lines][3] < 0.05 * (1 - 5 / 8)  # accelerate's own: twice as fast
+
+
+def check_oss_without_the_patched_prepare_does_not_train():
+    try:
+        train("oss", patches=without("accelerate.accelerator:Accelerator.prepare"))
+    except (RuntimeError, AttributeError):
+        return
+    raise AssertionError("accelerate prepares OSS by itself: the patch can go")
+
+
+def check_oss_with_gradients_set_to_none_trains_something_else():
+    weights, _ = train("oss", patches=without("fairscale.optim.oss:OSS.zero_grad"))
+    assert not equal(weights, plainly())
+
+
+def check_oss_clipped_by_each_share_trains_something_else():
+    weights, _ = train("oss", patches=without("accelerate.accelerator:Accelerator.clip_grad_norm_"))
+    assert not equal(weights, plainly())
+
+
+def check_an_overflow_on_one_process_repeats_the_step_on_both():
+    for kind in KINDS:
+        calm, calm_lines = train(kind, precision="fp16")
+        for process in (0, 1):
+            weights, lines = train(kind, precision="fp16", overflow_on=process)
+            assert same_on_both(weights), kind
+            more = [line["overflows"] - calm["overflows"] for line, calm in zip(lines, calm_lines, strict=True)]
+            assert more == [0, 0, 0, 1, 0, 0, 0, 0], kind
+            assert [line["lr"] for line in lines] == [line["lr"] for line in calm_lines], kind
+            assert lines[-1]["loss_scale"] == calm_lines[-1]["loss_scale"] / 2, kind
+            assert equal(weights, calm, rtol=1e-2, atol=1e-3), kind
+
+
+def _skipped(agree):
+    """Whether this process skips a step for which the gradient of process 1 alone overflows."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    if agree:
+        agree_on_overflow(scaler)
+    weight = nn.Parameter(torch.ones(2))
+    before = weight.detach().clone()
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    scaler.scale(weight.sum() * (math.inf if RANK == 1 else 1.0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.equal(weight.detach(), before), scaler.get_scale()
+
+
+def check_the_scaler_alone_would_let_processes_part():
+    assert _skipped(agree=False) == (RANK == 1, 1.0 if RANK == 1 else 2.0)
+    assert _skipped(agree=True) == (True, 1.0)
+
+
+def check_a_process_that_owns_nothing_takes_part():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    agree_on_overflow(scaler)
+    weight = nn.Parameter(torch.ones(2))
+    (scaler.scale(weight.sum() * math.inf) if RANK == 1 else scaler.scale(torch.zeros(1)))
+    if RANK == 1:
+        scaler.scale(weight.sum() * math.inf).backward()
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1.0 and torch.equal(weight.detach(), torch.ones(2))
+
+
+def check_fairscales_own_scaler_is_off_without_cuda():
+    from fairscale.optim.grad_scaler import ShardedGradScaler
+
+    assert not ShardedGradScaler(enabled=True).is_enabled()
+
+
+def check_gradients_stay_where_they_are_made_while_accumulating():
+    for kind in KINDS:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        undo = apply(PATCHES)
+        accelerator = make_accelerator("no")
+        module, alone = model().to(accelerator.device), model()
+        parallel = shard(
+            kind, accelerator, module, [ParameterGroup("unet", list(module.parameters()), 0.05)],
+            lambda groups, **construct: make_optimizer("AdamW", groups, [], **construct),
+        )  # fmt: skip
+        batch = rows(0, RANK, 2)
+        for one, device in ((alone, "cpu"), (parallel.module, accelerator.device)):
+            with parallel.no_sync():
+                one(batch.inputs.to(device)).sum().backward()
+        if kind == "fsdp":  # nothing has been reduced: there is no gradient of a shard yet
+            assert all(one.grad is None for one in module.parameters())
+        else:
+            mine = [one.grad.cpu() for one in module.parameters()]
+            assert equal(mine, [one.grad for one in alone.parameters()]), kind
+        undo()
+
+
+def main():
+    (OUT / f"rank{RANK}").mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    failures = {}
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            try:
+                check()
+                failures[name] = None
+            except Exception:
+                failures[name] = traceback.format_exc()
+            (OUT / f"{RANK}.json").write_text(json.dumps(failures))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

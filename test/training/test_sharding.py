@@ -1,0 +1,154 @@
+"""Training on several processes is one training: each way of sharding gives the losses and weights of one process."""
+
+import ast
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.cli.optimization import SHARDINGS
+from library.errors import InputError
+from library.training.sharding import KINDS, sharding_kind
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def torchrun(processes, script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(HERE / script), *map(str, arguments)],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+def case(sharding, accumulation, clip, warmup, text_encoders):
+    """Checkpointing goes with the text encoders, so that both ways run."""
+    name = f"{sharding}-{accumulation}-{clip}-{warmup}-{text_encoders}"
+    return {
+        "name": name, "sharding": sharding, "accumulation": accumulation, "max_grad_norm": 0.5 if clip else 0.0,
+        "warmup": warmup, "text_encoders": text_encoders, "checkpointing": text_encoders, "steps": 20,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_sdxl_folder, tmp_path_factory):
+    """Trains cases on a number of processes, each once; returns the folder with what they wrote."""
+    folders = {}
+
+    def run(processes, cases):
+        folder = folders.setdefault(processes, tmp_path_factory.mktemp(f"on{processes}"))
+        missing = [one for one in cases if not (folder / f"{one['name']}.json").exists()]
+        if missing:
+            (folder / "cases.json").write_text(json.dumps(missing))
+            torchrun(processes, "sharding_child.py", tiny_sdxl_folder, folder / "cases.json", folder)
+        return folder
+
+    return run
+
+
+def assert_the_same_training(folder, name, reference_folder, reference_name):
+    one, reference = (
+        json.loads((place / f"{stem}.json").read_text())["steps"]
+        for place, stem in ((folder, name), (reference_folder, reference_name))
+    )
+    assert len(one) == len(reference) == 20
+    for mine, theirs in zip(one, reference, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), name
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), name
+        assert mine["lr"] == theirs["lr"], name
+    for suffix in ("", ".preview"):
+        mine = load_file(folder / f"{name}{suffix}.safetensors")
+        theirs = load_file(reference_folder / f"{reference_name}{suffix}.safetensors")
+        assert mine.keys() == theirs.keys()
+        difference = torch.cat([(mine[key] - theirs[key]).flatten().double() for key in mine if mine[key].dim()])
+        whole = torch.cat([theirs[key].flatten().double() for key in mine if mine[key].dim()])
+        assert difference.norm() <= 1e-5 * whole.norm(), name + suffix
+
+
+SETTINGS = [(1, True, 5, False), (3, False, 0, True)]  # accumulation, clipping, warm-up, text encoders
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_train_as_one(trained, sharding):
+    alone = trained(1, [case("none", *setting) for setting in SETTINGS])
+    two = trained(2, [case(kind, *setting) for kind in SHARDINGS for setting in SETTINGS])
+    for setting in SETTINGS:
+        name, reference = (case(kind, *setting)["name"] for kind in (sharding, "none"))
+        assert_the_same_training(two, name, alone, reference)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_four_processes_train_as_one(trained, sharding):
+    setting = SETTINGS[1]
+    alone = trained(1, [case("none", *setting)])
+    four = trained(4, [case(kind, *setting) for kind in SHARDINGS])
+    assert_the_same_training(four, case(sharding, *setting)["name"], alone, case("none", *setting)["name"])
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_setting_trains_as_one_process(trained, processes):
+    settings = list(itertools.product((1, 3), (True, False), (5, 0), (False, True)))
+    alone = trained(1, [case("none", *setting) for setting in settings])
+    several = trained(processes, [case(kind, *setting) for kind in SHARDINGS for setting in settings])
+    for setting, kind in itertools.product(settings, SHARDINGS):
+        assert_the_same_training(several, case(kind, *setting)["name"], alone, case("none", *setting)["name"])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_optimizer_memory_of_a_process_falls_as_one_over_n(trained, processes):
+    setting = SETTINGS[1]
+    folder = trained(processes, [case(kind, *setting) for kind in SHARDINGS])
+    held = {
+        kind: json.loads((folder / f"{case(kind, *setting)['name']}.json").read_text())["state_bytes"]
+        for kind in SHARDINGS
+    }
+    whole = held["none"][0]
+    assert held["none"] == [whole] * processes
+    for kind in ("oss", "zero1", "fsdp"):
+        assert sum(held[kind]) == whole, kind
+        assert max(held[kind]) < 1.1 * whole / processes, kind
+
+
+CHECKS = [
+    node.name
+    for node in ast.parse((HERE / "processes_child.py").read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
+]
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """What each of the two processes wrote."""
+    folder = tmp_path_factory.mktemp("checked")
+    torchrun(2, "processes_child.py", folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_in_two_processes(checked, name):
+    for failures in checked:
+        assert failures[name] is None, failures[name]
+
+
+def test_oss_is_adamw_with_oss_sharding():
+    assert sharding_kind(None, "AdamW") == "none"
+    assert sharding_kind(None, "OSS") == sharding_kind("oss", "oss") == "oss"
+    assert sharding_kind("fsdp", "AdamW") == "fsdp"
+    message = "--optimizer_type=oss is AdamW sharded by fairscale's OSS, and --sharding=zero1 asks for another way"
+    with pytest.raises(InputError, match=re.escape(message)):
+        sharding_kind("zero1", "oss")
+
+
+def test_every_choice_of_the_flag_is_built():
+    assert set(KINDS) == set(SHARDINGS)
