@@ -56,7 +56,8 @@ def _replace_file(partial: Path, target: Path) -> None:
 
 
 def replace_folder(partial: Path, target: Path) -> None:
-    """Rename a complete folder to its place; one that is there is moved aside before and removed after."""
+    """Rename a complete folder to its place; one that is there is moved aside before and removed once the new
+    one is durable."""
     previous = aside(target, "previous")
     if target.is_symlink() or target.is_file():
         raise NotADirectoryError(0, "a file is in the way of the folder")

@@ -115,6 +115,10 @@ class StateWriter:
         )
         self._thread.start()
 
+    def is_writing(self) -> bool:
+        """True while a state is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait for the state that is being written; nothing to wait for is no error.
 
@@ -209,7 +213,6 @@ class StateWriter:
         write_manifest(partial, entries)
         sync(partial)
         replace_folder(partial, self.output_dir / snapshot.name)
-        sync(self.output_dir)
         logger.info("training state saved: %s", self.output_dir / snapshot.name)
         names = [entry.name for entry in self.output_dir.iterdir()]
         for name in obsolete(names, snapshot.name, self.retention, self.output_name):

@@ -9,13 +9,14 @@ _OPERATIONS = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink",
 
 
 class _Disk:
-    """Counts operations. At a power cut, of files only what was fsynced is left, of renames only what their folder's
-    fsync made durable; deletions count as done at once: the worst of what a file system may do."""
+    """Counts operations. At a power cut, of files only what was fsynced is left, of new entries and renames only what
+    their folder's fsync made durable; deletions count as done at once: the worst of what a file system may do."""
 
     def __init__(self, last: int, power_cut: bool) -> None:
         self.left, self.power_cut = last, power_cut
         self.paths: dict[int, Path] = {}
         self.unsynced: set[Path] = set()
+        self.unlisted: set[Path] = set()
         self.renames: list[tuple[Path, Path]] = []
 
     def install(self) -> None:
@@ -34,17 +35,26 @@ class _Disk:
                 self.paths[result] = Path(args[0])
                 if writing:
                     self.unsynced.add(Path(args[0]))
+                    self.unlisted.add(Path(args[0]))
             if name == "fsync":
                 self._synced(self.paths.get(args[0]))
             if name in ("rename", "replace"):
-                self.renames.append((Path(args[0]), Path(args[1])))
+                self._renamed(Path(args[0]), Path(args[1]))
             return result
 
         return operation
 
     def _synced(self, path: Path | None) -> None:
         self.unsynced.discard(path)
+        self.unlisted = {new for new in self.unlisted if new.parent != path}
         self.renames = [(old, new) for old, new in self.renames if path not in (old.parent, new.parent)]
+
+    def _renamed(self, old: Path, new: Path) -> None:
+        def moved(path: Path) -> Path:
+            return new / path.relative_to(old) if path.is_relative_to(old) else path
+
+        self.unsynced, self.unlisted = set(map(moved, self.unsynced)), set(map(moved, self.unlisted))
+        self.renames.append((old, new))
 
     def _end(self) -> None:
         self.left = 10**9
@@ -52,6 +62,8 @@ class _Disk:
             for path in self.unsynced:
                 if path.exists():
                     os.truncate(path, path.stat().st_size // 2)
+            for path in self.unlisted:
+                path.unlink(missing_ok=True)
             for old, new in reversed(self.renames):
                 if new.exists():
                     new.rename(old)

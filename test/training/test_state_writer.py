@@ -169,7 +169,7 @@ def test_whenever_a_save_is_cut_off_the_last_durable_state_resumes(tmp_path, pow
         snapshot(writer, 5)
     expected = [(5, 5.0), (10, 10.0), (15, 15.0), (15, 16.0)]  # step and value after each part of the work
     ends = set()
-    for last in range(1000):
+    for last in range(0, 1000, 1 if power_cut else 5):  # a power cut is a kill, and worse
         folder = tmp_path / f"{last}"
         shutil.copytree(start, folder)
 
@@ -195,7 +195,7 @@ def test_whenever_a_save_is_cut_off_the_last_durable_state_resumes(tmp_path, pow
             break
         shutil.rmtree(folder)
     assert finished
-    assert ends == {0, 1, 2, 3}
+    assert ends == {0, 1, 2, 3}, ends
     assert last > 60
 
 
