@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from library.errors import InputError, TrainingError
+from library.errors import InputError, Stopped, TrainingError
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -15,7 +15,7 @@ def run_main(work: Callable[[], object]) -> int:
     """Run the work of a script; returns its exit status.
 
     0: done. 1: training failed (a traceback for what nobody expected, one line for a `TrainingError`).
-    2: bad input, one line that says what to mend. 130: interrupted.
+    2: bad input, one line that says what to mend. 143, 130: stopped by SIGTERM, SIGINT.
     """
     # device.py imports torch_npu. Left to itself torch would, and die where CANN's environment is not set.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
@@ -32,6 +32,9 @@ def run_main(work: Callable[[], object]) -> int:
     except TrainingError as error:
         print(f"training stopped: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        return stopped.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED

@@ -81,7 +81,9 @@ def load_vae(source: str, dtype: torch.dtype) -> Any:
     if path.is_dir():
         return _vae_from_folder(path / "vae" if (path / "vae" / "config.json").is_file() else path, dtype)
     tensors, metadata = read_weights(path)
-    return _vae_from_tensors(single_file.vae_tensors(tensors), metadata, dtype, str(path), model_kind.describe(tensors))
+    kind = model_kind.describe(tensors)
+    renamed = _inferred(lambda: single_file.vae_tensors(tensors), str(path), "VAE", kind)
+    return _vae_from_tensors(renamed, metadata, dtype, str(path), kind)
 
 
 def _from_folder(
@@ -142,7 +144,7 @@ def _vae_from_tensors(
     """A VAE from diffusers' names."""
     from diffusers import AutoencoderKL
 
-    factor = float(metadata.get(single_file.SCALING_FACTOR_KEY, infer_configs.VAE_SCALING_FACTOR))
+    factor = single_file.scaling_factor(metadata, origin)
     config = _inferred(lambda: infer_configs.vae_config(tensors, factor), origin, "VAE", kind)
     network: Any = AutoencoderKL
     return build(lambda: network(**config), tensors, dtype, origin, kind)
@@ -159,9 +161,8 @@ def _build_encoder(
     """CLIPTextModel (place 1) or CLIPTextModelWithProjection (place 2)."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    settings = CLIPTextConfig.from_dict(config)
     network = CLIPTextModel if place == 1 else CLIPTextModelWithProjection
-    return build(lambda: network(settings), tensors, dtype, origin, kind)
+    return build(lambda: network(CLIPTextConfig.from_dict(config)), tensors, dtype, origin, kind)
 
 
 def _from_single_file(
@@ -205,6 +206,11 @@ def _inferred(infer: Callable[[], Any], origin: str, part: str, kind: str) -> An
     except (KeyError, StopIteration, IndexError) as error:
         raise InputError(
             f"{origin}: no complete SDXL model: its {part} lacks {error}. It seems to be {kind}. "
+            "Give an SDXL base model."
+        ) from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise InputError(
+            f"{origin}: no SDXL model: the shapes in its {part} fit none ({error}). It seems to be {kind}. "
             "Give an SDXL base model."
         ) from error
 

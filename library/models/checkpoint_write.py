@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from library.atomic_write import write_file, write_folder
 from library.errors import InputError
 from library.models import single_file
-from library.models.atomic_write import write_file, write_folder
 from library.models.diffusers_config import unet_config_to_diffusers
 from library.models.metadata import (
     HASH_KEY,

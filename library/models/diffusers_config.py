@@ -102,6 +102,12 @@ def unet_config_from_diffusers(fields: Mapping[str, Any], origin: str) -> UNetCo
         return _read(fields, origin)
     except KeyError as missing:
         raise InputError(f"{origin}: the field {missing} is missing; is it a U-Net's config.json?") from missing
+    except InputError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, IndexError) as error:
+        raise InputError(
+            f"{origin}: a field has a value of the wrong kind ({error}). Copy or download it again."
+        ) from error
 
 
 def _read(fields: Mapping[str, Any], origin: str) -> UNetConfig:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from library.models.key_maps import count
 from library.models.unet import UNetConfig
 
 HEAD_CHANNELS = 64
@@ -102,9 +103,3 @@ def vae_config(tensors: Mapping[str, Tensor], scaling_factor: float = VAE_SCALIN
         "use_quant_conv": "quant_conv.weight" in tensors,
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,
     }
-
-
-def count(names: Mapping[str, Any], pattern: str) -> int:
-    """One more than the highest number that the pattern's group takes at a name's beginning; 0 if it fits none."""
-    compiled = re.compile(pattern)
-    return max((int(match[1]) + 1 for name in names if (match := compiled.match(name))), default=0)

@@ -227,7 +227,7 @@ def vae_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Stability's attention has 1×1 convolutions where diffusers has linear layers: those weights are reshaped (views).
     """
-    prefixes = _vae_prefixes(_count(tensors, r"decoder\.up\.(\d+)\."))
+    prefixes = _vae_prefixes(count(tensors, r"decoder\.up\.(\d+)\."))
     renamed = {}
     for name, tensor in tensors.items():
         new = _swap_prefix(name, prefixes).replace(_VAE_SHORTCUT, _SHORTCUT)
@@ -237,7 +237,7 @@ def vae_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def vae_from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of vae_to_diffusers."""
-    prefixes = inverse(_vae_prefixes(_count(tensors, r"decoder\.up_blocks\.(\d+)\.")))
+    prefixes = inverse(_vae_prefixes(count(tensors, r"decoder\.up_blocks\.(\d+)\.")))
     renamed = {}
     for name, tensor in tensors.items():
         new = _swap_prefix(name, prefixes).replace(_SHORTCUT, _VAE_SHORTCUT)
@@ -277,6 +277,14 @@ def _swap_prefix(name: str, prefixes: Mapping[str, str]) -> str:
     return name
 
 
-def _count(names: Mapping[str, object], pattern: str) -> int:
-    """One more than the highest number at the pattern's group; 0 if no name fits."""
-    return max((int(match[1]) + 1 for name in names if (match := re.match(pattern, name))), default=0)
+def count(names: Mapping[str, object], pattern: str) -> int:
+    """How many numbers, from 0 without a gap, the pattern's group takes at names' beginnings.
+
+    A gap raises KeyError: one stray name would else make a network of any size.
+    """
+    compiled = re.compile(pattern)
+    numbers = {int(match[1]) for name in names if (match := compiled.match(name))}
+    missing = next((number for number in range(len(numbers)) if number not in numbers), None)
+    if missing is not None:
+        raise KeyError(pattern.replace(r"(\d+)", str(missing)).replace("\\", "") + "*")
+    return len(numbers)

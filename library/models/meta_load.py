@@ -26,8 +26,15 @@ def build(
     Raises:
         InputError: names are missing or too many, or a shape differs; up to ten are listed.
     """
-    with torch.device("meta"):
-        network = construct()
+    try:
+        with torch.device("meta"):
+            network = construct()
+    except InputError:
+        raise
+    except Exception as error:  # libraries have many ways to say that sizes do not go together
+        raise InputError(
+            f"{origin}: its configuration makes no network ({error}). It seems to be {kind}. Give an SDXL base model."
+        ) from error
     expected = network.state_dict()
     check_names(expected, tensors, origin, kind)
     wrong = [

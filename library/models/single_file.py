@@ -1,6 +1,7 @@
 """The names of one SDXL model's tensors: in a single file, in diffusers' and transformers' files, in our networks."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,9 +76,9 @@ def split(tensors: Mapping[str, Tensor], origin: str, kind: str, *, with_vae: bo
             text_encoder1=key_maps.clip_l_to_transformers(found[ENCODER1_PREFIX]),
             text_encoder2=key_maps.open_clip_to_transformers(found[ENCODER2_PREFIX]),
         )
-    except (KeyError, ValueError) as error:
+    except (LookupError, ValueError, RuntimeError) as error:  # RuntimeError: a shape that cannot be taken apart
         raise InputError(
-            f"{origin}: no SDXL model: it has a tensor of an unknown name ({error}). It seems to be {kind}. "
+            f"{origin}: no SDXL model: it has a tensor of an unknown name or shape ({error}). It seems to be {kind}. "
             "Give an SDXL base model."
         ) from error
 
@@ -118,10 +119,26 @@ def scheduler_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         config["rescale_betas_zero_snr"] = True
         config["timestep_spacing"] = "trailing"
     try:
-        config.update(json.loads(metadata.get(SCHEDULER_KEY, "{}")))
-    except ValueError:  # not written by us: SDXL's usual values are the better guess
-        return config
-    return config
+        ours = json.loads(metadata.get(SCHEDULER_KEY, "{}"))
+    except (ValueError, RecursionError):
+        ours = None
+    return {**config, **ours} if isinstance(ours, dict) else config  # else SDXL's usual values are the better guess
+
+
+def scaling_factor(metadata: Mapping[str, str], origin: str) -> float:
+    """By what the VAE's latents are multiplied: as our own metadata says, else SDXL's.
+
+    Raises:
+        InputError: the metadata has something that is no positive number.
+    """
+    text = metadata.get(SCALING_FACTOR_KEY, repr(VAE_SCALING_FACTOR))
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0 < factor < math.inf:
+        raise InputError(f"{origin}: {SCALING_FACTOR_KEY} in its metadata is {text!r}, no positive number.")
+    return factor
 
 
 def vae_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,10 +1,9 @@
 """Tensors out of weight files: safetensors, pickles that run no code, shards with an index."""
 
 import json
-import pickle
 import re
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +15,8 @@ from library.errors import InputError
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VARIANTS = ("", "fp16", "bf16")  # full precision wins; a variant is taken where nothing else is there
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
+# Tensors of one pickle may share memory (tied weights); more bytes than this many files of its size is no model.
+_SHARED_AT_MOST = 4
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -55,11 +56,20 @@ def read_component(folder: Path) -> dict[str, Tensor]:
         return read_weights(folder / chosen)[0]
     index = read_json(folder / chosen)
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(index.get("weight_map", {}).values())):
+    for name in _shards(index, folder / chosen):
         if not (folder / name).is_file():
             raise InputError(f"{folder / chosen}: the shard {name} that it lists is missing. Complete the folder.")
         tensors.update(read_weights(folder / name)[0])
     return tensors
+
+
+def _shards(index: dict, path: Path) -> list[str]:
+    """The files that an index lists, all of them beside it."""
+    listed = index.get("weight_map")
+    names = list(listed.values()) if isinstance(listed, dict) else []
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise InputError(f"{path}: its weight_map is no list of files beside it. Copy or download it again.")
+    return sorted(set(names))
 
 
 def choose_weights(names: Collection[str]) -> str | None:
@@ -112,36 +122,81 @@ def read_json(path: Path) -> dict:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # a header may lie in any way, and the reader has an exception for each
         raise InputError(
-            f"{path}: damaged or cut off ({error}; {path.stat().st_size} bytes). Copy or download it again."
+            f"{path}: damaged or cut off ({_reason(error)}; {path.stat().st_size} bytes). Copy or download it again."
         ) from error
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_archive(path))
+    except InputError:
+        raise
+    except Exception as error:  # damaged pickles end in every kind of error
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
         if forbidden:
             raise InputError(
                 f"{path}: refused. Reading this pickle would run {forbidden.group(1)}, and a weight file has no need "
                 "to. Get the model as .safetensors from a source you trust."
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{path}: damaged, cut off, or no file of weights ({reason}; {path.stat().st_size} bytes). "
+            f"{path}: damaged, cut off, or no file of weights ({_reason(error)}; {path.stat().st_size} bytes). "
             "Copy or download it again."
         ) from error
-    metadata = loaded.get("metadata", {}) if isinstance(loaded, dict) else {}
-    while isinstance(loaded, dict) and "state_dict" in loaded:
-        loaded = loaded["state_dict"]
+    metadata = loaded.get("metadata") if isinstance(loaded, dict) else None
+    for _ in range(2):  # a checkpoint of Lightning in one of ours; not `while`: a pickle may hold itself
+        if isinstance(loaded, dict) and "state_dict" in loaded:
+            loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: holds a {type(loaded).__name__}, not tensors by name.")
     tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    _check_sizes(tensors, path)
+    metadata = metadata if isinstance(metadata, dict) else {}
     return tensors, {str(key): value for key, value in metadata.items() if isinstance(value, str)}
+
+
+def _is_plain_archive(path: Path) -> bool:
+    """True for the zip archive that torch writes, False for its older form.
+
+    Raises:
+        InputError: a zip archive of another kind: packed, so that a small file could fill the memory, or lying.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    size = path.stat().st_size
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(entry.file_size for entry in entries) > size:
+        what = f"{packed[0]} is compressed" if packed else f"its parts are larger than its {size} bytes"
+        raise InputError(f"{path}: refused: {what}, which torch never writes. Get the model as .safetensors.")
+    return True
+
+
+def _check_sizes(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not plain numbers in the file: a few bytes can stand for a tensor of any size."""
+    size = path.stat().st_size
+    total = 0
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise InputError(
+                f"{path}: {name} is no plain tensor ({tensor.layout}, {tensor.device}). Save the model as .safetensors."
+            )
+        total += tensor.numel() * tensor.element_size()
+    if total > _SHARED_AT_MOST * size:
+        raise InputError(
+            f"{path}: damaged, or made to fill the memory: its tensors take {total} bytes, the file has {size}. "
+            "Get the model as .safetensors from a source you trust."
+        )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's text, or its kind."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

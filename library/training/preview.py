@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.atomic_write import write_file
 from library.diffusion.samplers import make_sampler
 from library.diffusion.schedule import NoiseSchedule, Prediction
 from library.errors import InputError
 from library.keyed_random import Stream, generator
-from library.models.atomic_write import write_file
 from library.training.prompts import SamplePrompt
 from library.training.saving import sample_name
 

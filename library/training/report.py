@@ -4,7 +4,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.models.atomic_write import write_file
+from library.atomic_write import write_file
 
 
 @dataclass(frozen=True)

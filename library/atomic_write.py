@@ -26,28 +26,28 @@ def write_folder(target: Path, write: Callable[[Path], object]) -> None:
     An old folder is moved aside only once the new one is complete, and removed after; a run killed in between leaves
     it beside the target under the name `.NAME.previous`.
     """
-    _guarded(target, write, _replace_folder)
+    _guarded(target, write, replace_folder)
 
 
 def _guarded(target: Path, write: Callable[[Path], object], replace: Callable[[Path, Path], None]) -> None:
-    partial = target.with_name(f".{target.name}.partial")
+    partial = aside(target, "partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)  # of a run that was killed
-        if replace is _replace_folder:
+        remove(partial)  # of a run that was killed
+        if replace is replace_folder:
             partial.mkdir()
         write(partial)
-        _sync_tree(partial)
+        sync_tree(partial)
         replace(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
-        _remove(partial)
+        remove(partial)
         raise InputError(
             f"{target}: cannot be written ({error.strerror or error}). Nothing that was there has changed. "
             "Make room or choose another --output_dir."
         ) from error
     except BaseException:
-        _remove(partial)
+        remove(partial)
         raise
 
 
@@ -55,11 +55,13 @@ def _replace_file(partial: Path, target: Path) -> None:
     partial.replace(target)
 
 
-def _replace_folder(partial: Path, target: Path) -> None:
-    previous = target.with_name(f".{target.name}.previous")
+def replace_folder(partial: Path, target: Path) -> None:
+    """Rename a complete folder to its place; one that is there is moved aside before and removed once the new
+    one is durable."""
+    previous = aside(target, "previous")
     if target.is_symlink() or target.is_file():
         raise NotADirectoryError(0, "a file is in the way of the folder")
-    _remove(previous)
+    remove(previous)
     if target.exists():
         target.rename(previous)
     try:
@@ -68,24 +70,32 @@ def _replace_folder(partial: Path, target: Path) -> None:
         if previous.exists():
             previous.rename(target)
         raise
-    _remove(previous)
+    sync(target.parent)
+    remove(previous)
 
 
-def _remove(path: Path) -> None:
+def aside(target: Path, what: str) -> Path:
+    """The hidden name beside a target under which something of it lies for a while: `.NAME.WHAT`."""
+    return target.with_name(f".{target.name}.{what}")
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all in it; nothing there is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
 
-def _sync_tree(path: Path) -> None:
+def sync_tree(path: Path) -> None:
+    """`sync` for a file, or for a folder and all in it."""
     if path.is_dir():
         for entry in path.iterdir():
-            _sync_tree(entry)
-    _sync(path)
+            sync_tree(entry)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the system write a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,0 +1,110 @@
+"""The training states of one output_dir: which one resumes, which may go, what a killed run left behind."""
+
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from library.atomic_write import aside, remove
+from library.errors import InputError
+from library.training.run_lock import RunLock
+from library.training.saving import Retention, epoch_name, last_name, state_name, step_name
+from library.training.state_files import MANIFEST, read_info, verify
+
+logger = logging.getLogger(__name__)
+
+_LEFT_BEHIND = re.compile(r"\.(?P<name>.+-state)\.(?P<what>partial\d+|previous|removed)")
+
+
+def newest_valid(output_dir: Path, output_name: str | None) -> Path | None:
+    """The state that has done the most steps, of those whose manifest holds; None where there is none.
+
+    Steps decide, not times: a clock may have been set back. Whatever is passed over is logged with its reason. Call
+    `clear_left_behind` before.
+    """
+    candidates = []
+    for name in state_names(_entries(output_dir), output_name):
+        folder = output_dir / name
+        try:
+            candidates.append((read_info(folder).step, (folder / MANIFEST).exists(), name))
+        except InputError as error:
+            logger.warning("state passed over: %s", error)
+    for _, _, name in sorted(candidates, reverse=True):
+        try:
+            verify(output_dir / name)
+        except InputError as error:
+            logger.warning("state passed over: %s", error)
+            continue
+        return output_dir / name
+    return None
+
+
+def state_names(names: Iterable[str], output_name: str | None) -> list[str]:
+    """Of the names in an output_dir, those of this output_name's states, in the order of the alphabet."""
+    names = list(names)
+    steps, epochs = _positions(names, output_name)
+    last = state_name(last_name(output_name))
+    return sorted([*steps.values(), *epochs.values(), *(name for name in names if name == last)])
+
+
+def obsolete(names: Iterable[str], saved: str, retention: Retention, output_name: str | None) -> list[str]:
+    """Which states may go once the state `saved` is durable; those of steps and of epochs are counted apart."""
+    steps, epochs = _positions(names, output_name)
+    step = next((number for number, name in steps.items() if name == saved), None)
+    epoch = next((number for number, name in epochs.items() if name == saved), None)
+    going = []
+    if step is not None:
+        going += [steps[number] for number in retention.obsolete_steps(steps, step)]
+    if epoch is not None:
+        going += [epochs[number] for number in retention.obsolete_epochs(epochs, epoch)]
+    return going
+
+
+def remove_state(folder: Path) -> None:
+    """Delete a state; killed in between, no half of one is left under its name."""
+    removed = aside(folder, "removed")
+    remove(removed)
+    folder.rename(removed)
+    remove(removed)
+
+
+def clear_left_behind(output_dir: Path, lock: RunLock) -> None:
+    """Delete what a killed run was writing or deleting, and put back what it had moved aside to replace.
+
+    The lock is the proof that no living run writes here. Before any rank writes a state: call it on rank 0, then let
+    the others go on.
+    """
+    if lock.output_dir != output_dir:
+        raise ValueError(f"the lock is on {lock.output_dir}, not on {output_dir}")
+    for name in _entries(output_dir):
+        left = _LEFT_BEHIND.fullmatch(name)
+        if left is None:
+            continue
+        target = output_dir / left["name"]
+        if left["what"] == "previous" and not target.exists():
+            logger.warning("%s: a run was killed while it replaced this state; the earlier one is back", target)
+            (output_dir / name).rename(target)
+        else:
+            logger.warning("%s: left behind by a run that was killed; deleted", output_dir / name)
+            remove(output_dir / name)
+
+
+def _positions(names: Iterable[str], output_name: str | None) -> tuple[dict[int, str], dict[int, str]]:
+    """States by step and by epoch, as far as their names say so."""
+    number = r"(\d+)"
+    by_step = _pattern(step_name(output_name, 0), f"{0:08d}", number)
+    by_epoch = _pattern(epoch_name(output_name, 0), f"{0:06d}", number)
+    names = list(names)
+    return (
+        {int(match[1]): name for name in names if (match := by_step.fullmatch(name))},
+        {int(match[1]): name for name in names if (match := by_epoch.fullmatch(name))},
+    )
+
+
+def _pattern(stem: str, zeros: str, number: str) -> re.Pattern[str]:
+    """What a name with another number in the place of the zeros at its end looks like."""
+    return re.compile(re.escape(state_name(stem.removesuffix(zeros))).replace(re.escape("-state"), f"{number}-state"))
+
+
+def _entries(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []

@@ -1,0 +1,271 @@
+"""Writing training states while training goes on: a copy in memory, then a thread that makes it durable.
+
+Several ranks write into one folder aside, each its own files, and leave a list of them; rank 0 waits for all lists,
+writes the manifest and renames. They meet in the file system alone, so nothing here waits in a collective operation.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library import device as devices
+from library.atomic_write import aside, remove, replace_folder, sync
+from library.errors import TrainingError
+from library.training.saving import Retention, state_name
+from library.training.state_choice import obsolete, remove_state
+from library.training.state_files import INFO, Entry, StateInfo, rank_prefix, write_json, write_manifest, write_tensors
+from library.training.state_tree import pack
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_ALLOWANCE_BYTES = 1 << 20  # folder entries, headers, lists
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What one rank writes: by file stem its tensors, on the CPU and no longer trained on, and the structure."""
+
+    name: str
+    info: StateInfo
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    plain: Mapping[str, Any]
+
+
+class StateWriter:
+    """Writes the states of one run, one at a time, in the background.
+
+    Memory: one copy, on the CPU, of what this rank writes, from the first snapshot to the end of the run (the buffers
+    are used again: fresh memory would cost more time than the copy). The file's bytes are written from it as they are.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        output_name: str | None = None,
+        retention: Retention = Retention(),  # noqa: B008
+        rank: int = 0,
+        ranks: int = 1,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+        timeout_s: float = 1800,
+    ) -> None:
+        """
+        Args:
+            output_dir: on a file system that all ranks see; rank 0 holds its `RunLock`.
+            retention: which earlier states go once a new one is durable.
+            device: what is waited for before a snapshot is complete.
+            timeout_s: how long rank 0 waits for the other ranks' files.
+        """
+        self.output_dir, self.output_name, self.retention = output_dir, output_name, retention
+        self.rank, self.ranks, self.device, self.timeout_s = rank, ranks, device, timeout_s
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._saves = 0  # the same on all ranks
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._leaving = threading.Event()
+
+    def snapshot(
+        self,
+        stem: str,
+        info: StateInfo,
+        own: Mapping[str, Any],
+        whole: Mapping[str, Any] | None = None,
+        other_ranks_bytes: int = 0,
+    ) -> None:
+        """Copy what belongs to a state and write it in the background as `{stem}-state`. Called on all ranks.
+
+        Waits for the previous state to be written first.
+
+        Args:
+            own: this rank's state objects by name: trees of tensors and plain values, as `state_dict` gives them.
+            whole: those that all ranks share; on rank 0 only.
+            other_ranks_bytes: what the others will write to this file system, for the check of its space.
+
+        Raises:
+            TrainingError: the previous one could not be written, or there is no space for this one.
+        """
+        if whole and self.rank:
+            raise ValueError("what all ranks share is written by rank 0")
+        self.wait()
+        prefix = rank_prefix(self.rank, self.ranks)
+        packed = {name: pack(tree) for name, tree in (whole or {}).items()}
+        packed |= {prefix + name: pack(tree) for name, tree in own.items()}
+        plain = {name: structure for name, (_, structure) in packed.items()}
+        size = sum(t.numel() * t.element_size() for tensors, _ in packed.values() for t in tensors.values())
+        size += sum(len(json.dumps(structure, indent=1)) for structure in plain.values())
+        check_space(self.output_dir, state_name(stem), size + other_ranks_bytes)
+        tensors = {name: self._copied(name, found) for name, (found, _) in packed.items()}
+        devices.synchronize(self.device)
+        self._saves += 1
+        snapshot = _Snapshot(state_name(stem), info, tensors, plain)
+        self._thread = threading.Thread(
+            target=self._run, args=(snapshot, self._saves), name="state writer", daemon=True
+        )
+        self._thread.start()
+
+    def is_writing(self) -> bool:
+        """True while a state is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for the state that is being written; nothing to wait for is no error.
+
+        Raises:
+            TrainingError: it could not be written. The earlier states are as they were.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        if isinstance(failure, OSError):
+            raise TrainingError(
+                f"--output_dir {self.output_dir}: the training state cannot be written "
+                f"({failure.strerror or failure}). The earlier ones are whole. Make room or mend the folder, then "
+                "resume."
+            ) from failure
+        raise failure
+
+    def finish(self) -> None:
+        """`wait`, and give the memory back; at the end of a run."""
+        self.wait()
+        self._buffers.clear()
+
+    def __enter__(self) -> "StateWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finish. When the block has failed, the state under way is still written, but other ranks not waited for."""
+        if error is None:
+            self.finish()
+            return
+        self._leaving.set()
+        try:
+            self.finish()
+        except (TrainingError, TypeError) as failure:
+            logger.error("%s", failure)
+
+    def _copied(self, stem: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in this writer's own memory."""
+        copies = {}
+        for name, tensor in tensors.items():
+            buffer = self._buffers.get((stem, name))
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                pinned = not devices.is_cpu(tensor.device)
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+                self._buffers[stem, name] = buffer
+            copies[name] = buffer.copy_(tensor, non_blocking=True)
+        return copies
+
+    def _run(self, snapshot: _Snapshot, number: int) -> None:
+        """The thread: keeps what goes wrong for the next call."""
+        partial = aside(self.output_dir / snapshot.name, f"partial{number}")
+        try:
+            if self.ranks == 1:
+                remove(partial)
+            partial.mkdir(exist_ok=True)  # another rank may have been first
+            entries = self._write_own(partial, snapshot)
+            if self.rank == 0:
+                self._complete(partial, snapshot, entries)
+        except BaseException as error:
+            self._failure = error
+            with contextlib.suppress(OSError):
+                if self.rank == 0:
+                    remove(partial)
+                else:
+                    (partial / _failed(self.rank)).write_text(str(error))
+
+    def _write_own(self, partial: Path, snapshot: _Snapshot) -> dict[str, Entry]:
+        entries = {}
+        for stem, tensors in snapshot.tensors.items():
+            for name, write, content in (
+                (f"{stem}.safetensors", write_tensors, tensors),
+                (f"{stem}.json", write_json, snapshot.plain[stem]),
+            ):
+                entries[name] = write(partial / name, content)
+        if self.rank:
+            listed = partial / _done(self.rank)
+            unready = listed.with_suffix(".unready")
+            write_json(unready, {name: asdict(entry) for name, entry in entries.items()})
+            unready.rename(listed)
+        return entries
+
+    def _complete(self, partial: Path, snapshot: _Snapshot, entries: dict[str, Entry]) -> None:
+        """On rank 0: add what the others wrote, make the state durable, then let obsolete ones go."""
+        entries[INFO] = write_json(partial / INFO, {**asdict(snapshot.info), "ranks": self.ranks})
+        for rank in range(1, self.ranks):
+            entries |= self._list_of(rank, partial)
+        write_manifest(partial, entries)
+        sync(partial)
+        replace_folder(partial, self.output_dir / snapshot.name)
+        logger.info("training state saved: %s", self.output_dir / snapshot.name)
+        names = [entry.name for entry in self.output_dir.iterdir()]
+        for name in obsolete(names, snapshot.name, self.retention, self.output_name):
+            logger.info("removing old training state: %s", self.output_dir / name)
+            try:
+                remove_state(self.output_dir / name)
+            except OSError as error:
+                logger.warning("%s: cannot be removed (%s)", self.output_dir / name, error.strerror)
+
+    def _list_of(self, rank: int, partial: Path) -> dict[str, Entry]:
+        """What another rank has written, once it says so."""
+        done, failed = partial / _done(rank), partial / _failed(rank)
+        deadline = time.monotonic() + self.timeout_s
+        while not done.exists():
+            if failed.exists():
+                raise TrainingError(f"{self.output_dir}: rank {rank} could not write its state: {failed.read_text()}")
+            if self._leaving.is_set():
+                raise TrainingError(f"{self.output_dir}: rank {rank} is not waited for; {partial.name} stays unwritten")
+            if time.monotonic() > deadline:
+                raise TrainingError(
+                    f"{self.output_dir}: rank {rank} has written nothing to {partial.name} for {self.timeout_s:.0f} s. "
+                    "All ranks need one --output_dir on a file system that they share."
+                )
+            time.sleep(_POLL_S)
+        entries = {name: Entry(**entry) for name, entry in json.loads(done.read_bytes()).items()}
+        done.unlink()
+        return entries
+
+
+def check_space(output_dir: Path, name: str, needed_bytes: int) -> None:
+    """Compare what will be written with what the file system has free.
+
+    Raises:
+        TrainingError: it is too little.
+    """
+    try:
+        free = shutil.disk_usage(output_dir).free
+    except OSError as error:
+        raise TrainingError(
+            f"--output_dir {output_dir}: cannot be written ({error.strerror or error}). The earlier training states "
+            "are whole. Mend the folder, then resume."
+        ) from error
+    needed = needed_bytes + _ALLOWANCE_BYTES
+    if needed > free:
+        raise TrainingError(
+            f"--output_dir {output_dir}: the state {name} needs {needed} bytes ({needed / 1e9:.2f} GB), {free} "
+            f"({free / 1e9:.2f} GB) are free. The earlier states are whole. Make room, then resume."
+        )
+
+
+def _done(rank: int) -> str:
+    return f".rank{rank:05d}.done"
+
+
+def _failed(rank: int) -> str:
+    return f".rank{rank:05d}.failed"

@@ -1,0 +1,103 @@
+"""Signals as flags, the second one at once, and workers that leave them to their parent."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from library.cli.main import run_main
+from library.errors import Stopped
+from library.signals import Signals, leave_signals_to_parent
+
+
+def _status(work) -> int:
+    """How a child ends that does this work: exit status, or minus the signal's number."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(work() or 0)
+        except BaseException:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_first_one_is_a_flag_and_gives_the_exit_status(number, status, capsys):
+    before = signal.getsignal(number)
+
+    def work():
+        with Signals() as signals:
+            signals.stop_if_requested()
+            assert not signals.stop_requested
+            os.kill(os.getpid(), number)
+            assert signals.stop_requested
+            signals.stop_if_requested()
+
+    assert run_main(work) == status
+    assert f"stopped by {number.name}" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_one_ends_the_process_at_once(first, second):
+    def work():
+        with Signals():
+            os.kill(os.getpid(), first)
+            os.kill(os.getpid(), second)
+            return 5
+
+    assert _status(work) == -second
+
+
+def test_usr1_asks_for_a_state_and_training_goes_on():
+    with Signals() as signals:
+        assert not signals.take_save_request()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not signals.stop_requested
+        assert signals.take_save_request()
+        assert not signals.take_save_request()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.take_save_request()
+        signals.stop_if_requested()
+
+
+def test_an_exception_says_its_status():
+    assert Stopped(signal.SIGTERM).exit_status == 143
+
+
+def _worker() -> int:
+    child = os.fork()
+    if child == 0:
+        leave_signals_to_parent()
+        time.sleep(60)
+        os._exit(7)
+    time.sleep(0.3)
+    return child
+
+
+def test_a_worker_passes_over_signals_to_the_group_and_obeys_its_parent():
+    child = _worker()
+    for name in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(child)], check=True)  # from a stranger, as a terminal or Slurm sends it
+    time.sleep(0.3)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_worker_ends_with_its_parent():
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        os.close(read)
+        _worker()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(write)
+    os.waitpid(parent, 0)
+    began = time.monotonic()
+    with os.fdopen(read, "rb") as file:
+        assert file.read() == b""  # the end of the file comes when the last holder of the other end has gone
+    assert time.monotonic() - began < 5

@@ -1,0 +1,254 @@
+"""Writing states: beside training, over several ranks, and through kills, power cuts, full and read-only disks."""
+
+import contextlib
+import resource
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.errors import TrainingError
+from library.training import state_files, state_writer
+from library.training.run_lock import RunLock
+from library.training.saving import Retention, step_name
+from library.training.state_choice import clear_left_behind, newest_valid
+from library.training.state_files import StateInfo, read_state
+from library.training.state_writer import StateWriter
+from test.training.power_cut import run_until
+
+
+def info(step: int) -> StateInfo:
+    return StateInfo(step, 7, "abc", {}, {}, {})
+
+
+def weights(value: float, numbers: int = 50) -> dict:
+    return {"unet": {"weight": torch.full((numbers,), value)}}
+
+
+def value_of(folder: Path) -> float:
+    found = read_state(folder).whole["unet"]["weight"]
+    assert found.eq(found[0]).all()
+    return float(found[0])
+
+
+def snapshot(writer: StateWriter, step: int, value: float | None = None, numbers: int = 50) -> None:
+    writer.snapshot(step_name(None, step), info(step), {}, weights(step if value is None else value, numbers))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextlib.contextmanager
+def tmpfs(folder: Path, size: str):
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+# Beside training -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_what_was_there_at_the_snapshot(tmp_path, monkeypatch):
+    go = threading.Event()
+    real = state_writer.write_tensors
+    monkeypatch.setattr(state_writer, "write_tensors", lambda *a: (go.wait(30), real(*a))[1])
+    parameter = torch.ones(1000)
+    with StateWriter(tmp_path) as writer:
+        writer.snapshot("last", info(1), {}, {"unet": {"weight": parameter}})
+        parameter.fill_(2.0)  # training goes on
+        assert not (tmp_path / "last-state").exists()
+        go.set()
+    assert value_of(tmp_path / "last-state") == 1.0
+
+
+def test_one_copy_is_held_and_used_again(tmp_path, monkeypatch):
+    seen = []
+    real = state_writer.write_tensors
+    monkeypatch.setattr(
+        state_writer, "write_tensors", lambda p, t: (seen.append([x.data_ptr() for x in t.values()]), real(p, t))[1]
+    )
+    with StateWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            snapshot(writer, step)
+    assert len(seen) == 3
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_the_next_call_tells_what_went_wrong_and_later_saves_work(tmp_path, monkeypatch):
+    with StateWriter(tmp_path) as writer:
+        snapshot(writer, 1)
+        writer.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(state_files.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            snapshot(writer, 2)
+            writer._thread.join()
+        with pytest.raises(TrainingError, match=rf"{tmp_path}.*Input/output error.*earlier ones are whole"):
+            snapshot(writer, 3)
+        snapshot(writer, 4)
+    assert names_in(tmp_path) == ["at-step00000001-state", "at-step00000004-state"]
+
+
+def test_a_run_that_fails_still_writes_the_state_under_way(tmp_path):
+    with pytest.raises(ZeroDivisionError), StateWriter(tmp_path) as writer:
+        snapshot(writer, 1)
+        _ = 1 / 0
+    assert value_of(tmp_path / "at-step00000001-state") == 1.0
+
+
+def test_old_states_go_after_the_new_one_is_there(tmp_path):
+    with StateWriter(tmp_path, retention=Retention(last_n_steps=20)) as writer:
+        for step in (10, 20, 30, 40, 50):
+            snapshot(writer, step)
+    assert names_in(tmp_path) == [f"at-step000000{step}-state" for step in (30, 40, 50)]
+
+
+# Several ranks -------------------------------------------------------------------------------------------------------
+
+
+def test_each_rank_writes_its_own_part_into_one_state(tmp_path):
+    writers = [StateWriter(tmp_path, rank=rank, ranks=3) for rank in range(3)]
+    for step in (1, 2):
+        for writer in reversed(writers):  # rank 0 last; any order does
+            writer.snapshot(
+                step_name(None, step), info(step), {"optimizer": {"part": torch.full((4,), writer.rank + 10.0 * step)}},
+                weights(step) if writer.rank == 0 else None,
+            )  # fmt: skip
+    for writer in writers:
+        writer.finish()
+    for step in (1, 2):
+        state = read_state(tmp_path / f"at-step0000000{step}-state")
+        assert [float(own["optimizer"]["part"][0]) for own in state.own] == [10.0 * step + rank for rank in range(3)]
+        assert list(state.whole) == ["unet"]
+    assert "rank00002-of-00003.optimizer.safetensors" in names_in(tmp_path / "at-step00000002-state")
+    with pytest.raises(ValueError, match="rank 0"):
+        writers[1].snapshot("x", info(1), {}, weights(1))
+
+
+def test_rank_0_tells_which_other_could_not_write_or_never_came(tmp_path, monkeypatch):
+    writers = [StateWriter(tmp_path, rank=rank, ranks=2, timeout_s=0.3) for rank in range(2)]
+    snapshot(writers[0], 1)
+    with pytest.raises(TrainingError, match=r"rank 1 has written nothing.*share"):
+        writers[0].finish()
+    assert list(tmp_path.iterdir()) == []
+    writers[0].timeout_s = 30
+    writers[1]._saves = 1
+    real = state_writer.write_json
+
+    def full(path, content):
+        if "rank00001" in path.name:
+            raise OSError(28, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(state_writer, "write_json", full)
+    writers[1].snapshot(step_name(None, 2), info(2), {"optimizer": {"part": torch.zeros(3)}})
+    snapshot(writers[0], 2)
+    with pytest.raises(TrainingError, match=r"rank 1 could not write its state.*No space left"):
+        writers[0].finish()
+    with pytest.raises(TrainingError, match="No space left"):
+        writers[1].finish()
+    assert newest_valid(tmp_path, None) is None
+
+
+# Kills and power cuts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["killed", "power cut"])
+def test_whenever_a_save_is_cut_off_the_last_durable_state_resumes(tmp_path, power_cut):
+    start = tmp_path / "start"
+    start.mkdir()
+    with StateWriter(start) as writer:
+        snapshot(writer, 5)
+    expected = [(5, 5.0), (10, 10.0), (15, 15.0), (15, 16.0)]  # step and value after each part of the work
+    ends = set()
+    for last in range(0, 1000, 1 if power_cut else 5):  # a power cut is a kill, and worse
+        folder = tmp_path / f"{last}"
+        shutil.copytree(start, folder)
+
+        def work(durable, folder=folder):
+            lock = RunLock(folder)
+            clear_left_behind(folder, lock)
+            writer = StateWriter(folder, retention=Retention(last_n_steps=5))
+            for step, value in expected[1:]:  # adds one; adds one and lets one go; replaces one
+                snapshot(writer, step, value)
+                writer.wait()
+                durable()
+
+        parts, finished = run_until(work, last, power_cut)
+        ends.add(parts)
+        with RunLock(folder) as lock:
+            clear_left_behind(folder, lock)
+        newest = newest_valid(folder, None)
+        assert newest is not None, last
+        found = (read_state(newest).info.step, value_of(newest))
+        assert found in expected[parts : parts + 2], f"cut off before operation {last}"
+        assert [path.name for path in folder.iterdir() if path.name[0] == "." and path.name != ".lock"] == []
+        if finished:
+            break
+        shutil.rmtree(folder)
+    assert finished
+    assert ends == {0, 1, 2, 3}, ends
+    assert last > 60
+
+
+# Disks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_space_is_asked_for_in_advance(tmp_path):
+    with tmpfs(tmp_path / "small", "4m") as small, StateWriter(small) as writer:
+        snapshot(writer, 1)
+        with pytest.raises(TrainingError, match=r"small: the state at-step00000002-state needs \d+ bytes .* are free"):
+            snapshot(writer, 2, numbers=2_000_000)
+        with pytest.raises(TrainingError, match="needs"):
+            writer.snapshot("at-step00000003", info(3), {}, weights(3), other_ranks_bytes=10_000_000)
+        assert names_in(small) == ["at-step00000001-state"]
+
+
+def test_a_disk_that_fills_up_in_mid_save_leaves_the_earlier_state(tmp_path, monkeypatch):
+    with tmpfs(tmp_path / "small", "4m") as small:
+        writer = StateWriter(small, retention=Retention(last_n_steps=0))
+        snapshot(writer, 1)
+        monkeypatch.setattr(state_writer, "check_space", lambda *_: None)  # another program takes it meanwhile
+        snapshot(writer, 2, numbers=2_000_000)
+        with pytest.raises(TrainingError, match=r"small.*No space left on device"):
+            writer.finish()
+        assert names_in(small) == ["at-step00000001-state"]
+        assert value_of(newest_valid(small, None)) == 1.0
+        snapshot(writer, 3)
+        writer.finish()
+        assert names_in(small) == ["at-step00000003-state"]
+
+
+def test_a_limit_on_file_size_is_an_error_that_names_the_folder(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = StateWriter(tmp_path)
+    snapshot(writer, 1)
+    writer.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        snapshot(writer, 2, numbers=100_000)
+        with pytest.raises(TrainingError, match=rf"{tmp_path}.*File too large"):
+            writer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert value_of(newest_valid(tmp_path, None)) == 1.0
+
+
+def test_a_read_only_folder_is_named(tmp_path):
+    with tmpfs(tmp_path / "frozen", "4m") as frozen:
+        writer = StateWriter(frozen)
+        snapshot(writer, 1)
+        writer.wait()
+        subprocess.run(["mount", "-o", "remount,ro", frozen], check=True)
+        snapshot(writer, 2)
+        with pytest.raises(TrainingError, match=r"frozen.*Read-only file system"):
+            writer.finish()
+        assert value_of(newest_valid(frozen, None)) == 1.0
