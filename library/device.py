@@ -13,6 +13,9 @@ import torch
 
 from library.errors import InputError
 
+# CANN's names of the first Ascend 910 (Atlas training products); the next generation's go on: Ascend910B1, 910_9391.
+_FIRST_ASCEND_910 = {f"Ascend910{variant}" for variant in ("", "A", "B", "ProA", "ProB", "PremiumA")}
+
 
 @functools.lru_cache(maxsize=1)
 def torch_npu() -> ModuleType | None:
@@ -70,6 +73,11 @@ def is_cpu(device: torch.device) -> bool:
 def is_npu(device: torch.device) -> bool:
     """True for an Ascend NPU."""
     return device.type == "npu"
+
+
+def is_first_ascend_910(device: torch.device) -> bool:
+    """True for the first generation of Ascend 910, which has no fused attention for training."""
+    return is_npu(device) and device_name(device) in _FIRST_ASCEND_910
 
 
 def synchronize(device: torch.device) -> None:

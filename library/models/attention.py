@@ -20,9 +20,11 @@ from library import device
 
 logger = logging.getLogger(__name__)
 
-# Limits of npu_fusion_attention, as torch_npu 2.14.0's own documentation gives them.
+# Limits of npu_fusion_attention, as Ascend documents them for torch_npu 2.14: none on what a length or a head size must
+# be a multiple of. docs/measurements/npu_attention.md says why it is used at every length.
 NPU_MAX_HEADS = 256
 NPU_MAX_HEAD_SIZE = 768
+NPU_MAX_TOKENS = 2**20
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -79,9 +81,13 @@ def _npu_refusal(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> str | None:
         return "torch_npu is not installed"
     if q_BTND.dtype not in _HALF:
         return f"it is used in fp16 and bf16 only, not in {_name(q_BTND.dtype)} (--mixed_precision)"
+    if device.is_first_ascend_910(q_BTND.device):
+        return f"{device.device_name(q_BTND.device)} has no fused attention for training, Ascend 910B1 and later have"
     heads, head_size = q_BTND.shape[2:]
-    if head_size > NPU_MAX_HEAD_SIZE or heads > NPU_MAX_HEADS:
+    if not (0 < head_size <= NPU_MAX_HEAD_SIZE and 0 < heads <= NPU_MAX_HEADS):
         return f"it takes at most {NPU_MAX_HEADS} heads of at most {NPU_MAX_HEAD_SIZE}"
+    if not all(0 < length <= NPU_MAX_TOKENS for length in (q_BTND.shape[1], k_BSND.shape[1])):
+        return f"it takes from 1 to {NPU_MAX_TOKENS} tokens"
     return None
 
 

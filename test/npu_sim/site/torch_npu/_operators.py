@@ -13,6 +13,10 @@ LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "TND")
 MAX_TOKENS_AHEAD = 2147483647
 MAX_HEAD_SIZE = 768
 MAX_HEADS = 256
+MAX_TOKENS = 2**20
+MAX_BATCH = 2**21
+# CANN's names of the first generation, which lacks the operator.
+FIRST_910 = {f"Ascend910{variant}" for variant in ("", "A", "B", "ProA", "ProB", "PremiumA")}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -48,6 +52,11 @@ def npu_fusion_attention(
         RuntimeError, TypeError: what the real operator refuses. NotImplementedError: what this one lacks.
     """
     _check_tensors("npu_fusion_attention", query, key, value)
+    if torch.npu.get_device_name(query.device) in FIRST_910:
+        raise RuntimeError("npu_fusion_attention: aclnnFlashAttentionScore is not supported on this product")
+    if head_num <= 0:
+        raise RuntimeError(f"npu_fusion_attention: head_num must > 0, but got {head_num}")
+    input_layout = input_layout.upper()  # the real one does not mind the case
     if pse is not None and pse.dtype != query.dtype:
         raise RuntimeError(f"npu_fusion_attention: pse is {pse.dtype}, query {query.dtype}")
     if input_layout not in LAYOUTS:
@@ -78,6 +87,13 @@ def npu_fusion_attention(
         raise RuntimeError(f"npu_fusion_attention: head_num is {head_num}, the query has {q_BNSD.shape[1]} heads")
     key_heads = key.shape[-1] // q_BNSD.shape[-1] if len(input_layout) == 3 else None
     k_BNKD, v_BNKD = (_to_bnsd(part, input_layout, key_heads) for part in (key, value))
+    if not 1 <= q_BNSD.shape[0] <= MAX_BATCH:
+        raise RuntimeError(f"npu_fusion_attention: a batch of {q_BNSD.shape[0]}, 1 to {MAX_BATCH} are supported")
+    if not all(1 <= part.shape[2] <= MAX_TOKENS for part in (q_BNSD, k_BNKD)):
+        raise RuntimeError(
+            f"npu_fusion_attention: sequence lengths {q_BNSD.shape[2]} and {k_BNKD.shape[2]}, "
+            f"1 to {MAX_TOKENS} are supported"
+        )
     out_BNSD, max_BNS, sum_BNS = _attention(
         q_BNSD, k_BNKD, v_BNKD, pse, atten_mask, scale, keep_prob, pre_tockens, next_tockens, sparse_mode
     )

@@ -1,5 +1,7 @@
 """`torch.npu`: devices, memory figures, streams and random state of the simulated NPU."""
 
+import os
+
 import torch
 
 from torch_npu.npu import amp, random
@@ -66,7 +68,7 @@ def synchronize(device=None) -> None:
 
 def get_device_name(device=None) -> str:
     _resolve(device)
-    return "Ascend910B (simulated)"
+    return os.environ.get("NPU_SIM_NAME", "Ascend910B (simulated)")
 
 
 class _Properties:

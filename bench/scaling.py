@@ -1,0 +1,452 @@
+"""What SDXL's training moves, holds and computes on many devices, by formula: the tables of docs/scaling.md.
+
+    python bench/scaling.py                          # prints the tables and one JSON line
+    python bench/scaling.py --write docs/scaling.md  # puts them between that document's markers
+
+Bytes of a step follow from the parameters' sizes and from how each wrapper cuts them into collectives;
+bench/collectives.py counts the same on real processes. FLOPs are torch's counter's over the trainer's own modules on
+the meta device. Links and peaks are assumptions, with their sources in docs/scaling.md.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from library.models.conditioned_unet import ConditionedUNet
+from library.models.sdxl import SDXLModel
+from library.models.unet import ResBlock, TransformerBlock, UNet
+from library.models.vae import encode_images
+
+MIB, GIB = 2**20, 2**30
+FP32 = 4  # bytes; weights, gradients and AdamW's two moments are fp32 in every precision (autocast)
+DDP_FIRST_BUCKET, DDP_BUCKET = MIB, 25 * MIB  # torch's defaults
+OSS_BUCKET = 2**23  # elements, fairscale's default
+PER_NODE = 8
+DEVICES = (8, 64, 512)
+METHODS = {"ddp": "DDP", "oss": "OSS + ShardedDDP", "zero1": "ZeroRedundancyOptimizer + DDP", "fsdp": "FSDP2"}
+
+
+# Collectives of one step
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call: its kind and the bytes of the whole tensor, gathered or to be scattered."""
+
+    kind: str
+    bytes: int
+
+    @property
+    def passes(self) -> int:
+        """How often a byte must travel to or from the others: an all-reduce is a reduce-scatter and an all-gather."""
+        return 2 if self.kind == "all_reduce" else 1
+
+    @property
+    def has_root(self) -> bool:
+        """One rank receives or sends it all."""
+        return self.kind in ("reduce", "broadcast")
+
+    def sent(self, devices: int) -> float:
+        """Bytes that a rank sends, on average over the ranks, by an algorithm that sends no byte twice."""
+        return self.passes * self.bytes * (devices - 1) / devices
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Elements of each trained parameter, in order, and of each group that FSDP2 gathers at once, the root's last."""
+
+    numels: tuple[int, ...]
+    groups: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """All trained elements."""
+        return sum(self.numels)
+
+
+def fsdp_units(module: nn.Module) -> list[nn.Module]:
+    """What is sharded, gathered and freed as one: what gradient checkpointing recomputes as one."""
+    layers = [layer for part in module.modules() if hasattr(part, "encoder") for layer in part.encoder.layers]
+    return [part for part in module.modules() if isinstance(part, ResBlock | TransformerBlock)] + layers
+
+
+def trained_sizes(module: nn.Module) -> Trained:
+    """Sizes of what a module trains."""
+    units = [[parameter for parameter in unit.parameters() if parameter.requires_grad] for unit in fsdp_units(module)]
+    groups = [sum(parameter.numel() for parameter in unit) for unit in units if unit]
+    numels = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
+    return Trained(tuple(numels), (*groups, sum(numels) - sum(groups)))
+
+
+def shards(numels: Sequence[int], devices: int) -> list[list[int]]:
+    """Whole parameters, each to the rank that has the fewest elements so far: both sharded optimizers do so."""
+    parts: list[list[int]] = [[] for _ in range(devices)]
+    sizes = [0] * devices
+    for numel in numels:
+        rank = sizes.index(min(sizes))
+        parts[rank].append(numel)
+        sizes[rank] += numel
+    return parts
+
+
+def optimizer_shards(method: str, trained: Trained, devices: int) -> list[int]:
+    """Elements whose optimizer state each rank holds."""
+    if method == "ddp":
+        return [trained.total] * devices
+    if method == "fsdp":
+        return [math.ceil(trained.total / devices)] * devices
+    numels = trained.numels if method == "oss" else sorted(trained.numels, reverse=True)
+    return [sum(part) for part in shards(numels, devices)]
+
+
+def _ddp(numels: Sequence[int]) -> list[Collective]:
+    buckets, limit, filled = [], DDP_FIRST_BUCKET, 0
+    for numel in reversed(numels):  # gradients are ready from the last layer on
+        filled += numel * FP32
+        if filled >= limit:
+            buckets.append(filled)
+            limit, filled = DDP_BUCKET, 0
+    return [Collective("all_reduce", size) for size in (*buckets, filled) if size]
+
+
+def _oss(trained: Trained, devices: int) -> list[Collective]:
+    """A rank's small gradients go in one bucket, as many as fit, smallest first; each other one is reduced alone."""
+    limit = min(OSS_BUCKET, trained.total)
+    calls, parts = [], shards(trained.numels, devices)
+    for part in parts:
+        bucket = 0
+        for numel in sorted(part):
+            if bucket + numel < limit:
+                bucket += numel
+            else:
+                calls.append(Collective("reduce", numel * FP32))
+        calls += [Collective("reduce", bucket * FP32)] if bucket else []
+    return calls + [Collective("broadcast", sum(part) * FP32) for part in parts if part]
+
+
+def collectives(method: str, trained: Trained, devices: int, gathered_bytes: int = FP32) -> list[Collective]:
+    """What a step without accumulation calls; scalars (gradient norm, overflow) are left out.
+
+    Args:
+        gathered_bytes: of an element that FSDP2 gathers, 2 if its mixed precision is fp16 or bf16.
+    """
+    if method == "ddp":
+        return _ddp(trained.numels)
+    if method == "oss":
+        return _oss(trained, devices)
+    if method == "zero1":
+        owned = optimizer_shards(method, trained, devices)
+        return _ddp(trained.numels) + [Collective("broadcast", size * FP32) for size in owned if size]
+    *groups, root = trained.groups
+    gathered = [*groups, *groups, root]  # in forward and again in backward; the root's stay gathered in between
+    calls = [Collective("all_gather", size * gathered_bytes) for size in gathered if size]
+    return calls + [Collective("reduce_scatter", size * FP32) for size in trained.groups if size]
+
+
+def sent(calls: Sequence[Collective], devices: int) -> float:
+    """Bytes that a rank sends in a step."""
+    return sum(call.sent(devices) for call in calls)
+
+
+# Time
+
+
+@dataclass(frozen=True)
+class Links:
+    """Assumed: bandwidths of a device in one direction, in GB/s, and the latency of a message, in microseconds."""
+
+    name: str
+    inside: float
+    between: float
+    latency_inside: float = 5.0
+    latency_between: float = 15.0
+
+
+LINKS = (Links("Ascend 910B", 196, 25), Links("A100", 300, 25))
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Lower bounds of a step's communication, if nothing is hidden behind computing."""
+
+    bandwidth: float  # all NICs of a node at work at once
+    one_root: float  # the same, where a reduce or broadcast between nodes leaves by its root's NIC alone
+    latency: float  # trees: as many messages one after the other as the logarithm says
+
+    @property
+    def bound(self) -> str:
+        """What limits."""
+        return "latency" if self.latency > self.bandwidth else "bandwidth"
+
+
+def seconds(calls: Sequence[Collective], devices: int, links: Links) -> Seconds:
+    """Hierarchical: inside the nodes, then each device its part of the tensor between nodes, then inside again."""
+    local = min(devices, PER_NODE)
+    nodes = devices // local
+    inside = between = between_one_root = hops = 0.0
+    for call in calls:
+        volume = call.passes * call.bytes
+        inside += volume * (local - 1) / local
+        share = volume * (nodes - 1) / nodes
+        between += share / local
+        between_one_root += share if call.has_root else share / local
+        trees = math.ceil(math.log2(local)) * links.latency_inside + math.ceil(math.log2(nodes)) * links.latency_between
+        hops += call.passes * trees
+    fixed = inside / (links.inside * 1e9)
+    return Seconds(
+        fixed + between / (links.between * 1e9), fixed + between_one_root / (links.between * 1e9), hops * 1e-6
+    )
+
+
+# Memory
+
+
+def state_bytes(method: str, trained: Trained, devices: int) -> dict[str, int]:
+    """What the rank with the most holds between steps: fp32 weights, gradients, AdamW's two moments."""
+    whole = trained.total * FP32
+    held = math.ceil(trained.total / devices) * FP32 if method == "fsdp" else whole
+    moments = 2 * FP32 * max(optimizer_shards(method, trained, devices))
+    return {"weights": held, "gradients": held, "moments": moments}
+
+
+# FLOPs
+
+
+def sdxl() -> SDXLModel:
+    """SDXL's networks at full size on the meta device."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    def text(width: int, layers: int, activation: str) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64,
+            projection_dim=1280, hidden_act=activation,
+        )  # fmt: skip
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        )  # fmt: skip
+        encoders = CLIPTextModel(text(768, 12, "quick_gelu")), CLIPTextModelWithProjection(text(1280, 32, "gelu"))
+        nothing: Any = None  # no tokenizers: token ids are made here
+        return SDXLModel(UNet(), vae, *encoders, nothing, nothing)
+
+
+def flops(run: Callable[[], Any]) -> int:
+    """Two for each multiplication with addition, in matrix products, convolutions and attention; nothing else."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Per image, at a square resolution: `model` is what the mathematics needs, `run` is with recomputation."""
+
+    unet_forward: int
+    text_forward: int
+    vae_encoding: int
+    model: int
+    run: int
+
+
+def step_flops(model: SDXLModel, resolution_px: int = 1024) -> StepFlops:
+    """The trainer's own modules with both text encoders trained, one image, 77 text tokens."""
+    side = resolution_px // 8
+    with torch.device("meta"):
+        noisy_BCHW, t_B, sizes_B6 = torch.empty(1, 4, side, side), torch.empty(1), torch.empty(1, 6)
+        ids_BK77 = torch.zeros(1, 1, 77, dtype=torch.long)
+        image_BHWC = torch.empty(1, resolution_px, resolution_px, 3, dtype=torch.uint8)
+    plain = ConditionedUNet(model, train_te1=True, train_te2=True, gradient_checkpointing=False)
+
+    def predict(module: nn.Module) -> Tensor:
+        return module(noisy_BCHW, t_B, ids_BK77, ids_BK77, sizes_B6)
+
+    text = flops(lambda: plain.conditions(ids_BK77, ids_BK77, sizes_B6))
+    vae = flops(lambda: encode_images(model.vae, image_BHWC))
+    with FlopCounterMode(display=False) as counter:
+        prediction = predict(plain)
+        forward = counter.get_total_flops()
+        prediction.sum().backward()
+    both = counter.get_total_flops()
+    checkpointing = ConditionedUNet(model, train_te1=True, train_te2=True, gradient_checkpointing=True)
+    recomputed = flops(lambda: predict(checkpointing).sum().backward())
+    return StepFlops(forward - text, text, vae, vae + both, vae + recomputed)
+
+
+# Published figures (the mission's): images/s of 8 devices, batch 4, fp16, 1024 px
+PUBLISHED = {"8 × NPU-910": 10.4, "8 × A100-class": 20.2}
+# fp16 TFLOP/s that a maker or a maker's file gives; sources in docs/scaling.md
+PEAKS = {
+    "8 × NPU-910": {"Ascend 910 (2019)": 256.0, "Ascend 910B4": 280.0, "Ascend 910B2C": 24 * 16**3 * 2 * 1.8e9 / 1e12},
+    "8 × A100-class": {"A100": 312.0},
+}
+
+
+def utilisation(
+    images_per_second: float, devices: int, flops_per_image: float, peak_tflops: float
+) -> tuple[float, float]:
+    """TFLOP/s of a device, and their share of the peak."""
+    reached = images_per_second / devices * flops_per_image / 1e12
+    return reached, reached / peak_tflops
+
+
+# Tables
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cases(trained: Trained) -> list[tuple[str, str, int]]:
+    """(name, method, bytes gathered) of each row."""
+    rows = [(name, method, FP32) for method, name in METHODS.items()]
+    return [*rows, ("FSDP2, gathered in fp16", "fsdp", 2)]
+
+
+def parameters_table(model: SDXLModel, module: ConditionedUNet) -> str:
+    """What there is and what trains."""
+    parts = {
+        "U-Net": (model.unet, list(module.unet.parameters())),
+        "text encoder 1 (CLIP-L)": (model.text_encoder1, module.trained_te1),
+        "text encoder 2 (OpenCLIP bigG)": (model.text_encoder2, module.trained_te2),
+    }
+    rows = []
+    for name, (network, trained) in parts.items():
+        counts = [sum(parameter.numel() for parameter in part) for part in (list(network.parameters()), trained)]
+        rows.append([name, *(f"{count:,}" for count in counts), f"{FP32 * counts[1] / 1e9:.2f}"])
+    total = trained_sizes(module).total
+    rows.append(["all that trains", "", f"{total:,}", f"{FP32 * total / 1e9:.2f}"])
+    return table(["Network", "parameters", "trained", "fp32 gradients, GB"], rows)
+
+
+def traffic_table(trained: Trained) -> str:
+    """GB that a rank sends a step, and the number of collectives."""
+    rows = []
+    for name, method, gathered in _cases(trained):
+        cells = []
+        for devices in DEVICES:
+            calls = collectives(method, trained, devices, gathered)
+            cells.append(f"{sent(calls, devices) / 1e9:.2f} in {len(calls)}")
+        kinds = Counter(call.kind for call in collectives(method, trained, DEVICES[0], gathered))
+        rows.append([name, ", ".join(kinds), *cells])
+    return table(["Method", "collectives", *(f"{devices} devices" for devices in DEVICES)], rows)
+
+
+def time_table(trained: Trained, links: Links) -> str:
+    """Seconds of communication a step: by bandwidth, by latency, and with single roots between nodes."""
+    rows = []
+    for name, method, gathered in _cases(trained):
+        cells = []
+        for devices in DEVICES:
+            found = seconds(collectives(method, trained, devices, gathered), devices, links)
+            roots = f", by one root {found.one_root:.2f}" if found.one_root > 1.005 * found.bandwidth else ""
+            cells.append(f"{found.bandwidth:.3f} / {found.latency:.3f}{roots}: {found.bound}")
+        rows.append([name, *cells])
+    return table([links.name, *(f"{devices} devices" for devices in DEVICES)], rows)
+
+
+def memory_table(trained: Trained) -> str:
+    """GiB of weights, gradients and moments on the rank that holds the most."""
+    rows = []
+    for method, name in METHODS.items():
+        cells = []
+        for devices in DEVICES:
+            held = state_bytes(method, trained, devices)
+            cells.append(f"{held['moments'] / GIB:.3f} ({sum(held.values()) / GIB:.2f})")
+        rows.append([name, *cells])
+    ideal = [f"{2 * FP32 * trained.total / devices / GIB:.3f}" for devices in DEVICES]
+    return table(["AdamW's moments (with weights and gradients)", *(f"{n} devices" for n in DEVICES)], [
+        *rows, ["one n-th of the moments", *ideal]
+    ])  # fmt: skip
+
+
+def flops_table(found: StepFlops) -> str:
+    """TFLOP of one image."""
+    rows = {
+        "U-Net, forward": found.unet_forward,
+        "text encoders, forward": found.text_forward,
+        "VAE, encoding": found.vae_encoding,
+        "step: VAE, forward and backward": found.model,
+        "step with gradient checkpointing": found.run,
+    }
+    return table(["One image at 1024 px", "TFLOP"], [[name, f"{count / 1e12:.2f}"] for name, count in rows.items()])
+
+
+def published_table(found: StepFlops) -> str:
+    """Published images/s as TFLOP/s and utilisation."""
+    rows = []
+    for name, images in PUBLISHED.items():
+        for device, peak in PEAKS[name].items():
+            model, model_share = utilisation(images, PER_NODE, found.model, peak)
+            run, run_share = utilisation(images, PER_NODE, found.run, peak)
+            rows.append([
+                name, f"{images}", f"{4 * PER_NODE / images:.2f}", f"{device}, {peak:.0f}",
+                f"{model:.1f} ({model_share:.0%})", f"{run:.1f} ({run_share:.0%})",
+            ])  # fmt: skip
+    head = ["Published", "images/s", "s a step", "peak, TFLOP/s", "model TFLOP/s a device", "with recomputation"]
+    return table(head, rows)
+
+
+def tables(model: SDXLModel, found: StepFlops) -> dict[str, str]:
+    """The document's tables by name."""
+    module = ConditionedUNet(model, train_te1=True, train_te2=True, gradient_checkpointing=False)
+    trained = trained_sizes(module)
+    times = "\n\n".join(time_table(trained, links) for links in LINKS)
+    return {
+        "parameters": parameters_table(model, module),
+        "traffic": traffic_table(trained),
+        "time": times,
+        "memory": memory_table(trained),
+        "flops": flops_table(found),
+        "published": published_table(found),
+    }
+
+
+def with_tables(document: str, found: dict[str, str]) -> str:
+    """The document with each table between its markers. Raises ValueError if a marker is missing."""
+    for name, text in found.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        document, count = pattern.subn(lambda match, text=text: f"{match[1]}\n{text}\n\n{match[2]}", document)
+        if count != 1:
+            raise ValueError(f"{count} places for the table {name!r}, not 1")
+    return document
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="the document whose tables are replaced")
+    options = parser.parse_args(argv)
+    model = sdxl()
+    found = step_flops(model)
+    texts = tables(model, found)
+    if options.write:
+        options.write.write_text(with_tables(options.write.read_text(encoding="utf-8"), texts), encoding="utf-8")
+    print(*texts.values(), sep="\n\n")
+    trained = trained_sizes(ConditionedUNet(model, True, True, gradient_checkpointing=False))
+    moved = {
+        name: {devices: round(sent(collectives(method, trained, devices, gathered), devices)) for devices in DEVICES}
+        for name, method, gathered in _cases(trained)
+    }
+    result = {"bench": "scaling", "trained": trained.total, "bytes_sent_a_rank": moved, "flops_an_image": vars(found)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
