@@ -56,6 +56,14 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
 def seed(text: str) -> int:
     """An argparse type: a whole number that 64 bits hold."""
     value = non_negative_int(text)

@@ -1,10 +1,10 @@
 """Options of the run: how long, how precise, what is written and when."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, _ArgumentGroup
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.cli.parser import file_stem, positive_int, seed
+from library.cli.parser import file_stem, positive_float, positive_int, seed
 from library.diffusion.samplers import NAMES
 
 
@@ -31,6 +31,16 @@ class SavingOptions:
     save_every_n_steps: int | None
     save_precision: str | None
     save_model_as: str | None
+    save_last_n_epochs: int | None
+    save_last_n_steps: int | None
+    save_state: bool
+    save_state_every_n_steps: int | None
+    save_state_every_n_minutes: float | None
+    save_state_on_train_end: bool
+    save_last_n_epochs_state: int | None
+    save_last_n_steps_state: int | None
+    resume: str | None
+    resume_anyway: bool
     logging_dir: Path | None
     case_name: str | None
 
@@ -82,6 +92,15 @@ def add_saving_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--save_every_n_epochs", type=positive_int, help="checkpoint {name}-{epoch} each n epochs")
     group.add_argument("--save_every_n_steps", type=positive_int, help="checkpoint {name}-step{step} each n steps")
     group.add_argument(
+        "--save_last_n_epochs", type=positive_int, help="keep that many of the checkpoints of epochs (default: all)"
+    )
+    group.add_argument(
+        "--save_last_n_steps",
+        type=positive_int,
+        help="keep the checkpoints of the last n steps, counted in steps (default: all)",
+    )
+    _add_state_arguments(group)
+    group.add_argument(
         "--save_precision", choices=["float", "fp16", "bf16"], help="of the saved weights (default: float)"
     )
     group.add_argument(
@@ -94,6 +113,41 @@ def add_saving_arguments(parser: ArgumentParser) -> None:
         "--case_name",
         type=file_stem,
         help="at the end also write the run's figures as OUTPUT_DIR/CASE_NAME.log (the launchers set it)",
+    )
+
+
+def _add_state_arguments(group: _ArgumentGroup) -> None:
+    group.add_argument(
+        "--save_state",
+        action="store_true",
+        help="with every checkpoint also {name}-state, from which a run goes on exactly (--resume)",
+    )
+    group.add_argument(
+        "--save_state_every_n_steps", type=positive_int, help="a state each n steps, without a checkpoint"
+    )
+    group.add_argument(
+        "--save_state_every_n_minutes", type=positive_float, help="a state each n minutes, without a checkpoint"
+    )
+    group.add_argument("--save_state_on_train_end", action="store_true", help="a state at the end, too")
+    group.add_argument(
+        "--save_last_n_epochs_state",
+        type=positive_int,
+        help="keep that many of the states of epochs (default: as --save_last_n_epochs)",
+    )
+    group.add_argument(
+        "--save_last_n_steps_state",
+        type=positive_int,
+        help="keep the states of the last n steps, counted in steps (default: as --save_last_n_steps)",
+    )
+    group.add_argument(
+        "--resume",
+        metavar="DIR|auto",
+        help="go on from a training state; auto: from the newest whole one in --output_dir, else from the beginning",
+    )
+    group.add_argument(
+        "--resume_anyway",
+        action="store_true",
+        help="resume although data, seed or global batch are other ones than the state's",
     )
 
 

@@ -1,9 +1,11 @@
 """A run's data in one place: index, buckets and plan, and the loader over them."""
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -38,8 +40,15 @@ class TrainingData:
         """Width and height in px of the bucket whose batches need the most memory."""
         return max(map(self.buckets.size, range(len(self.buckets.sizes_K2))), key=lambda size: size[0] * size[1])
 
-    def loader(self, tokenize: Tokenize, end_step: int) -> Loader:
-        """This process's micro-batches from the first step to `end_step`."""
+    def fingerprint(self) -> str:
+        """A digest of all that the order of samples depends on, but for seed and global batch."""
+        digest = hashlib.sha256(json.dumps(asdict(self.buckets.options)).encode())
+        for part in (self.index.rows, self.index.text, self.buckets.bucket_of_row):
+            digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
+    def loader(self, tokenize: Tokenize, end_step: int, start_step: int = 0) -> Loader:
+        """This process's micro-batches of the steps `start_step` to `end_step` - 1."""
         return make_loader(
             self.index,
             self.buckets,
@@ -51,14 +60,26 @@ class TrainingData:
                 caption_separator=self.options.caption_separator,
                 caption_dropout_rate=self.options.caption_dropout_rate,
             ),
+            start_step=start_step,
             end_step=end_step,
             tokenize=tokenize,
             workers=min(self.options.max_data_loader_n_workers, max((os.cpu_count() or 1) - 1, 1)),
         )
 
 
-def prepare_data(options: DataOptions, seed: int, *, rank: int, world_size: int, accumulation: int) -> TrainingData:
+def prepare_data(
+    options: DataOptions,
+    seed: int,
+    *,
+    rank: int,
+    world_size: int,
+    accumulation: int,
+    between: Callable[[], None] = lambda: None,
+) -> TrainingData:
     """Find all samples, sort them into buckets and plan their order.
+
+    Args:
+        between: called between two pieces of the work; may raise, to end it.
 
     Raises:
         InputError: no images, no captions, bucket options that cannot be, a set too small for one batch.
@@ -74,7 +95,7 @@ def prepare_data(options: DataOptions, seed: int, *, rank: int, world_size: int,
     check_options(bucket_options)
     logger.info("loading image sizes.")
     with tqdm(desc="index", disable=rank != 0, mininterval=0.5) as bar:
-        index = build_index(options.train_data_dir, options.caption_extension, progress=_shown_in(bar))
+        index = build_index(options.train_data_dir, options.caption_extension, progress=_shown_in(bar, between))
     sizes_N2 = np.stack([index.rows["width"], index.rows["height"]], axis=1).astype(np.int64)
     buckets = assign_buckets(sizes_N2, bucket_options, index.name)
     share = Share(options.train_batch_size, rank, world_size, accumulation)
@@ -82,8 +103,9 @@ def prepare_data(options: DataOptions, seed: int, *, rank: int, world_size: int,
     return TrainingData(options, index, buckets, plan, share)
 
 
-def _shown_in(bar: tqdm) -> Callable[[int, int], None]:
+def _shown_in(bar: tqdm, between: Callable[[], None]) -> Callable[[int, int], None]:
     def show(done: int, total: int) -> None:
+        between()
         bar.total = total
         bar.update(done - bar.n)
 

@@ -7,7 +7,6 @@ m·b·n + r·b … + b (b: batch size, n: ranks). What stands at a place is a fu
 number of ranks, accumulation and workers only says who computes it.
 """
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from library.data.plan import Plan
 from library.data.reader import Reader
 from library.errors import InputError
 from library.keyed_random import Stream, generator
+from library.signals import leave_signals_to_parent
 
 MAX_REPLACEMENTS = 16  # samples tried at one place before the data set is called broken
 _PREFETCH = 2  # micro-batches that each worker keeps ready
@@ -202,9 +202,8 @@ class _Reporting(Dataset):
             return _Failure(str(error))
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the workers end when the main one closes them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    leave_signals_to_parent()
 
 
 @dataclass(frozen=True)
@@ -233,7 +232,7 @@ class Loader:
             sampler=range(self.start_step * self.accumulation, self.end_step * self.accumulation),
             num_workers=workers,
             prefetch_factor=_PREFETCH if workers else None,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # or it would take its seed from torch's own numbers, and change them
         )
         for item in loader:

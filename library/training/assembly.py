@@ -5,18 +5,22 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from library import device as devices
+from library.atomic_write import remove
 from library.cli.data import DataOptions
 from library.cli.optimization import OptimizationOptions
 from library.cli.run import PreviewOptions, RunOptions, SavingOptions
@@ -24,14 +28,29 @@ from library.data.dataset import TrainingData, prepare_data
 from library.data.plan import Plan
 from library.errors import InputError
 from library.models.attention import report as attention_report
+from library.signals import Signals
 from library.training import loop
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import Construct, ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
 from library.training.report import FinalFigures, write_case_log
-from library.training.rules import check_optimization, check_preview
-from library.training.saving import Cadence, epoch_name, last_name, step_name
-from library.training.sharding import MakeOptimizer, shard, sharding_kind
+from library.training.resume import (
+    Position,
+    check_length,
+    check_position,
+    choose_state,
+    log_changed_options,
+    plain_options,
+    versions,
+)
+from library.training.rules import check_optimization, check_preview, check_saving
+from library.training.run_lock import RunLock
+from library.training.saving import Cadence, Retention, epoch_name, last_name, step_name
+from library.training.sharding import MakeOptimizer, Replicated, shard, sharding_kind
+from library.training.state_choice import clear_left_behind, obsolete
+from library.training.state_files import StateInfo, read_state
+from library.training.state_writer import StateWriter
+from library.training.states import Resumed, StateCadence, States
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +72,7 @@ class Surroundings:
 
     accelerator: Accelerator
     seed: int
+    signals: Signals
 
     @property
     def device(self) -> torch.device:
@@ -92,51 +112,153 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
 
     Raises:
         InputError, TrainingError: as the parts raise them; what has been written stays.
+        Stopped: by a signal, once what was trained is in a training state.
     """
-    accelerator = make_accelerator(options.run.mixed_precision)
-    if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.WARNING)
-    check_optimization(options.optimization, options.run)
-    sharding = sharding_kind(options.optimization.sharding, options.optimization.optimizer_type)
-    check_preview(options.preview)
-    if not options.run.dry_run:
-        _prepare_output(options)
-    surroundings = Surroundings(accelerator, _seed(options.run.seed, accelerator))
-    data = prepare_data(
-        options.data,
-        surroundings.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        accumulation=options.run.gradient_accumulation_steps,
-    )
-    steps, epochs = _length(options.run, data.plan)
-    task = make_task(surroundings)
-    groups = task.parameter_groups()
-    logger.info("seed: %d", surroundings.seed)
-    plan_lines = _plan_lines(options, data, steps, epochs, groups, accelerator, sharding)
-    for line in (*data.report(), *task.plan_lines(), *plan_lines):
-        logger.info(line)
-    if options.run.dry_run:
-        _make_schedule(options.optimization, _make_optimizer(options.optimization)(groups), steps)
-        for line in task.memory_lines(data.largest_bucket):
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        accelerator = make_accelerator(options.run.mixed_precision)
+        if not accelerator.is_main_process:
+            logging.getLogger().setLevel(logging.WARNING)
+        check_optimization(options.optimization, options.run)
+        check_preview(options.preview)
+        check_saving(options.saving)
+        if not options.run.dry_run:
+            _prepare_output(options)
+            if accelerator.is_main_process:
+                lock = stack.enter_context(RunLock(options.saving.output_dir))
+                clear_left_behind(options.saving.output_dir, lock)
+        resumed = _resumed(options.saving, accelerator)
+        surroundings = Surroundings(accelerator, _seed(options.run.seed, accelerator, resumed), signals)
+        data = prepare_data(
+            options.data,
+            surroundings.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            accumulation=options.run.gradient_accumulation_steps,
+            between=signals.stop_if_requested,
+        )
+        steps, epochs = _length(options.run, data.plan)
+        if resumed is not None:
+            _check_resumed(resumed, options, data, surroundings.seed, steps)
+        task = make_task(surroundings)
+        groups = task.parameter_groups()
+        logger.info("seed: %d", surroundings.seed)
+        plan_lines = _plan_lines(options, data, steps, epochs, groups, accelerator)
+        for line in (*data.report(), *task.plan_lines(), *plan_lines):
             logger.info(line)
-        return
-    parallel = shard(sharding, accelerator, task.module, groups, _make_optimizer(options.optimization))
-    schedule = accelerator.prepare_scheduler(_make_schedule(options.optimization, parallel.bare_optimizer, steps))
-    logger.info("running training")
-    writer = MetricsWriter(options.saving.output_dir, options.saving.logging_dir, steps, accelerator.is_main_process)
-    loop_options = _loop_options(options, data.plan.global_batch, steps)
-    try:
-        trainer = loop.Trainer(task, accelerator, parallel, schedule, data.plan, loop_options, writer)
-        with logging_redirect_tqdm():
-            report = trainer.train(iter(data.loader(task.tokenize, steps)))
-            trainer.save(last_name(options.saving.output_name))
-    finally:
-        writer.close()
-    if accelerator.is_main_process:
-        logger.info("model saved.")
-        _finish(options, report, task.network_name, data.plan.global_batch, accelerator, started)
-    accelerator.end_training()
+        if options.run.dry_run:
+            _make_schedule(options.optimization, steps, _make_optimizer(options.optimization)(groups))
+            for line in task.memory_lines(data.largest_bucket):
+                logger.info(line)
+            return
+        report = _train(options, task, groups, data, surroundings, steps, resumed)
+        if accelerator.is_main_process:
+            _finish(options, report, task.network_name, data.plan.global_batch, accelerator, started)
+        accelerator.end_training()
+
+
+def _train(
+    options: Options,
+    task: Task,
+    groups: Sequence[ParameterGroup],
+    data: TrainingData,
+    surroundings: Surroundings,
+    steps: int,
+    resumed: Resumed | None,
+) -> loop.RunReport:
+    """Shard, take up a state if there is one, train, save the final checkpoint."""
+    accelerator, saving = surroundings.accelerator, options.saving
+    parallel = shard(
+        _sharding(options),
+        accelerator,
+        task.module,
+        groups,
+        _make_optimizer(options.optimization),
+        partial(_make_schedule, options.optimization, steps),
+    )
+    writer = MetricsWriter(
+        saving.output_dir,
+        saving.logging_dir,
+        steps,
+        accelerator.is_main_process,
+        steps_done=resumed.step if resumed else 0,
+        board_folder=resumed.state.info.metrics.get("board_folder") if resumed else None,
+    )
+    with ExitStack() as stack:
+        stack.callback(writer.close)
+        states = _states(options, parallel, data, surroundings)
+        stack.enter_context(states.writer)
+        stack.enter_context(logging_redirect_tqdm())
+        trainer = loop.Trainer(
+            task,
+            accelerator,
+            parallel,
+            data.plan,
+            _loop_options(options, data.plan.global_batch, steps),
+            writer,
+            states,
+            surroundings.signals,
+        )
+        if resumed is not None:
+            trainer.resume(resumed)
+            logger.info("resumed from %s: %d steps are done", resumed.folder, resumed.step)
+        surroundings.signals.stop_if_requested()
+        logger.info("running training")
+        report = trainer.train(iter(data.loader(task.tokenize, steps, trainer.start_step)))
+        trainer.save(last_name(saving.output_name))
+        if saving.save_state or saving.save_state_on_train_end:
+            trainer.save_state(steps, last_name(saving.output_name))
+    logger.info("model saved.")
+    return report
+
+
+def _states(options: Options, parallel: Replicated, data: TrainingData, surroundings: Surroundings) -> States:
+    """What saves training states, as the flags have it."""
+    saving, accelerator = options.saving, surroundings.accelerator
+    writer = StateWriter(
+        saving.output_dir,
+        output_name=saving.output_name,
+        retention=Retention(
+            saving.save_last_n_epochs_state or saving.save_last_n_epochs,
+            saving.save_last_n_steps_state or saving.save_last_n_steps,
+        ),
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+        device=accelerator.device,
+    )
+    cadence = StateCadence(saving.save_state_every_n_steps, saving.save_state_every_n_minutes, saving.save_state)
+    plan, plain = data.fingerprint(), _plain_options(options)
+
+    def info(step: int, metrics: Mapping[str, Any]) -> StateInfo:
+        return StateInfo(step, surroundings.seed, plan, plain, versions(), metrics)
+
+    return States(writer, parallel, cadence, info, partial(step_name, saving.output_name))
+
+
+def _sharding(options: Options) -> str:
+    return sharding_kind(options.optimization.sharding, options.optimization.optimizer_type)
+
+
+def _plain_options(options: Options) -> dict[str, Any]:
+    return plain_options(options.data, options.optimization, options.run, options.saving, options.preview)
+
+
+def _resumed(saving: SavingOptions, accelerator: Accelerator) -> Resumed | None:
+    """The state that --resume asks for: the main process chooses and verifies it, all read it."""
+    if saving.resume is None:
+        return None
+    chosen = choose_state(saving.resume, saving.output_dir, saving.output_name) if accelerator.is_main_process else None
+    (folder,) = broadcast_object_list([chosen])
+    return None if folder is None else Resumed(folder, read_state(folder, verified=True))
+
+
+def _check_resumed(resumed: Resumed, options: Options, data: TrainingData, seed: int, steps: int) -> None:
+    """Whether this run may go on from the state."""
+    info = resumed.state.info
+    now = Position(data.fingerprint(), seed, data.plan.global_batch)
+    check_position(info, now, resumed.folder, options.saving.resume_anyway)
+    check_length(resumed.step, steps, resumed.folder)
+    log_changed_options(info, _plain_options(options))
 
 
 def _prepare_output(options: Options) -> None:
@@ -154,10 +276,15 @@ def _prepare_output(options: Options) -> None:
             raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror}); choose another") from error
 
 
-def _seed(given: int | None, accelerator: Accelerator) -> int:
-    """The run's seed: the one given, or one that the main process draws. It is logged, to repeat the run."""
+def _seed(given: int | None, accelerator: Accelerator, resumed: Resumed | None) -> int:
+    """The run's seed: the one given, that of the run that goes on, or one that the main process draws.
+
+    It is logged, to repeat the run.
+    """
     if given is not None:
         return given
+    if resumed is not None:
+        return resumed.state.info.seed
     drawn = torch.tensor([secrets.randbits(31)], device=accelerator.device)
     return int(broadcast(drawn).item())
 
@@ -183,7 +310,7 @@ def _make_optimizer(options: OptimizationOptions) -> MakeOptimizer:
     return make
 
 
-def _make_schedule(options: OptimizationOptions, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+def _make_schedule(options: OptimizationOptions, steps: int, optimizer: torch.optim.Optimizer) -> LRScheduler:
     """The learning rates' schedule over the run."""
     return make_lr_schedule(
         options.lr_scheduler,
@@ -212,6 +339,13 @@ def _loop_options(options: Options, global_batch: int, steps: int) -> loop.LoopO
             return [f"e{epochs_done:06d}"]
         return [f"{steps_done:06d}"] if shows.step_is_due(steps_done) else []
 
+    def forget_checkpoints(saved: Path, stem: str) -> None:
+        retention = Retention(options.saving.save_last_n_epochs, options.saving.save_last_n_steps)
+        names = [entry.name for entry in saved.parent.iterdir()]
+        for old in obsolete(names, saved.name, retention, name, suffix=saved.name.removeprefix(stem)):
+            logger.info("removing old checkpoint: %s", saved.parent / old)
+            remove(saved.parent / old)
+
     return loop.LoopOptions(
         max_train_steps=steps,
         accumulation=options.run.gradient_accumulation_steps,
@@ -221,6 +355,7 @@ def _loop_options(options: Options, global_batch: int, steps: int) -> loop.LoopO
         preview_at_first=options.preview.sample_at_first,
         checkpoints_due=checkpoints_due,
         previews_due=previews_due,
+        forget_checkpoints=forget_checkpoints,
     )
 
 
@@ -231,7 +366,6 @@ def _plan_lines(
     epochs: int,
     groups: Sequence[ParameterGroup],
     accelerator: Accelerator,
-    sharding: str,
 ) -> list[str]:
     """The resolved plan of the run, in the words that users of such trainers look for."""
     trained = {group.name: sum(parameter.numel() for parameter in group.parameters) for group in groups}
@@ -244,7 +378,7 @@ def _plan_lines(
         *(f"learning rate of {group.name}: {group.learning_rate:g}" for group in groups),
         f"optimizer: {optimization.optimizer_type}, schedule: {optimization.lr_scheduler}, "
         f"warm-up steps: {optimization.lr_warmup_steps}, max grad norm: {optimization.max_grad_norm:g}",
-        *_sharding_lines(sharding, accelerator.num_processes),
+        *_sharding_lines(_sharding(options), accelerator.num_processes),
         f"num examples: {int(data.plan.samples_K.sum())}",
         f"num batches per epoch: {data.plan.steps_before_epoch(1)} (first epoch; leftovers go to the next)",
         f"num epochs: {epochs}",
@@ -254,6 +388,7 @@ def _plan_lines(
         f"total optimization steps: {steps}",
         f"gradient checkpointing: {options.run.gradient_checkpointing}",
         f"checkpoints: {_each(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)}at the end",
+        f"training states: {_states_in_words(options.saving)}",
         f"samples: {_each(options.preview.sample_every_n_steps, options.preview.sample_every_n_epochs)}"
         f"{'before the first step' if options.preview.sample_at_first else 'no others'}",
         f"output: {options.saving.output_dir}, TensorBoard: {options.saving.logging_dir or 'none'}",
@@ -265,6 +400,18 @@ def _sharding_lines(sharding: str, processes: int) -> list[str]:
     if processes == 1:
         return [] if sharding == "none" else [f"sharding: {sharding} on one process has nothing to shard, AdamW runs"]
     return [f"sharding: {sharding}"]
+
+
+def _states_in_words(saving: SavingOptions) -> str:
+    """When states are saved; on a signal always."""
+    occasions = [
+        "with each checkpoint, at the end" if saving.save_state else "",
+        f"each {saving.save_state_every_n_steps} steps" if saving.save_state_every_n_steps else "",
+        f"each {saving.save_state_every_n_minutes:g} minutes" if saving.save_state_every_n_minutes else "",
+        "at the end" if saving.save_state_on_train_end and not saving.save_state else "",
+        "on SIGTERM, SIGINT and SIGUSR1",
+    ]
+    return ", ".join(filter(None, occasions))
 
 
 def _each(steps: int | None, epochs: int | None) -> str:

@@ -1,7 +1,8 @@
 """The training loop of every script, in three verbs: train -> train_step -> loss (the task's).
 
 Step numbers count optimizer steps done before: step 0 is the first. A step is a function of (seed, step) alone: its
-samples, noise and timesteps follow from them, so a step repeated after an overflow sees the same batch.
+samples, noise and timesteps follow from them, so a step repeated after an overflow sees the same batch, and a run that
+was stopped goes on as if it had not been.
 """
 
 import json
@@ -9,22 +10,25 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from library import device as devices
 from library.data.loader import MicroBatch
-from library.errors import TrainingError
-from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none, set_aside
+from library.errors import Stopped, TrainingError
+from library.signals import Signals
+from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none, go_on
+from library.training.optimizers import set_schedule
 from library.training.sharding import Replicated
+from library.training.states import RUN, Resumed, States, parts_by_process
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,7 @@ class LoopOptions:
     preview_at_first: bool = False
     checkpoints_due: Callable[[int, int | None], Sequence[str]] = lambda steps_done, epochs_done: ()
     previews_due: Callable[[int, int | None], Sequence[str]] = lambda steps_done, epochs_done: ()
+    forget_checkpoints: Callable[[Path, str], None] = lambda saved, stem: None  # removes those that it makes obsolete
 
 
 @dataclass(frozen=True)
@@ -100,30 +105,55 @@ class Trainer:
         task: Task,
         accelerator: Accelerator,
         parallel: Replicated,
-        schedule: AcceleratedScheduler,
         epochs: Epochs,
         options: LoopOptions,
         writer: MetricsWriter,
+        states: States,
+        signals: Signals,
     ) -> None:
-        """`parallel` is what `library.training.sharding.shard` made, `schedule` what accelerate prepared."""
+        """`parallel` is what `library.training.sharding.shard` made: module, optimizer and schedule."""
         self.task, self.accelerator, self.parallel = task, accelerator, parallel
-        self.optimizer, self.schedule = parallel.optimizer, schedule
+        self.optimizer, self.schedule = parallel.optimizer, parallel.schedule
         self.epochs, self.options, self.writer = epochs, options, writer
+        self.states, self.signals = states, signals
+        self.start_step = 0
         self.speed, self.average = SpeedMeter(), MovingAverage()
         self.overflows = self.not_updated = self.not_finite_running = self.quarantined = 0
 
+    def resume(self, resumed: Resumed) -> None:
+        """Take up a training state; `train` then begins with the step after it.
+
+        Raises:
+            InputError: it is of other parameters than those that train.
+        """
+        run = resumed.state.whole[RUN]
+        self.parallel.read_parts(parts_by_process(resumed.state))
+        set_schedule(self.schedule.scheduler, run["schedule_steps"])
+        if self.accelerator.scaler is not None and run["scaler"]:
+            self.accelerator.scaler.load_state_dict(run["scaler"])
+        for loss in run["last_losses"]:
+            self.average.add(loss)
+        self.overflows, self.not_updated = run["overflows"], run["not_updated"]
+        self.not_finite_running = run["not_finite_running"]
+        self.quarantined = run["quarantined"] if self.accelerator.is_main_process else 0
+        self.start_step = resumed.step
+
     def train(self, batches: Iterator[MicroBatch]) -> RunReport:
-        """Train from step 0 to `max_train_steps`.
+        """Train from the first step, or the one after a state that was taken up, to `max_train_steps`.
 
         Args:
-            batches: this process's micro-batches, `accumulation` a step, in the order of the plan.
+            batches: this process's micro-batches from there on, `accumulation` a step, in the order of the plan.
 
         Raises:
             TrainingError: the loss is not finite three steps running, or no loss scale avoids overflow.
+            Stopped: by SIGTERM or SIGINT on any process, once a training state is durable.
         """
-        if self.options.preview_at_first:
+        if self.accelerator.is_main_process:
+            for path in self.options.output_dir.glob("quarantine*.jsonl"):
+                go_on(path, self.start_step)
+        if self.options.preview_at_first and not self.start_step:
             self._preview(["000000"], 0)
-        for step in range(self.options.max_train_steps):
+        for step in range(self.start_step, self.options.max_train_steps):
             began = time.perf_counter()
             step_batches = [next(batches) for _ in range(self.options.accumulation)]
             waited = time.perf_counter() - began
@@ -132,14 +162,13 @@ class Trainer:
             self._log(step, step_batches, result, waited, time.perf_counter() - began)
             self._stop_if_not_finite(step, step_batches, result)
             self._after_step(step + 1)
-        quarantined = torch.tensor(self.quarantined, device=self.accelerator.device)
         return RunReport(
             self.speed.images_per_second,
             self.average.value,
             self.options.max_train_steps,
             self.overflows,
             self.not_updated,
-            int(self.accelerator.reduce(quarantined, reduction="sum")),
+            self._quarantined_by_all(),
         )
 
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
@@ -213,8 +242,6 @@ class Trainer:
             return
         rank = self.accelerator.process_index
         path = self.options.output_dir / ("quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl")
-        if not self.quarantined:
-            set_aside(path)
         self.quarantined += len(bad)
         with path.open("a", encoding="utf-8") as file:
             for sample, reason in bad:
@@ -247,7 +274,43 @@ class Trainer:
         epochs_done = epoch if self.epochs.steps_before_epoch(epoch) == steps_done else None
         for stem in self.options.checkpoints_due(steps_done, epochs_done):
             self.save(stem)
+            if self.states.cadence.with_checkpoints:
+                self.save_state(steps_done, stem)
         self._preview(self.options.previews_due(steps_done, epochs_done), steps_done)
+        stop_signal, save = self._agreed()
+        if save or stop_signal or self.states.step_is_due(steps_done):
+            self.save_state(steps_done)
+        if stop_signal:
+            self.states.wait()
+            raise Stopped(stop_signal)
+
+    def _agreed(self) -> tuple[int, bool]:
+        """The signal that asks any process to stop, or 0, and whether any asks for a state now."""
+        save = self.signals.take_save_request() or self.states.minutes_are_up()
+        asked = torch.tensor([self.signals.stop_signal or 0, int(save)], device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        stop_signal, save = asked.tolist()
+        return stop_signal, bool(save)
+
+    def save_state(self, steps_done: int, stem: str | None = None) -> None:
+        """Save a training state. Every process calls; it is written in the background."""
+        self.writer.sync()
+        run = {
+            "schedule_steps": self.schedule.scheduler.last_epoch,
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "last_losses": self.average.values,
+            "overflows": self.overflows,
+            "not_updated": self.not_updated,
+            "not_finite_running": self.not_finite_running,
+            "quarantined": self._quarantined_by_all(),
+        }
+        metrics = {"global_batch": self.options.global_batch, "board_folder": self.writer.board_folder}
+        self.states.save(steps_done, run, metrics, stem)
+
+    def _quarantined_by_all(self) -> int:
+        """Samples that could not be read, over all processes."""
+        return int(self.accelerator.reduce(torch.tensor(self.quarantined, device=self.accelerator.device), "sum"))
 
     def save(self, stem: str) -> None:
         """Write a checkpoint of that name. Every process calls; those that do not write wait."""
@@ -255,6 +318,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 path = self.task.save(stem, module)
                 self.writer.write_text(f"saving checkpoint: {path}")
+                self.options.forget_checkpoints(path, stem)
         self.accelerator.wait_for_everyone()
 
     def _preview(self, positions: Sequence[str], step: int) -> None:
@@ -262,6 +326,7 @@ class Trainer:
             return
         with self.parallel.whole_module() as module:
             if self.accelerator.is_main_process:
-                for position in positions:
-                    self.task.preview(position, step, module)
+                with suppress(Stopped):  # the signal is still there for all to agree on
+                    for position in positions:
+                        self.task.preview(position, step, module)
         self.accelerator.wait_for_everyone()

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from library.atomic_write import write_file
 
 AVERAGE_WINDOW = 100  # steps in the average loss that the bar and the final block show
 WARMUP_STEPS = 5  # left out of the speed: first-time allocations, kernel choices, workers starting
@@ -74,6 +77,11 @@ class MovingAverage:
     window: int = AVERAGE_WINDOW
     _values: deque[float] = field(default_factory=deque)
 
+    @property
+    def values(self) -> list[float]:
+        """What the mean is of, oldest first."""
+        return list(self._values)
+
     def add(self, value: float) -> None:
         """Take in one value; one that is not finite is passed over."""
         if math.isfinite(value):
@@ -90,23 +98,41 @@ class MovingAverage:
 class MetricsWriter:
     """Writes each step to metrics.jsonl and TensorBoard and shows it in the bar; only on the main process.
 
-    An earlier run's metrics.jsonl in the same folder is kept under the next free name (metrics.1.jsonl, ...).
+    An earlier run's metrics.jsonl in the same folder is kept under the next free name (metrics.1.jsonl, ...). A run
+    that goes on adds to it, after the lines of the steps that it will do again are taken out.
     """
 
-    def __init__(self, output_dir: Path, logging_dir: Path | None, total_steps: int, main: bool = True) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        logging_dir: Path | None,
+        total_steps: int,
+        main: bool = True,
+        steps_done: int = 0,
+        board_folder: str | None = None,
+    ) -> None:
+        """
+        Args:
+            steps_done: by the run that goes on.
+            board_folder: where that run's TensorBoard events are, None if it had none.
+        """
         self.main = main
+        self.board_folder: str | None = None
         if not main:
             return
         path = output_dir / "metrics.jsonl"
-        set_aside(path)
-        self._file = path.open("w", encoding="utf-8")
+        go_on(path, steps_done)
+        self._file = path.open("a", encoding="utf-8")
         self._board = None
         if logging_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = logging_dir / time.strftime("%Y%m%d%H%M%S") / "finetuning"
-            self._board = SummaryWriter(str(folder))
-        self.bar = tqdm(total=total_steps, desc="steps", smoothing=0.1, dynamic_ncols=True, mininterval=0.5)
+            goes_on = board_folder is not None and Path(board_folder).is_relative_to(logging_dir)
+            self.board_folder = board_folder if goes_on else _new_board(logging_dir)
+            self._board = SummaryWriter(self.board_folder, purge_step=steps_done + 1 if goes_on else None)
+        self.bar = tqdm(
+            total=total_steps, initial=steps_done, desc="steps", smoothing=0.1, dynamic_ncols=True, mininterval=0.5
+        )
 
     def write(self, metrics: StepMetrics) -> None:
         """Record one step."""
@@ -128,6 +154,11 @@ class MetricsWriter:
         if self.main:
             self.bar.write(line)
 
+    def sync(self) -> None:
+        """Make what was written durable: a state that follows must not know of more steps than the file does."""
+        if self.main:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
         if self.main:
@@ -135,6 +166,27 @@ class MetricsWriter:
             self._file.close()
             if self._board is not None:
                 self._board.close()
+
+
+def _new_board(logging_dir: Path) -> str:
+    return str(logging_dir / time.strftime("%Y%m%d%H%M%S") / "finetuning")
+
+
+def go_on(path: Path, steps_done: int) -> None:
+    """Prepare a file of lines by step for what follows: an earlier run's is set aside, one's own is cut at a step."""
+    if not steps_done:
+        set_aside(path)
+    elif path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= steps_done]
+        write_file(path, lambda partial: partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8"))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; beyond all steps for one that a power cut has damaged."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def set_aside(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import InputError
 
@@ -92,6 +92,15 @@ def make_optimizer(
     # AdamW no longer takes, and elsewhere a skipped step could not be told from a taken one: the scaler does it.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
+
+
+def set_schedule(schedule: LambdaLR, steps: int) -> None:
+    """Put a schedule where it is after that many of its steps: its rates are functions of their number alone."""
+    schedule.last_epoch, schedule._step_count = steps, steps + 1
+    rates = [base * rate(steps) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def check_warmup(warmup_steps: int, max_train_steps: int) -> None:

@@ -1,7 +1,7 @@
 """Rules between options, checked once, before anything is read or loaded; each error names the flag and the way out."""
 
 from library.cli.optimization import OptimizationOptions
-from library.cli.run import PreviewOptions, RunOptions
+from library.cli.run import PreviewOptions, RunOptions, SavingOptions
 from library.errors import InputError
 from library.training.optimizers import check_optimizer, check_warmup
 from library.training.prompts import read_prompts
@@ -35,6 +35,31 @@ def text_encoder_rates(options: OptimizationOptions) -> tuple[float, float]:
         if rate:
             raise InputError(f"{flag}={rate:g} trains nothing without --train_text_encoder; add that, or leave it out")
     return 0.0, 0.0
+
+
+def check_saving(options: SavingOptions) -> None:
+    """Raise InputError where flags that say how many are kept, or how one resumes, have nothing to act on."""
+    epochs, steps = options.save_every_n_epochs, options.save_every_n_steps
+    needs = [
+        ("--save_last_n_epochs", options.save_last_n_epochs, epochs, "--save_every_n_epochs"),
+        ("--save_last_n_steps", options.save_last_n_steps, steps, "--save_every_n_steps"),
+        (
+            "--save_last_n_epochs_state",
+            options.save_last_n_epochs_state,
+            epochs and options.save_state,
+            "--save_every_n_epochs and --save_state",
+        ),
+        (
+            "--save_last_n_steps_state",
+            options.save_last_n_steps_state,
+            (steps and options.save_state) or options.save_state_every_n_steps or options.save_state_every_n_minutes,
+            "--save_state_every_n_steps, --save_state_every_n_minutes, or --save_every_n_steps with --save_state",
+        ),
+        ("--resume_anyway", options.resume_anyway, options.resume, "--resume"),
+    ]
+    for flag, given, acts_on, other in needs:
+        if given and not acts_on:
+            raise InputError(f"{flag} has nothing to act on without {other}; add that, or leave it out")
 
 
 def check_preview(options: PreviewOptions) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+STATE_SUFFIX = "-state"
 DEFAULT_EPOCH_NAME, DEFAULT_STEP_NAME, DEFAULT_LAST_NAME = "epoch", "at", "last"
 
 
@@ -66,7 +67,7 @@ def last_name(output_name: str | None) -> str:
 
 def state_name(stem: str) -> str:
     """'NAME-step00000500-state': the folder of the training state that belongs to a checkpoint's stem."""
-    return f"{stem}-state"
+    return f"{stem}{STATE_SUFFIX}"
 
 
 def sample_name(output_name: str | None, time: str, position: str, index: int, seed: int | None) -> str:

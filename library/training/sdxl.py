@@ -43,7 +43,7 @@ class SDXLPretraining:
 
     def __init__(self, model_options: ModelOptions, options: Options, surroundings: Surroundings) -> None:
         self.model_options, self.options = model_options, options
-        self.accelerator, self.seed = surroundings.accelerator, surroundings.seed
+        self.accelerator, self.seed, self.signals = surroundings.accelerator, surroundings.seed, surroundings.signals
         # A dry run answers whether the device is large enough: it must not need the device's memory for it.
         self.device = torch.device("cpu") if options.run.dry_run else surroundings.device
         te1_rate, te2_rate = text_encoder_rates(options.optimization)
@@ -205,6 +205,7 @@ class SDXLPretraining:
 
         def predict(noisy_BCHW: Tensor, t_B: Tensor, context_BTC: Tensor, vector_BV: Tensor) -> Tensor:
             """The U-Net in the precision that it trains in; sampler and VAE keep their own."""
+            self.signals.stop_if_requested()
             with self.accelerator.autocast():
                 return module.unet(noisy_BCHW, t_B, context_BTC, vector_BV)
 

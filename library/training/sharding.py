@@ -12,22 +12,27 @@ updated weights are those of `none`, to rounding.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import InputError
 from library.training.memory import without_data
 from library.training.optimizers import ParameterGroup
+from library.training.parts import Part, by_name, check_names, make_part, read_state, read_weight
 
 # Makes the optimizer over parameter groups, given what a sharded one is constructed with.
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
+MakeSchedule = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
 def sharding_kind(sharding: str | None, optimizer_type: str) -> str:
@@ -54,17 +59,26 @@ class Replicated:
         module: nn.Module,
         groups: Sequence[ParameterGroup],
         make_optimizer: MakeOptimizer,
+        make_schedule: MakeSchedule,
     ) -> None:
         """
         Args:
             module: on its device, in the precision of its weights.
             groups: what of it trains.
             make_optimizer: the optimizer over groups; takes a `construct` (`library.training.optimizers`).
+            make_schedule: the learning rates' schedule over the optimizer.
         """
         self.accelerator, self.bare_module = accelerator, module
+        self.named = _named(module, groups)
         self.bare_optimizer = make_optimizer(groups)
-        self.module, self.optimizer = accelerator.prepare(module, self.bare_optimizer)
-        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        # The schedule is made first: torch would take accelerate's wrapped step for a mistake of the user.
+        schedule = make_schedule(self.bare_optimizer)
+        self.module, self.optimizer, self.schedule = accelerator.prepare(module, self.bare_optimizer, schedule)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer updates."""
+        return list(self.named.values())
 
     @property
     def own_optimizer(self) -> torch.optim.Optimizer:
@@ -99,8 +113,51 @@ class Replicated:
         """
         yield self.bare_module
 
+    def own_parts(self) -> dict[str, dict[str, Any]]:
+        """What this process writes into a training state (`library.training.parts`), by parameter; no copies."""
+        return {
+            name: make_part(parameter, self.own_optimizer, self._first_row(name))
+            for name, parameter in self.named.items()
+            if self._writes(parameter)
+        }
 
-class OptimizerSharded(Replicated):
+    def read_parts(self, ranks: Sequence[Mapping[str, Part]]) -> None:
+        """Take weights and optimizer state out of what the processes of some run have written.
+
+        Raises:
+            InputError: they are of other parameters.
+        """
+        parts = by_name(ranks)
+        check_names(parts, self.named)
+        for name, parameter in self.named.items():
+            read_weight(name, parameter, parts[name], self._first_row(name))
+            if self._updates(parameter):
+                read_state(name, parameter, self.own_optimizer, parts[name], self._first_row(name))
+
+    def _first_row(self, name: str) -> int:
+        """The first row that this process holds of a parameter."""
+        return 0
+
+    def _updates(self, parameter: nn.Parameter) -> bool:
+        """Whether this process's optimizer has the parameter's state."""
+        return True
+
+    def _writes(self, parameter: nn.Parameter) -> bool:
+        """Whether this process is the one to write it."""
+        return self.accelerator.is_main_process
+
+
+class _ByParameter(Replicated):
+    """Each parameter's state is with one process, which both of torch's and fairscale's optimizers keep a table of."""
+
+    def _updates(self, parameter: nn.Parameter) -> bool:
+        optimizer: Any = self.bare_optimizer
+        return optimizer._param_to_rank[parameter] == self.accelerator.process_index
+
+    _writes = _updates
+
+
+class OptimizerSharded(_ByParameter):
     """fairscale's OSS: through accelerate, as third_patch has it."""
 
     def __init__(
@@ -109,16 +166,18 @@ class OptimizerSharded(Replicated):
         module: nn.Module,
         groups: Sequence[ParameterGroup],
         make_optimizer: MakeOptimizer,
+        make_schedule: MakeSchedule,
     ) -> None:
         agree_on_overflow(accelerator.scaler)
-        super().__init__(accelerator, module, groups, lambda groups: make_optimizer(groups, construct=_oss))
+        made = partial(make_optimizer, construct=_oss)
+        super().__init__(accelerator, module, groups, made, make_schedule)
 
     def clip(self, max_norm: float) -> float:
         """A process has the gradients of its own share alone: OSS adds the shares up even where nothing is clipped."""
         return float(self.accelerator.clip_grad_norm_(self.parameters, max_norm or float("inf")))
 
 
-class ZeroRedundancy(Replicated):
+class ZeroRedundancy(_ByParameter):
     """torch's ZeroRedundancyOptimizer beside DistributedDataParallel."""
 
     def __init__(
@@ -127,12 +186,16 @@ class ZeroRedundancy(Replicated):
         module: nn.Module,
         groups: Sequence[ParameterGroup],
         make_optimizer: MakeOptimizer,
+        make_schedule: MakeSchedule,
     ) -> None:
         self.accelerator, self.bare_module = accelerator, module
+        self.named = _named(module, groups)
         self.bare_optimizer = make_optimizer(groups, construct=_zero1)
+        schedule = make_schedule(self.bare_optimizer)
         # Without device placement: accelerate would ask for the state dict, which takes a collective of its own.
-        self.module, self.optimizer = accelerator.prepare(module, self.bare_optimizer, device_placement=[True, False])
-        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        self.module, self.optimizer, self.schedule = accelerator.prepare(
+            module, self.bare_optimizer, schedule, device_placement=[True, False, False]
+        )
 
 
 class FullySharded(Replicated):
@@ -148,24 +211,23 @@ class FullySharded(Replicated):
         module: nn.Module,
         groups: Sequence[ParameterGroup],
         make_optimizer: MakeOptimizer,
+        make_schedule: MakeSchedule,
     ) -> None:
         agree_on_overflow(accelerator.scaler)
         self.accelerator, self.bare_module = accelerator, module
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
-        group_names = [[names[id(parameter)] for parameter in group.parameters] for group in groups]
+        names = list(_named(module, groups))
         self._skeleton = without_data(module, share=lambda tensor: not tensor.requires_grad)
         self.module = accelerator.prepare_model(module, evaluation_mode=True)  # autocast, without a wrapper
         _fully_shard(self.module, accelerator)
-        self._sharded: dict[str, Any] = {name: module.get_parameter(name) for part in group_names for name in part}
-        self._shards = {name: nn.Parameter(whole.detach().to_local()) for name, whole in self._sharded.items()}
-        self.parameters = list(self._shards.values())
+        self._sharded: dict[str, Any] = {name: module.get_parameter(name) for name in names}
+        self.named = {name: nn.Parameter(whole.detach().to_local()) for name, whole in self._sharded.items()}
+        shards = iter(self.named.values())
         self.bare_optimizer = make_optimizer(
-            [
-                replace(group, parameters=[self._shards[name] for name in listed])
-                for group, listed in zip(groups, group_names, strict=True)
-            ]
+            [replace(group, parameters=list(itertools.islice(shards, len(group.parameters)))) for group in groups]
         )
+        schedule = make_schedule(self.bare_optimizer)
         self.optimizer = accelerator.prepare_optimizer(self.bare_optimizer)
+        self.schedule = accelerator.prepare_scheduler(schedule)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -180,7 +242,7 @@ class FullySharded(Replicated):
     def clip(self, max_norm: float) -> float:
         """The squared norms of all shares, added up, are the gradient's."""
         for name, whole in self._sharded.items():
-            self._shards[name].grad = None if whole.grad is None else whole.grad.to_local()
+            self.named[name].grad = None if whole.grad is None else whole.grad.to_local()
         self.accelerator.unscale_gradients()
         own = nn.utils.get_total_norm([shard.grad for shard in self.parameters if shard.grad is not None])
         squared = own.to(self.accelerator.device).square()
@@ -210,6 +272,14 @@ class FullySharded(Replicated):
             for name in self._sharded:
                 _put(self._skeleton, name, self._skeleton.get_parameter(name).detach().to("meta"))
 
+    def _first_row(self, name: str) -> int:
+        """FSDP deals out rows as `torch.chunk` does."""
+        rows, processes = self._sharded[name].shape[0], self.accelerator.num_processes
+        return min(-(-rows // processes) * self.accelerator.process_index, rows)
+
+    def _writes(self, parameter: nn.Parameter) -> bool:
+        return True
+
 
 KINDS: dict[str, type[Replicated]] = {
     "none": Replicated,
@@ -225,9 +295,11 @@ def shard(
     module: nn.Module,
     groups: Sequence[ParameterGroup],
     make_optimizer: MakeOptimizer,
+    make_schedule: MakeSchedule,
 ) -> Replicated:
-    """The module and its optimizer, ready to train on all processes. On one process there is nothing to shard."""
-    return KINDS[kind if accelerator.num_processes > 1 else "none"](accelerator, module, groups, make_optimizer)
+    """Module, optimizer and schedule, ready to train on all processes. On one process there is nothing to shard."""
+    actual = KINDS[kind if accelerator.num_processes > 1 else "none"]
+    return actual(accelerator, module, groups, make_optimizer, make_schedule)
 
 
 def _oss(groups: list[dict[str, Any]], optimizer: type[torch.optim.Optimizer], **keywords: Any) -> Any:
@@ -273,6 +345,12 @@ def agree_on_overflow(scaler: Any) -> None:
 
     unscale.agreed = True  # type: ignore[attr-defined]
     scaler._unscale_grads_ = unscale
+
+
+def _named(module: nn.Module, groups: Sequence[ParameterGroup]) -> dict[str, nn.Parameter]:
+    """What trains, by its name in the module, in the groups' order."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {names[id(parameter)]: parameter for group in groups for parameter in group.parameters}
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

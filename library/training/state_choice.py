@@ -8,7 +8,7 @@ from pathlib import Path
 from library.atomic_write import aside, remove
 from library.errors import InputError
 from library.training.run_lock import RunLock
-from library.training.saving import Retention, epoch_name, last_name, state_name, step_name
+from library.training.saving import STATE_SUFFIX, Retention, epoch_name, last_name, state_name, step_name
 from library.training.state_files import MANIFEST, read_info, verify
 
 logger = logging.getLogger(__name__)
@@ -42,14 +42,17 @@ def newest_valid(output_dir: Path, output_name: str | None) -> Path | None:
 def state_names(names: Iterable[str], output_name: str | None) -> list[str]:
     """Of the names in an output_dir, those of this output_name's states, in the order of the alphabet."""
     names = list(names)
-    steps, epochs = _positions(names, output_name)
+    steps, epochs = _positions(names, output_name, STATE_SUFFIX)
     last = state_name(last_name(output_name))
     return sorted([*steps.values(), *epochs.values(), *(name for name in names if name == last)])
 
 
-def obsolete(names: Iterable[str], saved: str, retention: Retention, output_name: str | None) -> list[str]:
-    """Which states may go once the state `saved` is durable; those of steps and of epochs are counted apart."""
-    steps, epochs = _positions(names, output_name)
+def obsolete(
+    names: Iterable[str], saved: str, retention: Retention, output_name: str | None, suffix: str = STATE_SUFFIX
+) -> list[str]:
+    """Which states, or checkpoints of that suffix, may go once `saved` is durable; those of steps and of epochs are
+    counted apart."""
+    steps, epochs = _positions(names, output_name, suffix)
     step = next((number for number, name in steps.items() if name == saved), None)
     epoch = next((number for number, name in epochs.items() if name == saved), None)
     going = []
@@ -89,11 +92,10 @@ def clear_left_behind(output_dir: Path, lock: RunLock) -> None:
             remove(output_dir / name)
 
 
-def _positions(names: Iterable[str], output_name: str | None) -> tuple[dict[int, str], dict[int, str]]:
-    """States by step and by epoch, as far as their names say so."""
-    number = r"(\d+)"
-    by_step = _pattern(step_name(output_name, 0), f"{0:08d}", number)
-    by_epoch = _pattern(epoch_name(output_name, 0), f"{0:06d}", number)
+def _positions(names: Iterable[str], output_name: str | None, suffix: str) -> tuple[dict[int, str], dict[int, str]]:
+    """Names by step and by epoch, as far as they say so."""
+    by_step = _pattern(step_name(output_name, 0), f"{0:08d}", suffix)
+    by_epoch = _pattern(epoch_name(output_name, 0), f"{0:06d}", suffix)
     names = list(names)
     return (
         {int(match[1]): name for name in names if (match := by_step.fullmatch(name))},
@@ -101,9 +103,9 @@ def _positions(names: Iterable[str], output_name: str | None) -> tuple[dict[int,
     )
 
 
-def _pattern(stem: str, zeros: str, number: str) -> re.Pattern[str]:
-    """What a name with another number in the place of the zeros at its end looks like."""
-    return re.compile(re.escape(state_name(stem.removesuffix(zeros))).replace(re.escape("-state"), f"{number}-state"))
+def _pattern(stem: str, zeros: str, suffix: str) -> re.Pattern[str]:
+    """What a name with another number in the place of the zeros at its stem's end looks like."""
+    return re.compile(re.escape(stem.removesuffix(zeros)) + r"(\d+)" + re.escape(suffix))
 
 
 def _entries(folder: Path) -> list[str]:

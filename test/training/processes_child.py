@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
+from sharding_child import OneEpoch, quiet_states
 from torch import nn
 
+from library.signals import Signals
 from library.training.loop import LoopOptions, Trainer
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
@@ -26,14 +28,6 @@ from third_patch import PATCHES, apply
 
 RANK, FEATURES, BATCH = int(os.environ["RANK"]), 6, 8
 OUT = Path(sys.argv[1])
-
-
-class Epochs:
-    def epoch_of_step(self, step):
-        return 0
-
-    def steps_before_epoch(self, epoch):
-        return 0
 
 
 class _InfiniteGradient(torch.autograd.Function):
@@ -92,13 +86,14 @@ def train(kind, precision="no", patches=PATCHES, max_grad_norm=0.05, steps=8, ov
         parallel = shard(
             kind, accelerator, module, groups,
             lambda groups, **construct: make_optimizer("AdamW", groups, [], **construct),
+            lambda optimizer: make_lr_schedule("linear", optimizer, steps, 0, 1, 1.0),
         )  # fmt: skip
-        schedule = accelerator.prepare_scheduler(make_lr_schedule("linear", parallel.bare_optimizer, steps, 0, 1, 1.0))
         folder = OUT / f"rank{RANK}"
         writer = MetricsWriter(folder, None, steps, True)
         options = LoopOptions(steps, 1, BATCH, max_grad_norm, folder)
         task = Regression(accelerator.device, overflow_on)
-        trainer = Trainer(task, accelerator, parallel, schedule, Epochs(), options, writer)
+        states = quiet_states(parallel, folder)
+        trainer = Trainer(task, accelerator, parallel, OneEpoch(), options, writer, states, Signals())
         trainer.train(rows(step, RANK, accelerator.num_processes) for step in range(steps))
         writer.close()
         if kind == "fsdp":
@@ -232,6 +227,7 @@ def check_gradients_stay_where_they_are_made_while_accumulating():
         parallel = shard(
             kind, accelerator, module, [ParameterGroup("unet", list(module.parameters()), 0.05)],
             lambda groups, **construct: make_optimizer("AdamW", groups, [], **construct),
+            lambda optimizer: make_lr_schedule("constant", optimizer, 1, 0, 1, 1.0),
         )  # fmt: skip
         batch = rows(0, RANK, 2)
         for one, device in ((alone, "cpu"), (parallel.module, accelerator.device)):

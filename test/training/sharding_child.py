@@ -18,11 +18,14 @@ from torch import nn
 
 from library.models.checkpoint import load_sdxl
 from library.models.conditioned_unet import ConditionedUNet
+from library.signals import Signals
 from library.training.loop import LoopOptions, Trainer
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
 from library.training.sharding import shard
+from library.training.state_writer import StateWriter
+from library.training.states import StateCadence, States
 from third_patch import PATCHES, apply
 
 GLOBAL_BATCH = 12  # 1, 2 or 4 processes with 1 or 3 micro-batches divide it
@@ -86,6 +89,11 @@ class OneEpoch:
         return 0
 
 
+def quiet_states(parallel, folder):
+    """States of a run that saves none."""
+    return States(StateWriter(folder), parallel, StateCadence(), lambda step, metrics: None, str)
+
+
 def state_bytes(parallel):
     """Bytes of optimizer state that this process holds; a step counter is not counted."""
     values = [value for state in parallel.own_optimizer.state.values() for value in state.values()]
@@ -99,18 +107,19 @@ def train(accelerator, model_folder, case, out):
     module.to(accelerator.device)
     parts = {"unet": list(module.unet.parameters()), "te1": module.trained_te1, "te2": module.trained_te2}
     groups = [ParameterGroup(name, part, 1e-4) for name, part in parts.items() if part]
+    steps, warmup = case["steps"], case["warmup"]
     parallel = shard(
         case["sharding"], accelerator, module, groups,
         lambda groups, **construct: make_optimizer("AdamW", groups, ["weight_decay=0.1"], **construct),
+        lambda optimizer: make_lr_schedule("linear" if warmup else "constant", optimizer, steps, warmup, 1, 1.0),
     )  # fmt: skip
-    steps, warmup = case["steps"], case["warmup"]
-    schedule = make_lr_schedule("linear" if warmup else "constant", parallel.bare_optimizer, steps, warmup, 1, 1.0)
     folder = out / case["name"]
     folder.mkdir(exist_ok=True)
     options = LoopOptions(steps, case["accumulation"], GLOBAL_BATCH, case["max_grad_norm"], folder)
     writer = MetricsWriter(folder, None, steps, accelerator.is_main_process)
     task = NoisePrediction(accelerator.device)
-    trainer = Trainer(task, accelerator, parallel, accelerator.prepare_scheduler(schedule), OneEpoch(), options, writer)
+    states = quiet_states(parallel, folder)
+    trainer = Trainer(task, accelerator, parallel, OneEpoch(), options, writer, states, Signals())
     rank, processes = accelerator.process_index, accelerator.num_processes
     trainer.train(micro_batches(steps, case["accumulation"], rank, processes))
     trainer._preview(["preview"], steps)

@@ -10,11 +10,14 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from library.errors import TrainingError
+from library.signals import Signals
 from library.training.loop import LoopOptions, Trainer
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
 from library.training.sharding import shard
+from library.training.state_writer import StateWriter
+from library.training.states import StateCadence, States
 
 FEATURES = 6
 
@@ -73,11 +76,17 @@ def train(
     torch.manual_seed(0)
     module = nn.Linear(FEATURES, 2)
     groups = [ParameterGroup("unet", list(module.parameters()), 0.05)]
-    parallel = shard("none", accelerator, module, groups, lambda groups: make_optimizer("AdamW", groups, []))
-    schedule = accelerator.prepare_scheduler(make_lr_schedule("linear", parallel.bare_optimizer, steps, 0, 1, 1.0))
+    parallel = shard(
+        "none", accelerator, module, groups,
+        lambda groups: make_optimizer("AdamW", groups, []),
+        lambda optimizer: make_lr_schedule("linear", optimizer, steps, 0, 1, 1.0),
+    )  # fmt: skip
     loop_options = LoopOptions(steps, accumulation, accumulation * batch, max_grad_norm, tmp_path, **options)
     writer = MetricsWriter(tmp_path, None, steps)
-    trainer = Trainer(task or Regression(), accelerator, parallel, schedule, FixedEpochs(), loop_options, writer)
+    states = States(StateWriter(tmp_path), parallel, StateCadence(), lambda step, metrics: None, str)
+    trainer = Trainer(
+        task or Regression(), accelerator, parallel, FixedEpochs(), loop_options, writer, states, Signals()
+    )
     try:
         report = trainer.train(batches or micro_batches(steps, accumulation, batch))
     finally:

@@ -1,0 +1,95 @@
+"""Weights and optimizer state by parameter name, in parts: what one way of sharding writes, any other reads.
+
+A part is some rows (places along the first dimension) of one parameter: `{"start": row, "weight": tensor, "state":
+{"exp_avg": tensor, "step": tensor, ...}}`. Each process writes the parts that it owns; on reading, a process copies the
+rows that it holds out of whatever parts there are, of any number of processes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import InputError
+
+Part = Mapping[str, Any]
+
+
+def make_part(weight: Tensor, optimizer: torch.optim.Optimizer, start: int = 0) -> dict[str, Any]:
+    """The part of a parameter that begins at row `start`; `weight` is the very tensor that the optimizer updates."""
+    return {"start": start, "weight": weight.detach(), "state": dict(optimizer.state.get(weight, {}))}
+
+
+def read_weight(name: str, into: Tensor, parts: Sequence[Part], start: int = 0) -> None:
+    """Fill a parameter, or the rows from `start` on that a process holds of it.
+
+    Raises:
+        InputError: the parts have another shape, or do not cover it.
+    """
+    _fill(f"{name}'s weight", into.detach(), [(part["start"], part["weight"]) for part in parts], start)
+
+
+def read_state(
+    name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, parts: Sequence[Part], start: int = 0
+) -> None:
+    """Give an optimizer the state of a parameter, or of the rows from `start` on that it works on.
+
+    Raises:
+        InputError: as `read_weight`.
+    """
+    keys = next((list(part["state"]) for part in parts if part["state"]), [])
+    state: dict[str, Any] = {}
+    for key in keys:
+        saved = [(part["start"], part["state"][key]) for part in parts if part["state"]]
+        first = saved[0][1]
+        if not isinstance(first, Tensor):
+            state[key] = first
+        elif first.dim() == 0 and parameter.dim():  # a counter, the same in every part
+            state[key] = first.to(parameter.device, copy=True)
+        else:
+            state[key] = torch.empty_like(parameter, dtype=first.dtype, requires_grad=False)
+            _fill(f"{name}'s {key}", state[key], saved, start)
+    if state:
+        optimizer.state[parameter] = state
+
+
+def by_name(ranks: Sequence[Mapping[str, Part]]) -> dict[str, list[Part]]:
+    """The parts of each parameter over all processes that wrote, in the order of their rows."""
+    gathered: dict[str, list[Part]] = {}
+    for parts in ranks:
+        for name, part in parts.items():
+            gathered.setdefault(name, []).append(part)
+    return {name: sorted(parts, key=lambda part: part["start"]) for name, parts in gathered.items()}
+
+
+def check_names(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise InputError where a state is of other parameters than those that train."""
+    missing, surplus = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    if missing or surplus:
+        listed = "; ".join(
+            f"{len(names)} {what}, such as {', '.join(names[:3])}"
+            for names, what in ((missing, "are not in it"), (surplus, "do not train now"))
+            if names
+        )
+        raise InputError(
+            f"--resume: the state is of other parameters than those that train now ({listed}). Train the same parts "
+            "(--train_text_encoder, --learning_rate_te1, --learning_rate_te2) of the same model."
+        )
+
+
+def _fill(what: str, into: Tensor, saved: Sequence[tuple[int, Tensor]], start: int) -> None:
+    """Copy rows start … start + len(into) out of the parts."""
+    if into.dim() == 0:
+        into.copy_(saved[0][1])
+        return
+    done = 0
+    for first, rows in saved:
+        if rows.shape[1:] != into.shape[1:]:
+            raise InputError(f"--resume: {what} has rows of {tuple(rows.shape[1:])}, not {tuple(into.shape[1:])}")
+        begin, end = max(first, start), min(first + len(rows), start + len(into))
+        if begin < end:
+            into[begin - start : end - start].copy_(rows[begin - first : end - first])
+            done += end - begin
+    if done != len(into):
+        raise InputError(f"--resume: {what} has {done} of the {len(into)} rows that are needed; it is another model's")

@@ -1,0 +1,124 @@
+"""Going on where a run stopped: which training state, whether it fits, and what a new one says of its run."""
+
+import importlib.metadata
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from library.errors import InputError
+from library.training.state_choice import newest_valid
+from library.training.state_files import StateInfo, verify
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"  # --resume auto: the newest state that holds, else from the start
+# Options that say nothing about the training itself: a change is not worth a line.
+_OF_NO_ACCOUNT = {"max_data_loader_n_workers", "logging_dir", "output_dir", "resume", "resume_anyway", "dry_run"}
+_PACKAGES = ("torch", "torch_npu", "accelerate", "fairscale", "diffusers", "transformers", "numpy", "Pillow")
+
+
+@dataclass(frozen=True)
+class Position:
+    """What a run's course hangs on, besides the weights: it must be the same to go on."""
+
+    plan: str  # fingerprint of the data and its order
+    seed: int
+    global_batch: int
+
+
+def choose_state(resume: str | None, output_dir: Path, output_name: str | None) -> Path | None:
+    """The state to go on from, whole as its manifest says; None to start from the beginning.
+
+    Args:
+        resume: a state's folder, "auto" or None, as --resume has it.
+
+    Raises:
+        InputError: the folder that was named is no whole state.
+    """
+    if resume is None:
+        return None
+    if resume != AUTO:
+        verify(Path(resume))
+        return Path(resume)
+    found = newest_valid(output_dir, output_name)
+    if found is None:
+        logger.info("--resume auto: no training state in %s, training starts from the beginning", output_dir)
+    return found
+
+
+def check_position(saved: StateInfo, now: Position, folder: Path, anyway: bool) -> None:
+    """Raise InputError if another data set, order, seed or global batch would be trained on than the state's run was.
+
+    Args:
+        anyway: --resume_anyway; then a warning, not an error.
+    """
+    then = Position(saved.plan, saved.seed, int(saved.metrics["global_batch"]))
+    differing = []
+    if then.plan != now.plan:
+        differing.append(f"the data or its buckets (fingerprint {then.plan[:12]} then, {now.plan[:12]} now)")
+    if then.seed != now.seed:
+        differing.append(f"--seed ({then.seed} then, {now.seed} now)")
+    if then.global_batch != now.global_batch:
+        differing.append(
+            f"the global batch: batch size × processes × accumulation ({then.global_batch} then, "
+            f"{now.global_batch} now)"
+        )
+    if not differing:
+        return
+    what = f"{folder}: other than in the run that saved it: {'; '.join(differing)}"
+    if not anyway:
+        raise InputError(
+            f"--resume {what}. The samples would not be those that follow. Go on with the same, or add --resume_anyway "
+            "to train on the new order from this step on."
+        )
+    logger.warning("--resume_anyway: %s; the new order counts from step %d on", what, saved.step)
+
+
+def check_length(step: int, steps: int, folder: Path) -> None:
+    """Raise InputError if a state has done more steps than the run is long."""
+    if step > steps:
+        raise InputError(
+            f"--resume {folder}: {step} steps are done, and the run is {steps} steps long; raise --max_train_steps (or "
+            "_epochs)"
+        )
+
+
+def log_changed_options(saved: StateInfo, now: Mapping[str, Any]) -> None:
+    """A line of the log for each option and package version that is another one than it was."""
+    for what, then, present in (("option", saved.options, now), ("version of", saved.versions, versions())):
+        for name in sorted(then.keys() | present.keys()):
+            if then.get(name) != present.get(name) and name not in _OF_NO_ACCOUNT:
+                logger.warning(
+                    "changed since the state: %s %s, %s -> %s", what, name, then.get(name), present.get(name)
+                )
+
+
+def plain_options(*groups: Any) -> dict[str, Any]:
+    """Option groups as values that JSON has, by the flags' names."""
+    merged: dict[str, Any] = {}
+    for group in groups:
+        merged |= asdict(group)
+    return {name: _plain(value) for name, value in merged.items()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that compute."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain_options(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,100 @@
+"""The training states of a run: when one is due, what goes into it, and taking one up again."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.training.parts import Part
+from library.training.sharding import Replicated
+from library.training.state_files import State, StateInfo
+from library.training.state_writer import StateWriter
+
+TRAINING, RUN = "training", "run"  # names of the state objects: each process's parts, and what all share
+
+
+@dataclass(frozen=True)
+class StateCadence:
+    """When states are saved, besides at the end and on a signal."""
+
+    every_n_steps: int | None = None
+    every_n_minutes: float | None = None
+    with_checkpoints: bool = False
+
+
+class States:
+    """Saves the states of a run. Every process has one and calls it at the same steps."""
+
+    def __init__(
+        self,
+        writer: StateWriter,
+        parallel: Replicated,
+        cadence: StateCadence,
+        info: Callable[[int, Mapping[str, Any]], StateInfo],
+        step_stem: Callable[[int], str],
+    ) -> None:
+        """
+        Args:
+            info: makes the state's description of the steps done and of what metrics go on from.
+            step_stem: a step's number to the name of what is saved at it.
+        """
+        self.writer, self.parallel, self.cadence = writer, parallel, cadence
+        self._info, self._step_stem = info, step_stem
+        self._saved_step: int | None = None
+        self._last_save = time.monotonic()
+
+    def minutes_are_up(self) -> bool:
+        """Whether this process's clock asks for a state; processes' clocks differ, so they must agree."""
+        minutes = self.cadence.every_n_minutes
+        return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+
+    def step_is_due(self, steps_done: int) -> bool:
+        """Whether the step's number asks for a state."""
+        return self.cadence.every_n_steps is not None and steps_done % self.cadence.every_n_steps == 0
+
+    def save(
+        self, steps_done: int, run: Mapping[str, Any], metrics: Mapping[str, Any], stem: str | None = None
+    ) -> None:
+        """Copy the state now and write it in the background; nothing to do where this step has one already.
+
+        Args:
+            run: what all processes share of the loop's own state.
+            stem: its name; that of the step if not given.
+        """
+        if self._saved_step == steps_done and stem is None:
+            return
+        is_main = self.writer.rank == 0
+        self.writer.snapshot(
+            stem or self._step_stem(steps_done),
+            self._info(steps_done, metrics),
+            {TRAINING: self.parallel.own_parts()},
+            {RUN: run} if is_main else None,
+        )
+        self._saved_step, self._last_save = steps_done, time.monotonic()
+
+    def wait(self) -> None:
+        """Until the last state is durable.
+
+        Raises:
+            TrainingError: it could not be written.
+        """
+        self.writer.wait()
+
+
+def parts_by_process(state: State) -> list[Mapping[str, Part]]:
+    """What each process of the run that saved wrote of weights and optimizer state."""
+    return [own[TRAINING] for own in state.own]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A state that a run goes on from."""
+
+    folder: Path
+    state: State
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.info.step
