@@ -1,9 +1,22 @@
 """A tiny SDXL with random weights, made of what diffusers and transformers build, for all tests of models."""
 
+import logging
+
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other, above all beside loader workers
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A script that runs within a test sets up logging for itself; the next test is to know nothing of it."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
 
 WORDS = ["cat", "dog", "red", "blue", "photo", "of", "a"]
 
