@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.models.conditioned_unet import ConditionedUNet
 from library.models.sdxl import SDXLModel
-from library.models.unet import ResBlock, TransformerBlock, UNet
+from library.models.unet import UNet
 from library.models.vae import encode_images
+from third_patch.accelerate_patch.accelerator import ALL_BUCKETS_ELEMENTS, BUCKET_ELEMENTS
 
 MIB, GIB = 2**20, 2**30
 FP32 = 4  # bytes; weights, gradients and AdamW's two moments are fp32 in every precision (autocast)
 DDP_FIRST_BUCKET, DDP_BUCKET = MIB, 25 * MIB  # torch's defaults
-OSS_BUCKET = 2**23  # elements, fairscale's default
 PER_NODE = 8
 DEVICES = (8, 64, 512)
 METHODS = {"ddp": "DDP", "oss": "OSS + ShardedDDP", "zero1": "ZeroRedundancyOptimizer + DDP", "fsdp": "FSDP2"}
@@ -77,10 +77,11 @@ class Trained:
         return sum(self.numels)
 
 
-def fsdp_units(module: nn.Module) -> list[nn.Module]:
-    """What is sharded, gathered and freed as one: what gradient checkpointing recomputes as one."""
-    layers = [layer for part in module.modules() if hasattr(part, "encoder") for layer in part.encoder.layers]
-    return [part for part in module.modules() if isinstance(part, ResBlock | TransformerBlock)] + layers
+def fsdp_units(module: Any) -> list[nn.Module]:
+    """What is sharded, gathered and freed as one, as the trainer has it; of a U-Net alone, its part of that."""
+    if isinstance(module, UNet):
+        return [*module.input_blocks, module.middle_block, *module.output_blocks]
+    return module.sharding_units()
 
 
 def trained_sizes(module: nn.Module) -> Trained:
@@ -122,19 +123,24 @@ def _ddp(numels: Sequence[int]) -> list[Collective]:
     return [Collective("all_reduce", size) for size in (*buckets, filled) if size]
 
 
+def oss_reduces(numels: Sequence[int], trained: Trained, devices: int) -> tuple[int, list[int]]:
+    """Elements of one rank's bucket, as many small gradients as fit, smallest first, and of those reduced alone."""
+    limit = min(BUCKET_ELEMENTS, ALL_BUCKETS_ELEMENTS // devices, trained.total)
+    bucket, alone = 0, []
+    for numel in sorted(numels):
+        if bucket + numel < limit:
+            bucket += numel
+        else:
+            alone.append(numel)
+    return bucket, alone
+
+
 def _oss(trained: Trained, devices: int) -> list[Collective]:
-    """A rank's small gradients go in one bucket, as many as fit, smallest first; each other one is reduced alone."""
-    limit = min(OSS_BUCKET, trained.total)
-    calls, parts = [], shards(trained.numels, devices)
+    calls, parts = [], [part for part in shards(trained.numels, devices) if part]
     for part in parts:
-        bucket = 0
-        for numel in sorted(part):
-            if bucket + numel < limit:
-                bucket += numel
-            else:
-                calls.append(Collective("reduce", numel * FP32))
-        calls += [Collective("reduce", bucket * FP32)] if bucket else []
-    return calls + [Collective("broadcast", sum(part) * FP32) for part in parts if part]
+        bucket, alone = oss_reduces(part, trained, devices)
+        calls += [Collective("reduce", numel * FP32) for numel in (bucket, *alone) if numel]
+    return calls + [Collective("broadcast", sum(part) * FP32) for part in parts]
 
 
 def collectives(method: str, trained: Trained, devices: int, gathered_bytes: int = FP32) -> list[Collective]:
@@ -215,11 +221,18 @@ def seconds(calls: Sequence[Collective], devices: int, links: Links) -> Seconds:
 
 
 def state_bytes(method: str, trained: Trained, devices: int) -> dict[str, int]:
-    """What the rank with the most holds between steps: fp32 weights, gradients, AdamW's two moments."""
-    whole = trained.total * FP32
-    held = math.ceil(trained.total / devices) * FP32 if method == "fsdp" else whole
-    moments = 2 * FP32 * max(optimizer_shards(method, trained, devices))
-    return {"weights": held, "gradients": held, "moments": moments}
+    """What the rank with the most holds at the update: fp32 weights, gradients, AdamW's two moments.
+
+    OSS keeps the buckets of all ranks; a gradient that is reduced alone stays with its owner only.
+    """
+    gradients = weights = trained.total
+    if method == "fsdp":
+        gradients = weights = math.ceil(trained.total / devices)
+    elif method == "oss":
+        reduces = [oss_reduces(part, trained, devices) for part in shards(trained.numels, devices)]
+        gradients = sum(bucket for bucket, _ in reduces) + max(sum(alone) for _, alone in reduces)
+    moments = 2 * max(optimizer_shards(method, trained, devices))
+    return {"weights": FP32 * weights, "gradients": FP32 * gradients, "moments": FP32 * moments}
 
 
 # FLOPs

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from library import device
 from library.errors import InputError
 
 # The names that diffusers (first) and transformers (the others) give to the weights of one component.
@@ -184,7 +185,7 @@ def _check_sizes(tensors: Mapping[str, Tensor], path: Path) -> None:
     size = path.stat().st_size
     total = 0
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        if tensor.layout != torch.strided or tensor.is_quantized or not device.is_cpu(tensor.device):
             raise InputError(
                 f"{path}: {name} is no plain tensor ({tensor.layout}, {tensor.device}). Save the model as .safetensors."
             )

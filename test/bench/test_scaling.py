@@ -71,7 +71,7 @@ def test_collectives_of_a_small_case(scaling, trained):
     assert sum(call.bytes for call in half if call.kind == "all_gather") == 40
 
 
-def test_bytes_time_and_memory_of_a_small_case(scaling, trained):
+def test_bytes_time_and_memory_of_a_small_case(scaling, trained, monkeypatch):
     # 4 ranks, 48 bytes of gradients: an all-reduce sends 2 · 3/4 · 48 a rank, a reduce and a broadcast as much.
     assert scaling.sent(scaling.collectives("ddp", trained, 4), 4) == 72
     assert scaling.sent(scaling.collectives("oss", trained, 4), 4) == 72
@@ -87,6 +87,8 @@ def test_bytes_time_and_memory_of_a_small_case(scaling, trained):
 
     assert scaling.state_bytes("ddp", trained, 2) == {"weights": 48, "gradients": 48, "moments": 96}
     assert scaling.state_bytes("oss", trained, 2) == {"weights": 48, "gradients": 48, "moments": 8 * 7}
+    monkeypatch.setattr(scaling, "BUCKET_ELEMENTS", 4)  # 3 goes in rank 0's bucket; 4 and 5 are reduced alone
+    assert scaling.state_bytes("oss", trained, 2)["gradients"] == 4 * (3 + 5)
     assert scaling.state_bytes("fsdp", trained, 2) == {"weights": 24, "gradients": 24, "moments": 48}
 
 
@@ -116,7 +118,7 @@ def test_shards_and_buckets_are_the_libraries(scaling, four_pretended_ranks, mon
     torch.manual_seed(0)
     widths = torch.randint(1, 60, (24,)).tolist()
     module = nn.Sequential(*(nn.Linear(one, other) for one, other in itertools.pairwise(widths)))
-    trained = scaling.trained_sizes(module)
+    trained = scaling.Trained(tuple(parameter.numel() for parameter in module.parameters()), ())
     zero1 = ZeroRedundancyOptimizer(module.parameters(), torch.optim.AdamW)
     oss = OSS(module.parameters(), torch.optim.AdamW)
     for method, optimizer in (("zero1", zero1), ("oss", oss)):
@@ -124,7 +126,7 @@ def test_shards_and_buckets_are_the_libraries(scaling, four_pretended_ranks, mon
         theirs = [sum(p.numel() for group in part for p in group["params"]) for part in parts]
         assert scaling.optimizer_shards(method, trained, 4) == theirs
 
-    monkeypatch.setattr(scaling, "OSS_BUCKET", 1500)
+    monkeypatch.setattr(scaling, "BUCKET_ELEMENTS", 1500)
     sharded = ShardedDataParallel(module, oss, reduce_buffer_size=1500)
     sharded.refresh_trainable()
     buckets = [bucket.buffer.numel() for bucket in sharded._bucket_list]

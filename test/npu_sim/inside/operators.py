@@ -45,6 +45,12 @@ def test_fused_attention_is_attention_in_every_layout(layout, dtype):
     assert result[1].shape[-1] == result[2].shape[-1] == 8 and result[1].dtype == torch.float32
 
 
+def test_fused_attention_does_not_mind_the_case_of_the_layout():
+    q, k, v = parts(torch.float16)
+    upper, lower = (torch_npu.npu_fusion_attention(q, k, v, N, name, scale=SCALE)[0] for name in ("BNSD", "bnsd"))
+    torch.testing.assert_close(upper, lower, rtol=0, atol=0)
+
+
 def test_fused_attention_has_gradients_masks_and_position_scores():
     q, k, v = (part.requires_grad_() for part in parts())
     mask = torch.ones(S, K, dtype=torch.bool, device="npu").triu(4)
