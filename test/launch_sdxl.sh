@@ -146,11 +146,11 @@ demo_train_arguments() {
 }
 
 build_demo() {
-    build_part data make_data.py
-    build_part model make_model.py
+    build_part data tools/demo/make_data.py
+    build_part model tools/demo/make_model.py
 }
 
-# Builds a part of the demo unless it is there as these tools make it. It is built aside and renamed, so that machines
+# Builds a part of the demo with a tool unless it is there as the tools make it. It is built aside and renamed, so that machines
 # that share the folder may do it at once: the first one's stays.
 build_part() {
     local target=$demo_dir/$1 made_by aside
@@ -160,7 +160,7 @@ build_part() {
     mkdir -p "$demo_dir"
     aside=$(mktemp -d "$demo_dir/.$1.XXXXXX")
     chmod 755 "$aside"
-    "$python" "tools/demo/$2" --out "$aside" | sed "s#$aside#$target#"
+    "$python" "$2" --out "$aside" | sed "s#$aside#$target#"
     echo "$made_by" > "$aside/.made_by"
     if [ "$(cat "$target/.made_by" 2>/dev/null)" != "$made_by" ]; then rm -rf "$target"; fi
     mv -T "$aside" "$target" 2>/dev/null || rm -rf "$aside"
