@@ -172,18 +172,23 @@ judge_demo() {
         --grid "$output_dir/samples_before_after.png" --at_least 12
 }
 
-# Runs a command; its output goes to a log and to the screen. Ends with its status. SIGTERM is handed on to it; Ctrl-C
-# reaches it by the terminal, and the log takes in what it says after that.
+# Runs a command; its output goes to a log and to the screen. Ends with its status. The command has a process group of
+# its own and gets SIGTERM, Ctrl-C and SIGHUP from here, so that each comes once: the trainer saves at the first one and
+# ends at once at a second one. The log takes in what it says after that, too.
 run_logged() {
-    local log=$1 logger child status=0
+    local log=$1 logger child name status=0
     shift
     exec 3> >(trap '' INT TERM HUP; exec tee "$log")
     logger=$!
-    (trap - INT TERM HUP; exec "$@") >&3 2>&1 3>&- &  # bash would let a background command ignore Ctrl-C
+    set -m  # a background command then has its own process group, and does not ignore Ctrl-C
+    (trap - INT TERM HUP; exec "$@") >&3 2>&1 3>&- &
     child=$!
+    set +m
     exec 3>&-
-    trap 'kill -TERM "$child" 2>/dev/null' TERM
-    trap : INT HUP
+    for name in TERM INT HUP; do
+        # shellcheck disable=SC2064
+        trap "kill -$name $child 2>/dev/null || true" "$name"
+    done
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do status=0; wait "$child" || status=$?; done  # a signal ends `wait`, too
     trap - INT TERM HUP

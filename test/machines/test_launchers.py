@@ -112,21 +112,25 @@ def test_machines_that_share_a_folder_build_the_demo_once(tmp_path):
     assert bash("-c", script).stdout == ""
 
 
-def test_a_launcher_hands_sigterm_on_and_waits_for_what_the_trainer_does_then(tmp_path):
+@pytest.mark.parametrize(("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
+def test_a_launcher_hands_a_signal_on_once_and_waits_for_what_the_trainer_does_then(tmp_path, number, send):
+    """SIGTERM to the launcher alone, and Ctrl-C, which the terminal sends to all of its process group."""
     (tmp_path / "trainer.py").write_text(
         "import signal, sys, time\n"
-        "def stop(*_):\n    time.sleep(1)\n    print('state saved')\n    sys.exit(5)\n"
-        "signal.signal(signal.SIGTERM, stop)\nprint('training', flush=True)\ntime.sleep(60)\n"
+        "def stop(*_):\n    print('stopping', flush=True)\n    time.sleep(1)\n    print('saved')\n    sys.exit(5)\n"
+        f"signal.signal({number.value}, stop)\nprint('training', flush=True)\ntime.sleep(60)\n"
     )
     log = tmp_path / "log"
     script = f"source test/launch_sdxl.sh; run_logged {log} {sys.executable} {tmp_path}/trainer.py || exit $?"
-    launcher = subprocess.Popen(["bash", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        ["bash", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 30
     while not (log.exists() and "training\n" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    launcher.send_signal(signal.SIGTERM)
+    send(launcher.pid, number)
     printed, _ = launcher.communicate(timeout=30)
-    assert (launcher.returncode, printed) == (5, "training\nstate saved\n")
+    assert (launcher.returncode, printed) == (5, "training\nstopping\nsaved\n")
     assert log.read_text() == printed
 
 
