@@ -197,3 +197,21 @@ def test_different_data_on_two_machines_is_named_on_both(machines, tiny_sdxl_fol
         assert "rank 1 (on " in report and "differs from rank 0" in report
         assert "the number of samples (8 and 7)" in report and f"{pictures.name} (8 samples" in report
         assert "--train_data_dir" not in report  # where the data lies may differ
+
+
+def test_a_process_that_is_later_than_the_timeout_ends_the_run(machines, tmp_path):
+    """What --ddp_timeout sets, in seconds here: nobody fails, one is too slow."""
+    (tmp_path / "late.py").write_text(
+        "import sys, time\nfrom datetime import timedelta\n"
+        "from library.cli.main import run_main\nfrom library.training.precision import make_accelerator\n"
+        "def work():\n"
+        "    accelerator = make_accelerator('no', timedelta(seconds=3))\n"
+        "    accelerator.wait_for_everyone()\n"
+        "    time.sleep(3600 * accelerator.process_index)\n"
+        "    accelerator.wait_for_everyone()\n"
+        "sys.exit(run_main(work))\n"
+    )
+    machines.start(tmp_path / "late.py", processes=2)
+    ((status, printed),) = machines.end()
+    assert status == 1
+    assert "rank 0 (machine 0, " in last_report(printed) and "imed out" in last_report(printed)
