@@ -16,6 +16,7 @@ from typing import Any
 from library.cli.main import EXIT_FAILED
 
 _TAIL_LINES = 15
+_BY_SIGNAL = 128  # exit statuses from here on are 128 plus a signal's number
 # How collectives and stores say that the other side is gone; such an error may be the consequence of another.
 _OTHER_SIDE = re.compile(
     r"gloo|nccl|hccl|TCPStore|Connection (closed|reset|refused)|Broken pipe|connectFullMesh|DistStoreError|Socket"
@@ -78,7 +79,8 @@ def recorded_failures(machine: int, folder: Path) -> list[Failure]:
     failures = []
     for path in folder.rglob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        certain = record["expected"] or not _OTHER_SIDE.search(record["message"])
+        # A process that a signal has stopped was stopped because of something, as one killed by SIGTERM.
+        certain = record["status"] < _BY_SIGNAL and (record["expected"] or not _OTHER_SIDE.search(record["message"]))
         what = f"ended with exit status {record['status']}:"
         failures.append(
             Failure(

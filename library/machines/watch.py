@@ -78,7 +78,7 @@ class Watch:
         """
         self._finished.set()
         if self._lost is not None:
-            return self._lost
+            return root_cause([*failures, self._lost])
         try:
             return self._settle(failures)
         except RuntimeError:

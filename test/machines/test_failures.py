@@ -1,12 +1,13 @@
 """Which of several failures is shown: the one that the others follow from."""
 
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
 
 from library.cli.main import EXIT_BAD_INPUT, EXIT_FAILED, run_main
-from library.errors import InputError, TrainingError
+from library.errors import InputError, Stopped, TrainingError
 from library.machines.failures import Failure, log_of_rank, recorded_failures, root_cause, silent_failures
 
 PEER_GONE = "RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:24495."
@@ -46,6 +47,13 @@ def test_an_error_of_ones_own_is_shown_before_the_broken_connections_that_follow
     assert (cause.rank, cause.status) == (1, status)
     assert cause.report().startswith("training failed: rank 1 (machine 0, ")
     assert cause.report().endswith(shown)
+
+
+def test_a_process_that_was_told_to_stop_is_not_the_cause(tmp_path, monkeypatch):
+    """torchrun ends the processes beside a failed one by SIGTERM, at which the trainer saves and stops."""
+    fail_as(0, RuntimeError(PEER_GONE), tmp_path, monkeypatch)
+    assert fail_as(1, Stopped(signal.SIGTERM), tmp_path, monkeypatch) == 143
+    assert root_cause(recorded_failures(0, tmp_path)).rank == 0
 
 
 def test_where_every_process_finds_the_same_error_the_first_one_is_shown(tmp_path, monkeypatch):
