@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from library.errors import InputError
 from library.models.attention import report as attention_report
 from library.signals import Signals
 from library.training import loop
+from library.training.agreement import check_agreement, describe_run
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import Construct, ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
@@ -116,7 +118,7 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
     """
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
-        accelerator = make_accelerator(options.run.mixed_precision)
+        accelerator = make_accelerator(options.run.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
         check_optimization(options.optimization, options.run)
@@ -141,6 +143,7 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
         if resumed is not None:
             _check_resumed(resumed, options, data, surroundings.seed, steps)
         task = make_task(surroundings)
+        check_agreement(accelerator, describe_run(options, surroundings.seed, data, task.module))
         groups = task.parameter_groups()
         logger.info("seed: %d", surroundings.seed)
         plan_lines = _plan_lines(options, data, steps, epochs, groups, accelerator)
