@@ -25,6 +25,7 @@ class DataOptions:
     caption_dropout_rate: float
     train_batch_size: int
     max_data_loader_n_workers: int
+    max_bad_samples: float  # share of all samples
 
 
 def resolution(text: str) -> tuple[int, int]:
@@ -90,4 +91,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=non_negative_int,
         default=8,
         help="processes that read and decode, at most the cores less one; 0: in the main process (%(default)s)",
+    )
+    group.add_argument(
+        "--max_bad_samples",
+        type=rate,
+        default=0.01,
+        help="share of samples that may be unusable before the run stops; 0: none, 1: all (%(default)s)",
     )

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from library.cli.data import DataOptions
+from library.data.bad_samples import check_left_out
 from library.data.buckets import BucketOptions, Buckets, assign_buckets, check_options
 from library.data.captions import CaptionOptions
 from library.data.index import Index, build_index
@@ -96,6 +97,7 @@ def prepare_data(
     logger.info("loading image sizes.")
     with tqdm(desc="index", disable=rank != 0, mininterval=0.5) as bar:
         index = build_index(options.train_data_dir, options.caption_extension, progress=_shown_in(bar, between))
+    check_left_out(index.bad, len(index), options.max_bad_samples)
     sizes_N2 = np.stack([index.rows["width"], index.rows["height"]], axis=1).astype(np.int64)
     buckets = assign_buckets(sizes_N2, bucket_options, index.name)
     share = Share(options.train_batch_size, rank, world_size, accumulation)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from library.data.decode import HEADER_BYTES, SampleError, upright_size
+from library.data.decode import HEADER_BYTES, MAX_BYTES, SampleError, upright_size
 from library.data.rows import (
     COMMON_CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
+    MAX_CAPTION_BYTES,
     CaptionKind,
     Part,
     TextPool,
@@ -68,11 +69,15 @@ def scan_folder(subset: Subset, caption_extension: str, progress: Callable[[], N
         progress()
         stem = PurePath(name).stem
         try:
+            if sizes[name] > MAX_BYTES:
+                raise SampleError(f"an image file of {sizes[name]} bytes, {MAX_BYTES} are the most")
+            caption_bytes = sizes.get(stem + caption_extension, 0)
+            if caption_bytes > MAX_CAPTION_BYTES:
+                raise SampleError(f"a caption of {caption_bytes} bytes, {MAX_CAPTION_BYTES} are the most")
             width_height = _size_from_image(subset.folder / name)
         except SampleError as error:
             part.bad.append((name, str(error)))
             continue
-        caption_bytes = sizes.get(stem + caption_extension, 0)
         if caption_bytes:
             caption = (CaptionKind.PLAIN, 0, caption_bytes)
         elif subset.class_words:
@@ -98,6 +103,6 @@ def _size_from_image(path: Path) -> tuple[int, int]:
             start = file.read(HEADER_BYTES)
             with contextlib.suppress(SampleError):
                 return upright_size(start)
-            return upright_size(start + file.read())
+            return upright_size(start + file.read(MAX_BYTES))
     except OSError as error:
         raise SampleError(f"cannot be read: {error.strerror}") from error

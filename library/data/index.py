@@ -13,7 +13,7 @@ import numpy as np
 
 from library.data.folders import Subset, dreambooth_subset, image_files, listing, scan_folder
 from library.data.index_cache import IndexCache, cache_for, file_state
-from library.data.rows import IMAGE_EXTENSIONS, CaptionKind, Part
+from library.data.rows import IMAGE_EXTENSIONS, CaptionKind, Part, printable
 from library.data.shards import scan_shard
 from library.data.tar_headers import looks_like_tar
 from library.errors import InputError
@@ -32,7 +32,7 @@ class Source:
 
     def name(self, key: str) -> str:
         """What messages call its image of that key."""
-        return f"{self.path}:{key}" if self.is_shard else str(self.path / key)
+        return printable(f"{self.path}:{key}" if self.is_shard else str(self.path / key))
 
 
 @dataclass(frozen=True)

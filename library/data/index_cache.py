@@ -13,7 +13,7 @@ import numpy as np
 
 from library.data.rows import ROW, Part
 
-_VERSION = 1  # raise it whenever a scan of unchanged data gives another table
+_VERSION = 2  # raise it whenever a scan of unchanged data gives another table
 _FOLDER = ".sdxl_index"
 
 

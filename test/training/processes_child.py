@@ -73,7 +73,9 @@ def rows(step, rank, processes):
     random = torch.Generator().manual_seed(step)
     inputs, targets = (torch.randn(BATCH, width, generator=random) for width in (FEATURES, 2))
     part = slice(rank, None, processes)
-    return SimpleNamespace(step=step, inputs=inputs[part], targets=targets[part], names=["?"], quarantined=[])
+    return SimpleNamespace(
+        step=step, inputs=inputs[part], targets=targets[part], names=["?"], quarantined=[], replaced=0
+    )
 
 
 def train(
