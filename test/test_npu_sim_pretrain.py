@@ -47,8 +47,8 @@ def shard(tmp_path_factory):
 def train(tiny_sdxl_folder, shard, tmp_path_factory):
     """Runs the script in processes of its own; returns (output folder, metrics, what it printed)."""
 
-    def run(env, *arguments, launcher=(), batch=2):
-        out = tmp_path_factory.mktemp("out")
+    def run(env, *arguments, launcher=(), batch=2, out=None):
+        out = out or tmp_path_factory.mktemp("out")
         command = [
             sys.executable, *launcher, str(ROOT / "sdxl_pretrain.py"),
             f"--pretrained_model_name_or_path={tiny_sdxl_folder}", f"--train_data_dir={shard}", "--resolution=64",
@@ -126,6 +126,21 @@ def test_fp16_with_fused_attention_and_checkpointing_trains_samples_and_saves(tr
     samples = sorted((out / "sample").glob("*.png"))
     assert [Image.open(path).size for path in samples] == [(64, 48)] * 2
     assert "Final Performance images/sec" in printed
+
+
+def test_fp16_with_oss_goes_on_from_a_state_as_if_it_had_not_stopped(train):
+    """Loss scale, schedule and each process's share of the moments come back: the same weights, bit for bit."""
+    arguments = ["--mixed_precision=fp16", "--optimizer_type=oss", "--lr_scheduler=cosine"]
+    whole, lines, _ = train(environment(), *arguments, launcher=TORCHRUN, batch=1)
+    out, _, _ = train(environment(), *arguments, "--save_state_every_n_steps=1", launcher=TORCHRUN, batch=1)
+    for name in (f"at-step{STEPS:08d}-state", "last.safetensors"):
+        (out / name).rename(out / f"gone.{name}")
+    _, resumed, printed = train(environment(), *arguments, "--resume=auto", launcher=TORCHRUN, batch=1, out=out)
+    assert f"{STEPS - 1} steps are done" in printed
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in lines]
+    assert [line["loss_scale"] for line in resumed] == [line["loss_scale"] for line in lines]
+    weights, expected = (load_file(folder / "last.safetensors") for folder in (out, whole))
+    assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
 
 
 def test_a_torch_npu_that_cannot_be_imported_is_an_error_that_says_what_to_do(tiny_sdxl_folder, shard, tmp_path):
