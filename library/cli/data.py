@@ -24,6 +24,7 @@ class DataOptions:
     keep_tokens: int
     caption_dropout_rate: float
     train_batch_size: int
+    shuffle_window_shards: int
     max_data_loader_n_workers: int
 
 
@@ -84,6 +85,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--train_batch_size", type=positive_int, default=1, help="images per device and pass (%(default)s)"
+    )
+    group.add_argument(
+        "--shuffle_window_shards",
+        type=non_negative_int,
+        default=0,
+        help="show the samples of so many shards before those of the next, for slow disks; 0: all (%(default)s)",
     )
     group.add_argument(
         "--max_data_loader_n_workers",

@@ -7,16 +7,17 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-import numpy as np
 from tqdm import tqdm
 
 from library.cli.data import DataOptions
-from library.data.buckets import BucketOptions, Buckets, assign_buckets, check_options
+from library.data.bucket_rows import Buckets, bucket_rows
+from library.data.buckets import BucketOptions, check_options
 from library.data.captions import CaptionOptions
 from library.data.index import Index, build_index
 from library.data.loader import Loader, Share, Tokenize, make_loader
 from library.data.plan import Plan
 from library.data.report import data_report
+from library.data.sources import Subset
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +42,12 @@ class TrainingData:
         return max(map(self.buckets.size, range(len(self.buckets.sizes_K2))), key=lambda size: size[0] * size[1])
 
     def fingerprint(self) -> str:
-        """A digest of all that the order of samples depends on, but for seed and global batch."""
-        digest = hashlib.sha256(json.dumps(asdict(self.buckets.options)).encode())
-        for part in (self.index.rows, self.index.text, self.buckets.bucket_of_row):
-            digest.update(np.ascontiguousarray(part).tobytes())
-        return digest.hexdigest()
+        """A digest of all that the order of samples depends on, but for seed and global batch.
+
+        It stays when the data is moved, and changes with the images, captions' sources, buckets and windows.
+        """
+        content = [self.index.fingerprint, [asdict(entry) for entry in self.buckets.options], self.plan.window_sources]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def loader(self, tokenize: Tokenize, end_step: int, start_step: int = 0) -> Loader:
         """This process's micro-batches of the steps `start_step` to `end_step` - 1."""
@@ -94,19 +96,28 @@ def prepare_data(
     )
     check_options(bucket_options)
     logger.info("loading image sizes.")
-    with tqdm(desc="index", disable=rank != 0, mininterval=0.5) as bar:
-        index = build_index(options.train_data_dir, options.caption_extension, progress=_shown_in(bar, between))
-    sizes_N2 = np.stack([index.rows["width"], index.rows["height"]], axis=1).astype(np.int64)
-    buckets = assign_buckets(sizes_N2, bucket_options, index.name)
+    index = build_index([Subset(options.train_data_dir, options.caption_extension)], progress=_index_bar(between))
+    buckets = bucket_rows(index, [bucket_options], _bar("buckets", between))
     share = Share(options.train_batch_size, rank, world_size, accumulation)
-    plan = Plan(buckets.bucket_of_row, index.repeats, seed, share.global_batch)
+    plan = Plan(buckets, index.repeats_S, seed, share.global_batch, options.shuffle_window_shards)
     return TrainingData(options, index, buckets, plan, share)
 
 
-def _shown_in(bar: tqdm, between: Callable[[], None]) -> Callable[[int, int], None]:
+def _index_bar(between: Callable[[], None]) -> Callable[[Subset], Callable[[int, int], None]]:
+    return lambda subset: _bar(f"index {subset.path.name}", between)
+
+
+def _bar(name: str, between: Callable[[], None]) -> Callable[[int, int], None]:
+    """A progress bar that shows when there is something to do. The one process that does it calls this."""
+    bar: tqdm | None = None
+
     def show(done: int, total: int) -> None:
+        nonlocal bar
         between()
-        bar.total = total
+        if bar is None:
+            bar = tqdm(desc=name, total=total, mininterval=0.5)
         bar.update(done - bar.n)
+        if done == total:
+            bar.close()
 
     return show

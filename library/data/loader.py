@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from library.data.buckets import Buckets
+from library.data.bucket_rows import Buckets
 from library.data.captions import CaptionOptions, process_caption
 from library.data.decode import SampleError, decode
 from library.data.index import Index
@@ -123,16 +123,16 @@ class MicroBatchDataset(Dataset):
             InputError: no readable sample is found for a place.
         """
         step, micro = divmod(item, self._share.accumulation)
-        batch = self._plan.batch_of_step(step)
         places = self._share.places(micro)
+        batch = self._plan.batch_of_step(step, places)
         width, height = self._buckets.size(batch.bucket)
         images_BHWC = np.empty((len(places), height, width, 3), np.uint8)
         size_ids_B6 = np.empty((len(places), 6), np.float32)
         captions: list[str] = []
         names: list[str] = []
         quarantined: list[tuple[str, str]] = []
-        for number, place in enumerate(places.tolist()):
-            sample = self._readable(int(batch.rows_G[place]), batch.bucket, step, place, quarantined)
+        for number, (place, row) in enumerate(zip(places.tolist(), batch.rows_G.tolist(), strict=True)):
+            sample = self._readable(row, batch.bucket, step, place, quarantined)
             images_BHWC[number], size_ids_B6[number] = sample.pixels_HWC, sample.size_ids
             captions.append(sample.caption)
             names.append(sample.name)
