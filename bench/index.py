@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.cli.data import DataOptions
+from library.cli.data import DataOptions, SubsetOptions
 from library.data import index as index_module
 from library.data import parallel
 from library.data.dataset import TrainingData, prepare_data
@@ -36,8 +36,11 @@ GLOBAL_BATCH = 2048
 
 def options(data: Path) -> DataOptions:
     """SDXL's buckets over a folder of shards."""
-    return DataOptions(
+    subset = SubsetOptions(
         train_data_dir=data,
+        in_json=None,
+        dataset_repeats=1,
+        class_tokens="",
         resolution=(1024, 1024),
         enable_bucket=True,
         min_bucket_reso=512,
@@ -49,10 +52,8 @@ def options(data: Path) -> DataOptions:
         shuffle_caption=False,
         keep_tokens=0,
         caption_dropout_rate=0.0,
-        train_batch_size=GLOBAL_BATCH,
-        shuffle_window_shards=0,
-        max_data_loader_n_workers=0,
     )
+    return DataOptions((subset,), None, GLOBAL_BATCH, shuffle_window_shards=0, max_data_loader_n_workers=0)
 
 
 def prepared(data: Path) -> TrainingData:

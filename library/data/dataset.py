@@ -6,10 +6,11 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
-from library.cli.data import DataOptions
+from library.cli.data import DataOptions, SubsetOptions
 from library.data.bucket_rows import Buckets, bucket_rows
 from library.data.buckets import BucketOptions, check_options
 from library.data.captions import CaptionOptions
@@ -46,7 +47,8 @@ class TrainingData:
 
         It stays when the data is moved, and changes with the images, captions' sources, buckets and windows.
         """
-        content = [self.index.fingerprint, [asdict(entry) for entry in self.buckets.options], self.plan.window_sources]
+        buckets = [asdict(_bucket_options(subset)) for subset in self.options.subsets]
+        content = [self.index.fingerprint, buckets, self.plan.window_sources]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def loader(self, tokenize: Tokenize, end_step: int, start_step: int = 0) -> Loader:
@@ -56,13 +58,7 @@ class TrainingData:
             self.buckets,
             self.plan,
             self.share,
-            CaptionOptions(
-                shuffle_caption=self.options.shuffle_caption,
-                keep_tokens=self.options.keep_tokens,
-                caption_separator=self.options.caption_separator,
-                caption_dropout_rate=self.options.caption_dropout_rate,
-            ),
-            start_step=start_step,
+            [_caption_options(subset) for subset in self.options.subsets],
             end_step=end_step,
             tokenize=tokenize,
             workers=min(self.options.max_data_loader_n_workers, max((os.cpu_count() or 1) - 1, 1)),
@@ -86,7 +82,33 @@ def prepare_data(
     Raises:
         InputError: no images, no captions, bucket options that cannot be, a set too small for one batch.
     """
-    bucket_options = BucketOptions(
+    bucket_options = [_bucket_options(subset) for subset in options.subsets]
+    for entry in bucket_options:
+        check_options(entry)
+    logger.info("loading image sizes.")
+    subsets = [_subset(subset, options.dataset_config) for subset in options.subsets]
+    index = build_index(subsets, progress=_index_bar(between))
+    buckets = bucket_rows(index, bucket_options, _bar("buckets", between))
+    share = Share(options.train_batch_size, rank, world_size, accumulation)
+    plan = Plan(buckets, index.repeats_S, seed, share.global_batch, options.shuffle_window_shards)
+    return TrainingData(options, index, buckets, plan, share)
+
+
+def _subset(options: SubsetOptions, config: Path | None) -> Subset:
+    """In a configuration file repeats and class words have keys of their own, so folders' names mean nothing there."""
+    return Subset(
+        options.train_data_dir,
+        options.caption_extension,
+        metadata=options.in_json,
+        repeats=options.dataset_repeats,
+        class_words=options.class_tokens,
+        class_folders=config is None,
+        flag="--train_data_dir" if config is None else f"{config}: image_dir",
+    )
+
+
+def _bucket_options(options: SubsetOptions) -> BucketOptions:
+    return BucketOptions(
         resolution=options.resolution,
         enable_bucket=options.enable_bucket,
         min_bucket_reso=options.min_bucket_reso,
@@ -94,13 +116,15 @@ def prepare_data(
         bucket_reso_steps=options.bucket_reso_steps,
         bucket_no_upscale=options.bucket_no_upscale,
     )
-    check_options(bucket_options)
-    logger.info("loading image sizes.")
-    index = build_index([Subset(options.train_data_dir, options.caption_extension)], progress=_index_bar(between))
-    buckets = bucket_rows(index, [bucket_options], _bar("buckets", between))
-    share = Share(options.train_batch_size, rank, world_size, accumulation)
-    plan = Plan(buckets, index.repeats_S, seed, share.global_batch, options.shuffle_window_shards)
-    return TrainingData(options, index, buckets, plan, share)
+
+
+def _caption_options(options: SubsetOptions) -> CaptionOptions:
+    return CaptionOptions(
+        shuffle_caption=options.shuffle_caption,
+        keep_tokens=options.keep_tokens,
+        caption_separator=options.caption_separator,
+        caption_dropout_rate=options.caption_dropout_rate,
+    )
 
 
 def _index_bar(between: Callable[[], None]) -> Callable[[Subset], Callable[[int, int], None]]:

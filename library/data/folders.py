@@ -1,7 +1,7 @@
 """Rows of images in a folder with caption files beside them."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 from library.data.decode import HEADER_BYTES, SampleError, upright_size
@@ -9,12 +9,16 @@ from library.data.rows import COMMON_CAPTION_EXTENSIONS, CaptionKind, Part, Text
 from library.data.sources import FileState, Source, is_image
 
 
-def scan_folder(source: Source, files: Sequence[FileState]) -> Part:
+def scan_folder(source: Source, files: Sequence[FileState], captions: Mapping[str, str] | None = None) -> Part:
     """Rows of the images among a folder's files, in their order; sizes come from the images' headers.
 
     The caption file has the image's stem and the source's caption extension; an image without one, or with an empty
     one, gets the class words.
+
+    Args:
+        captions: by name, from metadata; they come before caption files.
     """
+    captions = captions or {}
     sizes = {file.name: file.size for file in files}
     pool = TextPool()
     part = Part(row_array([]), pool.array())
@@ -27,7 +31,9 @@ def scan_folder(source: Source, files: Sequence[FileState]) -> Part:
             part.bad.append((name, str(error)))
             continue
         caption_bytes = sizes.get(stem + source.caption_extension, 0)
-        if caption_bytes:
+        if captions.get(name):
+            caption = (CaptionKind.STORED, *pool.add(captions[name]))
+        elif caption_bytes:
             caption = (CaptionKind.PLAIN, 0, caption_bytes)
         elif source.class_words:
             caption = (CaptionKind.STORED, *pool.add(source.class_words))

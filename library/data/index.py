@@ -146,7 +146,7 @@ def _jobs(subset: Subset, listed: Sequence[Listed], use_cache: bool) -> list[Job
         if folder is not None:
             name = str(source.path.relative_to(subset.path)) if source.path != subset.path else source.path.name
             made_from = [_VERSION, source.caption_extension, source.class_words, source.share]
-            state = [(state.name, state.size, state.mtime_ns) for state in entry.files]
+            state = [[(state.name, state.size, state.mtime_ns) for state in entry.files], entry.captions]
             file = folder / f"{kept_name(name, made_from, state)}.rows"
         jobs.append(Job(file, partial(_scan, entry), max(1, entry.images)))
     return jobs
@@ -154,7 +154,8 @@ def _jobs(subset: Subset, listed: Sequence[Listed], use_cache: bool) -> list[Job
 
 def _scan(entry: Listed) -> tuple[Arrays, Notes]:
     """The table of one source; runs in any process."""
-    part: Part = scan_shard(entry.source) if entry.source.is_shard else scan_folder(entry.source, entry.files)
+    source = entry.source
+    part: Part = scan_shard(source) if source.is_shard else scan_folder(source, entry.files, entry.captions)
     return {"rows": part.rows, "text": part.text}, asdict(Summary.of(part))
 
 
@@ -213,6 +214,8 @@ def _check_captions(subset: Subset, sources: Sequence[Source], summaries: Sequen
         extension, found = others.most_common(1)[0]
         hint = f" {found} of them have a file ending in '{extension}': give --caption_extension {extension}."
     looked_for = f"'{subset.caption_extension}' (--caption_extension)"
+    if subset.metadata is not None:
+        looked_for += f" or in {subset.metadata}"
     if missing == count:
         raise InputError(
             f"{subset}: none of the {count} images has a caption. Looked for a file of the image's name ending in "

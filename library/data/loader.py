@@ -107,7 +107,7 @@ class MicroBatchDataset(Dataset):
         buckets: Buckets,
         plan: Plan,
         share: Share,
-        captions: CaptionOptions,
+        captions: Sequence[CaptionOptions],
         tokenize: Tokenize | None = None,
     ) -> None:
         if plan.global_batch != share.global_batch:
@@ -185,7 +185,8 @@ class MicroBatchDataset(Dataset):
         pixels, size_ids = decode(
             self._reader.image(row), self._buckets.size(bucket), partial(self._buckets.fit, bucket)
         )
-        caption = process_caption(text, self._captions, generator(self._plan.seed, Stream.CAPTION, step, place))
+        options = self._captions[self._index.source(row).subset]
+        caption = process_caption(text, options, generator(self._plan.seed, Stream.CAPTION, step, place))
         return _Sample(pixels, size_ids, caption, self._index.name(row))
 
 
@@ -246,7 +247,7 @@ def make_loader(
     buckets: Buckets,
     plan: Plan,
     share: Share,
-    captions: CaptionOptions,
+    captions: Sequence[CaptionOptions],
     *,
     end_step: int,
     start_step: int = 0,
@@ -257,6 +258,7 @@ def make_loader(
 
     Args:
         plan: its global batch must be the share's.
+        captions: options of each subset of the index.
         end_step: the first step that is not loaded any more.
         tokenize: captions to the token ids of each text encoder; called in the workers.
         workers: processes that read and decode; 0 does it in this one.

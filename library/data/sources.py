@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
-from library.data.rows import IMAGE_EXTENSIONS
+from library.data.metadata import read_metadata
+from library.data.rows import IMAGE_EXTENSIONS, NAMED
 from library.data.tar_headers import looks_like_tar
 from library.errors import InputError
 
@@ -24,11 +25,19 @@ class Subset:
     Attributes:
         path: a folder, or a tar.
         caption_extension: with its dot, ".txt".
+        metadata: a JSON with captions (library.data.metadata); then the images that it names are used, and no others.
+        repeats: how often an epoch shows its images, times the N of `N_class words`.
+        class_words: caption of the images without one ("": none).
+        class_folders: sub-directories named `N_class words` have their meaning.
         flag: what messages call the option that names it.
     """
 
     path: Path
     caption_extension: str
+    metadata: Path | None = None
+    repeats: int = 1
+    class_words: str = ""
+    class_folders: bool = True
     flag: str = "--train_data_dir"
 
     def __str__(self) -> str:
@@ -73,10 +82,15 @@ class FileState:
 
 @dataclass(frozen=True)
 class Listed:
-    """A source with the state of its files: for a shard the tar and its parquet, for a folder all of its share."""
+    """A source with the state of its files: for a shard the tar and its parquet, for a folder all of its share.
+
+    Attributes:
+        captions: of images by name, where metadata gives them; None without metadata.
+    """
 
     source: Source
     files: tuple[FileState, ...]
+    captions: dict[str, str] | None = None
 
     @property
     def images(self) -> int:
@@ -96,6 +110,7 @@ class Found:
 class _Folder:
     path: Path
     files: tuple[os.DirEntry[str], ...]
+    captions: dict[str, str] | None = None
 
     @property
     def images(self) -> int:
@@ -117,22 +132,41 @@ def find_sources(subset: Subset, number: int = 0) -> Found:
         InputError: no such folder, or nothing in it.
         OSError: a folder cannot be read.
     """
-    data, plain = subset.path, Source(subset.path, True, subset.caption_extension, subset=number)
+    data = subset.path
+    plain = Source(data, True, subset.caption_extension, subset.repeats, subset.class_words, number)
     if data.is_file():
         if not looks_like_tar(data):
             raise InputError(f"{subset} is a file, but not a tar. Name a folder of shards or images, or a tar.")
-        return Found([_shard(plain, {path.name: path for path in (data, data.with_suffix(".parquet"))})])
-    if not data.is_dir():
+        found = Found([_shard(plain, {path.name: path for path in (data, data.with_suffix(".parquet"))})])
+    elif data.is_dir():
+        found = _find_in_folder(subset, plain)
+    else:
         raise InputError(f"{subset}: there is no such folder.")
+    if subset.metadata is not None:
+        _without_shards(found, subset.metadata)
+    if not found.listed:
+        raise InputError(
+            f"{subset}: 0 images found. Looked there, at any depth, for shards (*.tar) and images "
+            f"({image_extensions()}). {' '.join(found.warnings)}".rstrip()
+        )
+    return found
+
+
+def _find_in_folder(subset: Subset, plain: Source) -> Found:
+    data, found = subset.path, Found()
     folders = list(_walk(data))
-    classes = {folder.path: named for folder in folders if (named := _class_folder(folder.path, data))}
+    if subset.metadata is not None:
+        folders = _with_captions(folders, data, subset.metadata, found.warnings)
+    classes: dict[Path, tuple[int, str]] = {}
+    if subset.class_folders:
+        classes = {folder.path: named for folder in folders if (named := _class_folder(folder.path, data))}
     shown = {path for path, (repeats, _) in classes.items() if repeats > 0}
-    found, images = Found(), list[Listed]()
+    images: list[Listed] = []
     unused: dict[Path, int] = {}
     for folder in folders:
         top = _top(folder.path, data)
-        repeats, class_words = classes.get(top, (1, ""))
-        source = replace(plain, path=folder.path, repeats=repeats, class_words=class_words)
+        repeats, class_words = classes.get(top, (1, plain.class_words))
+        source = replace(plain, path=folder.path, repeats=repeats * plain.repeats, class_words=class_words)
         if repeats:
             found.listed += _shards(folder, source)
         if repeats and (not shown or top in shown):
@@ -141,17 +175,46 @@ def find_sources(subset: Subset, number: int = 0) -> Found:
             unused[top] = unused.get(top, 0) + folder.images
     found.listed += images
     found.warnings += [_unused(count, path, data) for path, count in unused.items()]
-    if images and not shown and (own := _DREAMBOOTH.fullmatch(data.name)):
+    if subset.class_folders and images and not shown and (own := _DREAMBOOTH.fullmatch(data.name)):
         found.warnings.append(
             f"{data} itself is named like a DreamBooth sub-directory. To have its images repeated and captioned by "
             f"its name ('{own[2]}'), give its parent folder as {subset.flag}."
         )
-    if not found.listed:
-        raise InputError(
-            f"{subset}: 0 images found. Looked there, at any depth, for shards (*.tar) and images "
-            f"({image_extensions()}). {' '.join(found.warnings)}".rstrip()
-        )
     return found
+
+
+def _with_captions(folders: list[_Folder], data: Path, file: Path, warnings: list[str]) -> list[_Folder]:
+    """The folders with the captions that the metadata has, and without the images that it does not name."""
+    metadata = read_metadata(file)
+    captioned, unnamed = [], 0
+    for folder in folders:
+        found: dict[str, str] = {}
+        files = []
+        for entry in folder.files:
+            if is_image(entry.name):
+                caption = metadata.caption(folder.path / entry.name, data)
+                if caption is None:
+                    unnamed += 1
+                    continue
+                found[entry.name] = caption
+            files.append(entry)
+        captioned.append(replace(folder, files=tuple(files), captions=found))
+    if unnamed:
+        warnings.append(f"{unnamed} images in {data} are not used, because {file} does not name them.")
+    if unused := metadata.unused:
+        more = "; …" if len(unused) > NAMED else ""
+        warnings.append(f"{len(unused)} keys of {file} name no image in {data}: {'; '.join(unused[:NAMED])}{more}")
+    return captioned
+
+
+def _without_shards(found: Found, metadata: Path) -> None:
+    """Leave shards out: metadata is about folders."""
+    shards = [entry for entry in found.listed if entry.source.is_shard]
+    if shards:
+        found.listed = [entry for entry in found.listed if not entry.source.is_shard]
+        found.warnings.append(
+            f"{len(shards)} shards are not used: {metadata} is for images in folders; shards have their own captions."
+        )
 
 
 def image_extensions() -> str:
@@ -229,4 +292,11 @@ def _folder(folder: _Folder, source: Source) -> list[Listed]:
         stat = entry.stat()
         share = zlib.crc32(stem.encode("utf-8", "surrogateescape")) % shares
         files[share].append(FileState(entry.name, stat.st_size, stat.st_mtime_ns))
-    return [Listed(replace(source, share=(number, shares)), tuple(part)) for number, part in enumerate(files) if part]
+    listed = []
+    for number, part in enumerate(files):
+        captions = None
+        if folder.captions is not None:
+            captions = {file.name: folder.captions[file.name] for file in part if file.name in folder.captions}
+        if part:
+            listed.append(Listed(replace(source, share=(number, shares)), tuple(part), captions))
+    return listed

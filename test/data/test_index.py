@@ -298,9 +298,9 @@ class TestCache:
             seen.append(source.path.name)
             return scan_shard(source)
 
-        def folder(source, files):
+        def folder(source, *rest):
             seen.append(source.path.name)
-            return scan_folder(source, files)
+            return scan_folder(source, *rest)
 
         monkeypatch.setattr(index_module, "scan_shard", shard)
         monkeypatch.setattr(index_module, "scan_folder", folder)
@@ -431,7 +431,7 @@ class TestNested:
         seen = []
         scan_folder = index_module.scan_folder
         monkeypatch.setattr(
-            index_module, "scan_folder", lambda source, files: seen.append(len(files)) or scan_folder(source, files)
+            index_module, "scan_folder", lambda *given: seen.append(len(given[1])) or scan_folder(*given)
         )
         index = build(path, use_cache=True)
         assert sorted(captions(index)) == sorted(names)
@@ -441,6 +441,63 @@ class TestNested:
         pictures({"new.jpg": (16, 8), "new.txt": "new"})
         assert sorted(captions(build(path, use_cache=True))) == sorted([*names, "new"])
         assert len(seen) == 1
+
+
+class TestMetadata:
+    @pytest.fixture
+    def path(self, pictures):
+        names = ["a.jpg", "b.jpg", "c.png", "deep/d.jpg", "deep/e.jpg", "f.jpg"]
+        return pictures(dict.fromkeys(names, (16, 8)) | {"c.txt": "from its file", "f.txt": "unnamed"})
+
+    @staticmethod
+    def build(path, content, **options):
+        (path.parent / "meta.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        return build_index([Subset(path, ".txt", path.parent / "meta.json")], **options)
+
+    def test_its_images_and_no_others_train_with_its_captions(self, path):
+        content = {
+            "a": {"caption": "one", "tags": "x, y"},
+            "b.jpg": {"tags": "z", "train_resolution": [512, 512]},
+            "c": {},
+            "deep/d": {"caption": "deep"},
+            str(path / "deep" / "e.jpg"): {"caption": "whole path"},
+            "gone": {"caption": "?"},
+        }
+        index = self.build(path, content)
+        assert captions(index) == ["one, x, y", "z", "from its file", "deep", "whole path"]
+        assert index.warnings == (
+            f"1 images in {path} are not used, because {path.parent / 'meta.json'} does not name them.",
+            f"1 keys of {path.parent / 'meta.json'} name no image in {path}: gone",
+        )
+
+    def test_a_stem_alone_is_enough(self, path):
+        assert captions(self.build(path, {"e": {"caption": "by stem"}})) == ["by stem"]
+
+    def test_a_changed_caption_is_seen(self, path):
+        first = self.build(path, {"a": {"caption": "one"}})
+        assert captions(self.build(path, {"a": {"caption": "two"}})) == ["two"]
+        assert captions(first) == ["one"]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", r"meta\.json: is not JSON"),
+            ("[]", r"meta\.json: must be one object"),
+            ({"a": "text"}, r"meta\.json: a: must be an object"),
+            ({"a": {"caption": 3}}, r'meta\.json: a: "caption" must be a text, got 3'),
+            ({"x": {"caption": "y"}}, r"0 images found.*1 keys .* name no image"),
+            ({"a": {}}, r"none of the 1 images has a caption.*or in .*meta\.json"),
+        ],
+    )
+    def test_what_is_wrong_with_it_is_said(self, path, content, message):
+        with pytest.raises(InputError, match=message):
+            self.build(path, content, use_cache=False)
+
+    def test_shards_are_not_its_business(self, path, make_shard):
+        make_shard(path, 0, [(20, 10)])
+        index = self.build(path, {"a": {"caption": "one"}})
+        assert captions(index) == ["one"]
+        assert any("1 shards are not used" in warning for warning in index.warnings)
 
 
 class TestFingerprint:

@@ -34,7 +34,7 @@ class Set:
 
     def loader(self, share, end_step, **options):
         plan = self.plan(share.global_batch)
-        return make_loader(self.index, self.buckets, plan, share, CAPTIONS, end_step=end_step, **options)
+        return make_loader(self.index, self.buckets, plan, share, [CAPTIONS], end_step=end_step, **options)
 
     def samples(self, share, end_step, **options):
         """What every place of every step holds, over all ranks: {(step, place): (name, caption, size ids, pixels)}."""
