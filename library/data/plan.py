@@ -212,12 +212,12 @@ class Plan:
         )
         if samples < self.global_batch:
             raise InputError(
-                f"--train_data_dir: {samples} images (repeats counted) are too few for one batch of "
+                f"--train_data_dir or --dataset_config: {samples} images (repeats counted) are too few for one batch of "
                 f"{self.global_batch} (batch size × devices × accumulation). {fixes}."
             )
         if not self.steps_before_epoch(1):
             raise InputError(
-                f"--train_data_dir: {samples} images (repeats counted) lie in {np.count_nonzero(self.samples_K)} "
+                f"--train_data_dir or --dataset_config: {samples} images (repeats counted) lie in {np.count_nonzero(self.samples_K)} "
                 f"buckets, of which the largest has {int(self.samples_K.max())}. A batch is of one bucket, and none "
                 f"fills one of {self.global_batch} (batch size × devices × accumulation). {fixes}; fewer buckets (a "
                 "larger --bucket_reso_steps, a smaller --max_bucket_reso); or no --enable_bucket."
