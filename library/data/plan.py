@@ -206,21 +206,22 @@ class Plan:
 
     def _check_size(self) -> None:
         samples = int(self.samples_K.sum())
+        found = f"--train_data_dir or --dataset_config: {samples} images (repeats counted)"
         fixes = (
             "Ways out: a smaller --train_batch_size; fewer --gradient_accumulation_steps; fewer devices; more images; "
-            "more repeats (sub-directories named 'N_class words')"
+            "more repeats (sub-directories named 'N_class words', --dataset_repeats)"
         )
         if samples < self.global_batch:
             raise InputError(
-                f"--train_data_dir or --dataset_config: {samples} images (repeats counted) are too few for one batch of "
-                f"{self.global_batch} (batch size × devices × accumulation). {fixes}."
+                f"{found} are too few for one batch of {self.global_batch} (batch size × devices × accumulation). "
+                f"{fixes}."
             )
         if not self.steps_before_epoch(1):
             raise InputError(
-                f"--train_data_dir or --dataset_config: {samples} images (repeats counted) lie in {np.count_nonzero(self.samples_K)} "
-                f"buckets, of which the largest has {int(self.samples_K.max())}. A batch is of one bucket, and none "
-                f"fills one of {self.global_batch} (batch size × devices × accumulation). {fixes}; fewer buckets (a "
-                "larger --bucket_reso_steps, a smaller --max_bucket_reso); or no --enable_bucket."
+                f"{found} lie in {np.count_nonzero(self.samples_K)} buckets, of which the largest has "
+                f"{int(self.samples_K.max())}. A batch is of one bucket, and none fills one of "
+                f"{self.global_batch} (batch size × devices × accumulation). {fixes}; fewer buckets (a larger "
+                "--bucket_reso_steps, a smaller --max_bucket_reso); or no --enable_bucket."
             )
 
 
