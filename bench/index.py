@@ -5,9 +5,9 @@
 
 For each case ROWS/SHARDS a synthetic index is made: empty files in place of the shards, and tables that the library's
 own code keeps and sorts into buckets. Then the data is prepared anew in fresh processes, as every process of a run does
-it: look at the files, find the tables, set up buckets and plan, write the report; then resolve eight places of the first
-batch and of a later one. Memory is the peak of the resident set above that after the imports, mapped pages counted. The
-last line printed is one JSON object.
+it: look at the files, find the tables, set up buckets and plan, write the report; after that, eight places of the first
+batch and of a later one are resolved. Memory is the peak of the resident set above that after the imports, mapped pages
+counted. The last line printed is one JSON object.
 """
 
 import argparse

@@ -7,7 +7,7 @@ from library.data.index import Index
 from library.data.plan import Plan
 
 _MOST_BUCKETS = 40  # lines; the rest is summed up
-_MOST_BATCHES = 64  # looked at for a mean
+_MOST_BATCHES = 32  # looked at for a mean
 
 
 def data_report(index: Index, buckets: Buckets, plan: Plan) -> list[str]:
