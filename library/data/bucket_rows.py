@@ -66,13 +66,17 @@ class Buckets:
 
 
 def bucket_rows(
-    index: Index, options: Sequence[BucketOptions], progress: Callable[[int, int], None] = lambda done, total: None
+    index: Index,
+    options: Sequence[BucketOptions],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    between: Callable[[], None] = lambda: None,
 ) -> Buckets:
     """Sort an index into buckets.
 
     Args:
         options: of each subset of the index. Subsets of equal options share buckets.
         progress: called with (done, total) sources, if some have to be sorted.
+        between: called between two pieces of the work, and while another process works; may raise, to end it.
 
     Raises:
         InputError: as check_options; or with bucket_no_upscale an image has a side under bucket_reso_steps.
@@ -86,7 +90,7 @@ def bucket_rows(
     for source, table in zip(index.sources, index.tables, strict=True):
         file = None if table.file is None else table.file.with_suffix(endings[source.subset])
         jobs.append(Job(file, partial(_order, source, table, options[source.subset])))
-    made = tables(jobs, progress)
+    made = tables(jobs, progress, between)
     found = sorted(
         {
             (number_of[source.subset], code)

@@ -59,6 +59,7 @@ class TrainingData:
             self.plan,
             self.share,
             [_caption_options(subset) for subset in self.options.subsets],
+            start_step=start_step,
             end_step=end_step,
             tokenize=tokenize,
             workers=min(self.options.max_data_loader_n_workers, max((os.cpu_count() or 1) - 1, 1)),
@@ -77,7 +78,7 @@ def prepare_data(
     """Find all samples, sort them into buckets and plan their order.
 
     Args:
-        between: called between two pieces of the work; may raise, to end it.
+        between: called between two pieces of the work, and while another process works; may raise, to end it.
 
     Raises:
         InputError: no images, no captions, bucket options that cannot be, a set too small for one batch.
@@ -87,8 +88,8 @@ def prepare_data(
         check_options(entry)
     logger.info("loading image sizes.")
     subsets = [_subset(subset, options.dataset_config) for subset in options.subsets]
-    index = build_index(subsets, progress=_index_bar(between))
-    buckets = bucket_rows(index, bucket_options, _bar("buckets", between))
+    index = build_index(subsets, progress=_index_bar, between=between)
+    buckets = bucket_rows(index, bucket_options, _bar("buckets"), between)
     share = Share(options.train_batch_size, rank, world_size, accumulation)
     plan = Plan(buckets, index.repeats_S, seed, share.global_batch, options.shuffle_window_shards)
     return TrainingData(options, index, buckets, plan, share)
@@ -127,17 +128,16 @@ def _caption_options(options: SubsetOptions) -> CaptionOptions:
     )
 
 
-def _index_bar(between: Callable[[], None]) -> Callable[[Subset], Callable[[int, int], None]]:
-    return lambda subset: _bar(f"index {subset.path.name}", between)
+def _index_bar(subset: Subset) -> Callable[[int, int], None]:
+    return _bar(f"index {subset.path.name}")
 
 
-def _bar(name: str, between: Callable[[], None]) -> Callable[[int, int], None]:
+def _bar(name: str) -> Callable[[int, int], None]:
     """A progress bar that shows when there is something to do. The one process that does it calls this."""
     bar: tqdm | None = None
 
     def show(done: int, total: int) -> None:
         nonlocal bar
-        between()
         if bar is None:
             bar = tqdm(desc=name, total=total, mininterval=0.5)
         bar.update(done - bar.n)

@@ -92,7 +92,11 @@ class Index:
 
 
 def build_index(
-    subsets: Sequence[Subset], *, use_cache: bool = True, progress: Callable[[Subset], Progress] | None = None
+    subsets: Sequence[Subset],
+    *,
+    use_cache: bool = True,
+    progress: Callable[[Subset], Progress] = lambda subset: lambda done, total: None,
+    between: Callable[[], None] = lambda: None,
 ) -> Index:
     """Index shards and folders of images.
 
@@ -100,6 +104,7 @@ def build_index(
         use_cache: keep what was found, beside the data where that may be written.
         progress: from a subset to a function that is called with (done, total), shards and images in folders counted,
             if something in it has to be scanned.
+        between: called between two pieces of the work, and while another process works; may raise, to end it.
 
     Raises:
         InputError: no such folder, no image found, or no image has a caption.
@@ -111,7 +116,7 @@ def build_index(
         with _read_errors(subset):
             found = find_sources(subset, number)
             jobs = _jobs(subset, found.listed, use_cache)
-            made += tables(jobs, progress(subset) if progress else lambda done, total: None)
+            made += tables(jobs, progress(subset), between)
         listed += found.listed
         warnings += found.warnings
     sources = [entry.source for entry in listed]

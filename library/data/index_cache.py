@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from library.errors import InputError
 
 _FOLDER = ".sdxl_index"
 _LOCK = "lock"
+_LOCK_POLL_SECONDS = 0.1
 _KEPT_DAYS = 30
 _READERS = 8  # threads that read heads of files, since a network disk answers slowly
 
@@ -72,11 +73,16 @@ class Table:
             raise InputError(f"{reason}; start again to have it made anew.") from error
 
 
-def tables(jobs: Sequence[Job], progress: Callable[[int, int], None] = lambda done, total: None) -> list[Table]:
+def tables(
+    jobs: Sequence[Job],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    between: Callable[[], None] = lambda: None,
+) -> list[Table]:
     """All wanted tables, in their order; only those that are not kept yet are made.
 
     Args:
         progress: called with (done, total) weights of what is to be made; not at all where nothing is.
+        between: called between two pieces of the work, and again and again while another process works; may raise.
 
     Raises:
         What the jobs raise.
@@ -84,7 +90,7 @@ def tables(jobs: Sequence[Job], progress: Callable[[int, int], None] = lambda do
     found = _kept(jobs)
     if None not in found:
         return [table for table in found if table is not None]
-    with _locked(sorted({job.file.parent for job in jobs if job.file is not None})):
+    with _locked(sorted({job.file.parent for job in jobs if job.file is not None}), between):
         found = _kept(jobs)  # another process may have made them meanwhile
         missing = [number for number, table in enumerate(found) if table is None]
         if not missing:
@@ -96,6 +102,7 @@ def tables(jobs: Sequence[Job], progress: Callable[[int, int], None] = lambda do
             nonlocal done
             done += jobs[missing[place]].weight
             progress(done, total)
+            between()
 
         made = run_all(_made, [jobs[number] for number in missing], advance)
         _remove_outdated([job.file for job in jobs if job.file is not None])
@@ -165,15 +172,29 @@ def _kept(jobs: Sequence[Job]) -> list[Table | None]:
 
 
 @contextmanager
-def _locked(folders: Sequence[Path]) -> Iterator[None]:
+def _locked(folders: Sequence[Path], between: Callable[[], None]) -> Iterator[None]:
     """Hold the folders' locks; go without where there are none to be had. They end with the process that holds them."""
     with ExitStack() as held:
         for folder in folders:
+            file = None
             with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 file = held.enter_context((folder / _LOCK).open("w"))
-                fcntl.flock(file, fcntl.LOCK_EX)
+            while file is not None and not _try_lock(file):
+                between()
+                time.sleep(_LOCK_POLL_SECONDS)
         yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Lock the file; False while another process has it, True where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove_outdated(files: Sequence[Path]) -> None:

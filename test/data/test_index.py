@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from library.data import index as index_module
-from library.data import parallel
+from library.data import index_cache, parallel
 from library.data import sources as sources_module
 from library.data.decode import SampleError
 from library.data.index import build_index
@@ -560,6 +560,22 @@ class TestManyProcesses:
         fingerprints = {process.communicate(timeout=60)[0] for process in processes}
         assert len(fingerprints) == 1
         assert sorted(log.read_text().split()) == ["00000.tar", "00001.tar", "00002.tar"]
+
+    def test_one_that_waits_can_be_stopped(self, tmp_path, make_shard):
+        """A signal asks for a stop by a flag, which `between` looks at: also while another process holds the lock."""
+        make_shard(tmp_path, 0, [(20, 10)])
+        builder = self.start(tmp_path, tmp_path / "log", 3)
+        while not (tmp_path / "log").exists():
+            time.sleep(0.02)
+
+        def stop():
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            index_cache.tables([index_cache.Job(tmp_path / ".sdxl_index" / "a.b.rows", dict)], between=stop)
+        assert builder.poll() is None
+        builder.kill()
+        builder.wait()
 
     def test_one_that_is_killed_leaves_what_it_finished_and_nobody_waits_for_it(self, tmp_path, make_shard):
         data, log = tmp_path / "data", tmp_path / "log"
