@@ -37,6 +37,7 @@ class DataOptions:
     train_batch_size: int
     shuffle_window_shards: int
     max_data_loader_n_workers: int
+    max_bad_samples: float  # share of all samples
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -123,4 +124,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=non_negative_int,
         default=8,
         help="processes that read and decode, at most the cores less one; 0: in the main process (%(default)s)",
+    )
+    group.add_argument(
+        "--max_bad_samples",
+        type=rate,
+        default=0.01,
+        help="share of samples that may be unusable before the run stops; 0: none, 1: all (%(default)s)",
     )

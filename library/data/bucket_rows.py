@@ -45,6 +45,10 @@ class Buckets:
         """Width and height of a bucket."""
         return int(self.sizes_K2[bucket, 0]), int(self.sizes_K2[bucket, 1])
 
+    def options_of(self, bucket: int) -> BucketOptions:
+        """The options that made a bucket."""
+        return self.options[self.options_K[bucket]]
+
     @property
     def images_K(self) -> np.ndarray:
         """(K,) int64 images of each bucket."""
@@ -57,7 +61,7 @@ class Buckets:
 
     def fit(self, bucket: int, width: int, height: int) -> Fit:
         """How an image of any size meets one bucket: scaled to cover it and cropped at the centre."""
-        return fit((width, height), self.size(bucket), self.options[self.options_K[bucket]])
+        return fit((width, height), self.size(bucket), self.options_of(bucket))
 
     def rows(self, bucket: int, source: int, places_n: np.ndarray) -> np.ndarray:
         """Rows of the index: the images of a bucket in one source, by their places among those."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from library.cli.data import DataOptions, SubsetOptions
+from library.data.bad_samples import check_left_out
 from library.data.bucket_rows import Buckets, bucket_rows
 from library.data.buckets import BucketOptions, check_options
 from library.data.captions import CaptionOptions
@@ -89,6 +90,7 @@ def prepare_data(
     logger.info("loading image sizes.")
     subsets = [_subset(subset, options.dataset_config) for subset in options.subsets]
     index = build_index(subsets, progress=_index_bar, between=between)
+    check_left_out(index.bad, len(index), options.max_bad_samples)
     buckets = bucket_rows(index, bucket_options, _bar("buckets"), between)
     share = Share(options.train_batch_size, rank, world_size, accumulation)
     plan = Plan(buckets, index.repeats_S, seed, share.global_batch, options.shuffle_window_shards)

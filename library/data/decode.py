@@ -1,8 +1,9 @@
 """From an encoded image to the uint8 pixels of its bucket, with SDXL's size conditions.
 
-JPEGs are decoded at 1/2, 1/4 or 1/8 where the result is still at least the wanted size (libjpeg's scaled inverse DCT,
-Pillow's "draft"). Scaling is Lanczos with antialiasing, computed for the cropped part only. EXIF orientation is applied
-first: sizes and crops here are those of the upright picture.
+JPEGs are decoded at 1/2, 1/4 or 1/8 where the result is still well over the wanted size (libjpeg's scaled inverse DCT,
+Pillow's "draft"); others that need no more than decoding go through torchvision, which spares Pillow's fourth byte a
+pixel. EXIF orientation is applied first: sizes and crops here are those of the upright picture. Of an animated file the
+first frame is taken. docs/measurements/data.md has the figures behind each choice.
 """
 
 import io
@@ -12,17 +13,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
 
+from library.data.scaling import Filter, scaled_crop
+
+# By content, whatever the file's extension says. Pillow knows more kinds, of which some call other programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "AVIF", "GIF")
+MIN_SIDE_PX = 8  # one column of the VAE's latents; what is smaller holds no picture (a tracking pixel)
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning limit; more in one file is a decompression bomb
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = frozenset({5, 6, 7, 8})  # orientations that swap width and height
 # Only the header's size is asked for: these bytes hold it in nearly every file, whatever metadata comes before.
 HEADER_BYTES = 1 << 16
-# A JPEG is decoded smaller only if this many times the wanted size is left for the Lanczos filter. Measured against a
-# float Lanczos of the full picture, on pictures with a photograph's spectrum: 38 to 39 dB at 1.0 to 1.2 times the size,
-# 40 to 43 dB from 1.25 on, where averaging all pixels (OpenCV's INTER_AREA, the reference's filter) has 39 to 41 dB.
-_DRAFT_MARGIN = 1.25
+MAX_BYTES = 1 << 29  # of one encoded image; more is no picture, and would be read into memory as a whole
+_MAX_SCANS = 100  # of a progressive JPEG, each of which costs a pass over all pixels; ten are usual
+# A JPEG is decoded smaller only if this many times the wanted size is left for the Lanczos filter: nearer to 1 the
+# result is farther from a Lanczos of the full picture than averaging all pixels (OpenCV's INTER_AREA) is.
+DRAFT_MARGIN = 1.25
 
 
 class SampleError(Exception):
@@ -44,7 +53,7 @@ def upright_size(data: bytes) -> tuple[int, int]:
         data: the file or at least its beginning (HEADER_BYTES).
 
     Raises:
-        SampleError: not an image, or too large.
+        SampleError: not an image, too small or too large.
     """
     return _reported(lambda: _upright_size(_open(data)))
 
@@ -76,30 +85,28 @@ def _decode(
     found = fit(width, height)
     (scaled_w, scaled_h), (left, top) = found.scaled_wh_px, found.crop_xy_px
     bucket_w, bucket_h = bucket_wh_px
-    wanted = (int(scaled_w * _DRAFT_MARGIN), int(scaled_h * _DRAFT_MARGIN))
+    wanted = (int(scaled_w * DRAFT_MARGIN), int(scaled_h * DRAFT_MARGIN))
     drafted = image.draft(None, wanted[::-1] if _is_turned(image) else wanted)  # None where the format cannot
     # The decoded size is rounded up: the picture itself ends a fraction of a pixel before the edge.
     shrink = 1.0 if drafted is None else max(width, height) / max(drafted[1])
-    if _orientation(image) != 1:
-        ImageOps.exif_transpose(image, in_place=True)
-    upright = _rgb(image)
-    x_unit, y_unit = width / shrink / scaled_w, height / shrink / scaled_h  # decoded px for one px of the scaled image
-    box = (
-        left * x_unit,
-        top * y_unit,
-        min((left + bucket_w) * x_unit, upright.width),
-        min((top + bucket_h) * y_unit, upright.height),
-    )
-    scaled = upright.resize(bucket_wh_px, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
-    return np.asarray(scaled), (height, width, top, left, bucket_h, bucket_w)
+    pixels_HWC = _plain_jpeg(data) if shrink == 1 and _is_plain_jpeg(image) else _pixels(image)
+    step_xy_px = width / shrink / scaled_w, height / shrink / scaled_h
+    by = Filter.BICUBIC if shrink == 1 else Filter.LANCZOS
+    scaled_HWC = scaled_crop(pixels_HWC, step_xy_px, (left, top), bucket_wh_px, by)
+    return scaled_HWC, (height, width, top, left, bucket_h, bucket_w)
 
 
 def _open(data: bytes) -> Image.Image:
+    """The image with its header read, its size and cost within bounds."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data))
+        warnings.simplefilter("ignore")  # of strange metadata and of sizes, which are judged here
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise SampleError(f"{image.width}×{image.height} px is more than the {MAX_PIXELS} that one image may have")
+    if min(image.size) < MIN_SIDE_PX:
+        raise SampleError(f"{image.width}×{image.height} px is too small, {MIN_SIDE_PX} a side are the least")
+    if image.info.get("progressive") and data.count(b"\xff\xda") > _MAX_SCANS:  # start-of-scan markers
+        raise SampleError(f"a progressive JPEG of more than {_MAX_SCANS} scans, made to take long")
     return image
 
 
@@ -118,17 +125,39 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.height, image.width) if _is_turned(image) else (image.width, image.height)
 
 
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    """True where decoding alone gives upright RGB."""
+    return image.format == "JPEG" and image.mode == "RGB" and _orientation(image) == 1
+
+
+def _plain_jpeg(data: bytes) -> np.ndarray:
+    """(height, width, 3) uint8. torchvision's tensor is a turned view of just that."""
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy, since torch warns of bytes as read-only
+    return decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """(height, width, 3) uint8 RGB of any image, upright."""
+    if _orientation(image) != 1:
+        ImageOps.exif_transpose(image, in_place=True)
+    return np.asarray(_rgb(image))
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB from any mode; white under transparency."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        values = np.asarray(image).astype(np.float64)
-        return Image.fromarray((values / 257 + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).astype(np.uint32)
+        grey = ((values * 255 + 32895) >> 16).astype(np.uint8)  # rounds values / 257
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         pixels = image.convert("RGBA")
-        white = Image.new("RGBA", pixels.size, "white")
-        return Image.alpha_composite(white, pixels).convert("RGB")
+        white = Image.new("RGB", pixels.size, "white")
+        white.paste(pixels, mask=pixels)
+        return white
     return image.convert("RGB")
 
 
@@ -138,5 +167,8 @@ def _reported(work: Callable[[], Any]) -> Any:
         return work()
     except SampleError:
         raise
+    except UnidentifiedImageError as error:  # its own message holds an address in memory, another each time
+        raise SampleError(f"UnidentifiedImageError: no image of a known kind ({' '.join(_FORMATS)})") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError …
-        raise SampleError(f"{type(error).__name__}: {error}".replace("\n", " ")[:300]) from error
+        reason = str(error).rpartition(".cpp:")[2]  # torchvision's begins with the place in its source
+        raise SampleError(f"{type(error).__name__}: {reason}".replace("\n", " ")[:300]) from error

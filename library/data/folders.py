@@ -4,8 +4,15 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
-from library.data.decode import HEADER_BYTES, SampleError, upright_size
-from library.data.rows import COMMON_CAPTION_EXTENSIONS, CaptionKind, Part, TextPool, row_array
+from library.data.decode import HEADER_BYTES, MAX_BYTES, SampleError, upright_size
+from library.data.rows import (
+    COMMON_CAPTION_EXTENSIONS,
+    MAX_CAPTION_BYTES,
+    CaptionKind,
+    Part,
+    TextPool,
+    row_array,
+)
 from library.data.sources import FileState, Source, is_image
 
 
@@ -26,11 +33,15 @@ def scan_folder(source: Source, files: Sequence[FileState], captions: Mapping[st
     for name in filter(is_image, sizes):
         stem = PurePath(name).stem
         try:
+            if sizes[name] > MAX_BYTES:
+                raise SampleError(f"an image file of {sizes[name]} bytes, {MAX_BYTES} are the most")
+            caption_bytes = sizes.get(stem + source.caption_extension, 0)
+            if caption_bytes > MAX_CAPTION_BYTES:
+                raise SampleError(f"a caption of {caption_bytes} bytes, {MAX_CAPTION_BYTES} are the most")
             width_height = _size_from_image(source.path / name)
         except SampleError as error:
             part.bad.append((name, str(error)))
             continue
-        caption_bytes = sizes.get(stem + source.caption_extension, 0)
         if captions.get(name):
             caption = (CaptionKind.STORED, *pool.add(captions[name]))
         elif caption_bytes:
@@ -54,6 +65,6 @@ def _size_from_image(path: Path) -> tuple[int, int]:
             start = file.read(HEADER_BYTES)
             with contextlib.suppress(SampleError):
                 return upright_size(start)
-            return upright_size(start + file.read())
+            return upright_size(start + file.read(MAX_BYTES))
     except OSError as error:
         raise SampleError(f"cannot be read: {error.strerror}") from error

@@ -23,7 +23,7 @@ from library.data.sources import Listed, Source, Subset, find_sources, image_ext
 from library.errors import InputError
 
 # The number is raised whenever a scan of unchanged data gives another table.
-_VERSION = [2, *ROW.descr]
+_VERSION = [3, *ROW.descr]
 
 Progress = Callable[[int, int], None]
 

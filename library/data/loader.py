@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from library.data.bucket_rows import Buckets
 from library.data.captions import CaptionOptions, process_caption
-from library.data.decode import SampleError, decode
+from library.data.decode import Fit, SampleError, decode
 from library.data.index import Index
 from library.data.permutation import ROUNDS, permute
 from library.data.plan import Plan
@@ -28,6 +28,7 @@ from library.keyed_random import Stream, generator
 from library.signals import leave_signals_to_parent
 
 MAX_REPLACEMENTS = 16  # samples tried at one place before the data set is called broken
+_ASPECT_TOLERANCE = 0.03  # a third to a half of the way from one SDXL bucket to the next
 _PREFETCH = 2  # micro-batches that each worker keeps ready
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, ...]]
@@ -46,7 +47,8 @@ class MicroBatch:
         micro: number of this micro-batch in its step.
         places_B: int64 places in the global batch.
         ids: int64 (B, K, 77) token ids, one tensor a text encoder; none without a tokenizer.
-        quarantined: (name, reason) of samples that could not be read and have been replaced.
+        quarantined: (name, reason) of samples that could not be used, replacements that could not either among them.
+        replaced: places where another sample than the planned one stands.
     """
 
     images_BHWC: Tensor
@@ -58,6 +60,7 @@ class MicroBatch:
     places_B: Tensor
     ids: tuple[Tensor, ...] = ()
     quarantined: list[tuple[str, str]] = field(default_factory=list)
+    replaced: int = 0
 
     def __len__(self) -> int:
         return len(self.names)
@@ -131,8 +134,11 @@ class MicroBatchDataset(Dataset):
         captions: list[str] = []
         names: list[str] = []
         quarantined: list[tuple[str, str]] = []
+        replaced = 0
         for number, (place, row) in enumerate(zip(places.tolist(), batch.rows_G.tolist(), strict=True)):
+            listed = len(quarantined)
             sample = self._readable(row, batch.bucket, step, place, quarantined)
+            replaced += len(quarantined) > listed
             images_BHWC[number], size_ids_B6[number] = sample.pixels_HWC, sample.size_ids
             captions.append(sample.caption)
             names.append(sample.name)
@@ -147,6 +153,7 @@ class MicroBatchDataset(Dataset):
             torch.from_numpy(places),
             ids,
             quarantined,
+            replaced,
         )
 
     def _readable(self, row: int, bucket: int, step: int, place: int, quarantined: list[tuple[str, str]]) -> _Sample:
@@ -182,12 +189,28 @@ class MicroBatchDataset(Dataset):
             SampleError: it cannot be read or decoded.
         """
         text = self._reader.caption(row)
-        pixels, size_ids = decode(
-            self._reader.image(row), self._buckets.size(bucket), partial(self._buckets.fit, bucket)
-        )
+        pixels, size_ids = decode(self._reader.image(row), self._buckets.size(bucket), partial(self._fit, row, bucket))
         options = self._captions[self._index.source(row).subset]
         caption = process_caption(text, options, generator(self._plan.seed, Stream.CAPTION, step, place))
         return _Sample(pixels, size_ids, caption, self._index.name(row))
+
+    def _fit(self, row: int, bucket: int, width: int, height: int) -> Fit:
+        """How the image meets its bucket, for which it was chosen by the size that the index has.
+
+        Raises:
+            SampleError: that size was wrong, and the bucket does not suit the image.
+        """
+        record = self._index.record(row)
+        told_w, told_h = int(record["width"]), int(record["height"])
+        options = self._buckets.options_of(bucket)
+        if (width, height) != (told_w, told_h) and options.enable_bucket:
+            said = f"{width}×{height} px, but by its shard's parquet or JSON {told_w}×{told_h}: "
+            if not 1 - _ASPECT_TOLERANCE < width * told_h / (height * told_w) < 1 + _ASPECT_TOLERANCE:
+                raise SampleError(f"{said}another aspect ratio than its bucket was chosen for")
+            bucket_w, bucket_h = self._buckets.size(bucket)
+            if options.bucket_no_upscale and (width < bucket_w or height < bucket_h):
+                raise SampleError(f"{said}less than its bucket, and --bucket_no_upscale enlarges nothing")
+        return self._buckets.fit(bucket, width, height)
 
 
 class _Reporting(Dataset):

@@ -5,9 +5,9 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
-from library.data.decode import SampleError
+from library.data.decode import MAX_BYTES, SampleError
 from library.data.index import Index
-from library.data.rows import CaptionKind
+from library.data.rows import MAX_CAPTION_BYTES, CaptionKind
 
 _MAX_OPEN = 64  # shards kept open; the usual limit of a process is 1024 files
 
@@ -27,7 +27,7 @@ class Reader:
         """
         source = self.index.source(row)
         if not source.is_shard:
-            return self._file(source.path / self.index.key(row))
+            return self._file(source.path / self.index.key(row), MAX_BYTES)
         record = self.index.record(row)
         return self._range(source.path, int(record["image_offset"]), int(record["image_bytes"]))
 
@@ -49,12 +49,14 @@ class Reader:
         if source.is_shard:
             data = self._range(source.path, offset, size)
         else:
-            data = self._file((source.path / self.index.key(row)).with_suffix(source.caption_extension))
+            path = (source.path / self.index.key(row)).with_suffix(source.caption_extension)
+            data = self._file(path, MAX_CAPTION_BYTES)
         try:
             text = data.decode("utf-8-sig")
             if kind == CaptionKind.JSON:
-                return " ".join(str(json.loads(text)["caption"]).split())
-        except (ValueError, KeyError, TypeError) as error:
+                text = " ".join(str(json.loads(text)["caption"]).split())
+                text.encode()  # JSON can write halves of characters, which are no text
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SampleError(f"caption: {error}") from error
         return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
@@ -69,7 +71,7 @@ class Reader:
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from error
         if len(data) < size:
-            raise SampleError(f"{path} has become shorter since it was indexed")
+            raise SampleError("its shard has become shorter since it was indexed")
         return data
 
     def _descriptor(self, path: Path) -> int:
@@ -83,11 +85,15 @@ class Reader:
         return descriptor
 
     @staticmethod
-    def _file(path: Path) -> bytes:
+    def _file(path: Path, most_bytes: int) -> bytes:
         try:
-            return path.read_bytes()
+            with path.open("rb") as file:
+                data = file.read(most_bytes + 1)
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from error
+        if len(data) > most_bytes:
+            raise SampleError(f"a file of more than {most_bytes} bytes")
+        return data
 
     def __getstate__(self) -> dict[str, object]:
         return {"index": self.index, "_open": OrderedDict()}

@@ -13,6 +13,7 @@ from enum import IntEnum
 import numpy as np
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif"})
+MAX_CAPTION_BYTES = 1 << 20  # of a caption file or JSON member; more is no caption
 # Extensions that are searched for only to tell the user about a wrong --caption_extension.
 COMMON_CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags")
 NAMED = 5  # so many names of a long list stand in a message
@@ -137,6 +138,11 @@ class TextPool:
     def array(self) -> np.ndarray:
         """All of it, uint8."""
         return np.frombuffer(b"".join(self._parts), np.uint8)
+
+
+def printable(name: str) -> str:
+    """A name as messages show it. In a tar it can hold any bytes: none may move a cursor, or fail to be printed."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def row_array(rows: Iterable[tuple[int, ...]]) -> np.ndarray:

@@ -6,19 +6,19 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.data.decode import HEADER_BYTES, SampleError, upright_size
+from library.data.decode import HEADER_BYTES, MAX_BYTES, SampleError, upright_size
 from library.data.rows import (
     COMMON_CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
+    MAX_CAPTION_BYTES,
     CaptionKind,
     Part,
     TextPool,
+    printable,
     row_array,
 )
 from library.data.sources import Source
 from library.data.tar_headers import Member, TornTarError, members
-
-_MAX_JSON_BYTES = 1 << 22
 
 
 @dataclass
@@ -27,6 +27,7 @@ class _Sample:
 
     image: Member | None = None
     others: dict[str, Member] = field(default_factory=dict)  # by extension
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,15 @@ def scan_shard(source: Source) -> Part:
 
     The caption is the member with the source's caption extension, else the JSON member's "caption", else the parquet's,
     else the class words. The size is the parquet's, else the JSON's, else from the image's header. A tar that is cut
-    short gives its whole samples and a warning.
+    short gives its whole samples and a warning. What has no image, two of them or a name that leads out of the tar, and
+    what only the parquet knows of, is bad.
 
     Raises:
         OSError: the shard cannot be opened.
     """
     fd = os.open(source.path, os.O_RDONLY)
     try:
-        samples, torn = _samples(fd)
+        samples, torn, cut = _samples(fd)
         sidecar, warnings = _read_sidecar(source.path.with_suffix(".parquet"))
         pool = TextPool()
         part = Part(row_array([]), pool.array())
@@ -59,9 +61,11 @@ def scan_shard(source: Source) -> Part:
             if sample.image is None:
                 part.without_image += 1
                 part.strange_extensions.update(sample.others.keys())
+                part.bad.append((key, f"no image, only {' '.join(sorted(sample.others))}"))
                 continue
             facts = sidecar.get(key.rpartition("/")[2])
             try:
+                _check(key, sample)
                 rows.append(_row(fd, key, sample.image, sample.others, facts, source, pool))
             except SampleError as error:
                 part.bad.append((key, str(error)))
@@ -69,21 +73,28 @@ def scan_shard(source: Source) -> Part:
             part.other_captions.update(_other_caption_extensions(sample.others, source.caption_extension))
     finally:
         os.close(fd)
+    if cut:
+        part.bad.append((cut, "its shard ends or is damaged within it"))
+    present = {key.rpartition("/")[2] for key in (*samples, cut)}
+    part.bad += [(key, "its shard's parquet has it, the tar does not") for key in sidecar if key not in present]
     if torn:
         warnings.append(f"{torn}; the {len(rows)} whole samples before that are used. Fetch this shard again.")
     part.rows, part.text, part.warnings = row_array(rows), pool.array(), warnings
     return part
 
 
-def _samples(fd: int) -> tuple[dict[str, _Sample], str]:
-    """Members by key (the base name up to its first dot, as in webdataset), and why the tar ended early ("" if not)."""
+def _samples(fd: int) -> tuple[dict[str, _Sample], str, str]:
+    """Members by key (the base name up to its first dot, as in webdataset).
+
+    Then why the tar ended early, and the key of the sample that it ended in, which may lack members ("" if it did not).
+    """
     samples: dict[str, _Sample] = {}
     key = ""
     try:
         for member in members(fd):
             folder, _, name = member.name.removeprefix("./").rpartition("/")
             base, _, extension = name.partition(".")
-            extension = f".{extension.lower()}"
+            extension = printable(f".{extension.lower()}")
             if not base or extension == ".":
                 continue
             # The folder belongs to the key, so that a/1.jpg and b/1.jpg stay two samples.
@@ -91,12 +102,27 @@ def _samples(fd: int) -> tuple[dict[str, _Sample], str]:
             sample = samples.setdefault(key, _Sample())
             if extension in IMAGE_EXTENSIONS:
                 sample.image = member
+                sample.images += 1
             else:
                 sample.others[extension] = member
     except TornTarError as error:
-        samples.pop(key, None)  # the last one may lack members
-        return samples, str(error)
-    return samples, ""
+        samples.pop(key, None)
+        return samples, str(error), key
+    return samples, "", ""
+
+
+def _check(key: str, sample: _Sample) -> None:
+    """What makes a sample bad before anything of it is read.
+
+    Raises:
+        SampleError: with the reason.
+    """
+    if key.startswith("/") or ".." in key.split("/"):
+        raise SampleError("its name in the tar leads out of the folder that it would be unpacked to")
+    if sample.images > 1:
+        raise SampleError(f"{sample.images} images of one name in the tar")
+    if sample.image is not None and sample.image.size > MAX_BYTES:
+        raise SampleError(f"an image file of {sample.image.size} bytes, {MAX_BYTES} are the most")
 
 
 def _row(
@@ -111,10 +137,12 @@ def _row(
     """One row in ROW's order.
 
     Raises:
-        SampleError: no size is given and the image's header cannot be read.
+        SampleError: no size is given and the image's header cannot be read, or the caption is too long.
     """
     plain = others.get(source.caption_extension.lower())
     has_plain = plain is not None and plain.size > 0
+    if plain is not None and plain.size > MAX_CAPTION_BYTES:
+        raise SampleError(f"a caption of {plain.size} bytes, {MAX_CAPTION_BYTES} are the most")
     has_size = facts is not None and facts.width > 0 and facts.height > 0
     json_facts = _Facts() if has_plain and has_size else _read_json(fd, others.get(".json"))
     if plain is not None and has_plain:
@@ -145,11 +173,11 @@ def _size_from_image(fd: int, image: Member) -> tuple[int, int]:
 
 def _read_json(fd: int, member: Member | None) -> _Facts:
     """Size and caption from a sample's JSON member; nothing from one that is missing or damaged."""
-    if member is None or member.size > _MAX_JSON_BYTES:
+    if member is None or member.size > MAX_CAPTION_BYTES:
         return _Facts()
     try:
         content = json.loads(os.pread(fd, member.size, member.offset))
-    except ValueError:  # also covers bytes that are not UTF-8
+    except (ValueError, RecursionError):  # ValueError: also of bytes that are not UTF-8
         return _Facts()
     if not isinstance(content, dict):
         return _Facts()
@@ -169,7 +197,8 @@ def _read_sidecar(path: Path) -> tuple[dict[str, _Facts], list[str]]:
         table = file.read(columns=present)
         columns = {name: table[name].to_pylist() for name in present}
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
-        return {}, [f"its parquet file cannot be read ({error}); sizes come from the shard itself."]
+        reason = " ".join(str(error).split())
+        return {}, [f"its parquet file cannot be read ({reason}); sizes come from the shard itself."]
     if "key" not in present:
         return {}, ["its parquet file has no column 'key'; sizes come from the shard itself."]
     nothing = [None] * table.num_rows

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 from library.data.metadata import read_metadata
-from library.data.rows import IMAGE_EXTENSIONS, NAMED
+from library.data.rows import IMAGE_EXTENSIONS, NAMED, printable
 from library.data.tar_headers import looks_like_tar
 from library.errors import InputError
 
@@ -68,7 +68,7 @@ class Source:
 
     def name(self, key: str) -> str:
         """What messages call its image of that key."""
-        return f"{self.path}:{key}" if self.is_shard else str(self.path / key)
+        return printable(f"{self.path}:{key}" if self.is_shard else str(self.path / key))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 BLOCK = 512  # bytes; headers and contents start at multiples of it
 _REGULAR = b"0\x007"  # regular file, its old spelling, contiguous file
 _MAX_EXTENSION_BYTES = 1 << 20  # a long name or pax header larger than this is no real one
+_USED_FIELDS = ("path", "size")  # of pax headers
 _MAX_DIGITS = 19  # of a decimal size
 
 
@@ -116,13 +117,17 @@ def _short_name(header: bytes) -> str:
 
 
 def _pax_fields(content: bytes) -> dict[str, str]:
-    """`LENGTH KEY=VALUE\\n` records, LENGTH counting the whole record."""
+    """`LENGTH KEY=VALUE\\n` records, LENGTH counting the whole record; of the fields those that are used here."""
     fields = {}
-    while content.strip(b"\0"):
-        length, _, _ = content.partition(b" ")
-        if not length.isdigit() or len(length) > _MAX_DIGITS or not len(length) < int(length) <= len(content):
+    content = content.rstrip(b"\0")
+    start = 0
+    while start < len(content):
+        length = content[start : start + _MAX_DIGITS + 1].partition(b" ")[0]
+        if not length.isdigit() or not len(length) < int(length) <= len(content) - start:
             raise TornTarError("it holds a damaged pax header")
-        key, _, value = content[len(length) + 1 : int(length)].rstrip(b"\n").partition(b"=")
-        fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        content = content[int(length) :]
+        record = content[start + len(length) + 1 : start + int(length)]
+        key, _, value = record.rstrip(b"\n").partition(b"=")
+        if (name := key.decode("utf-8", "replace")) in _USED_FIELDS:
+            fields[name] = value.decode("utf-8", "surrogateescape")
+        start += int(length)
     return fields

@@ -153,7 +153,7 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
             return
         report = _train(options, task, groups, data, surroundings, steps, resumed)
         if accelerator.is_main_process:
-            _finish(options, report, task.network_name, data.plan.global_batch, accelerator, started)
+            _finish(options, report, task.network_name, data, accelerator, started)
         accelerator.end_training()
 
 
@@ -194,7 +194,7 @@ def _train(
             accelerator,
             parallel,
             data.plan,
-            _loop_options(options, data.plan.global_batch, steps),
+            _loop_options(options, data, steps),
             writer,
             states,
             surroundings.signals,
@@ -326,7 +326,7 @@ def _make_schedule(options: OptimizationOptions, steps: int, optimizer: torch.op
     )
 
 
-def _loop_options(options: Options, global_batch: int, steps: int) -> loop.LoopOptions:
+def _loop_options(options: Options, data: TrainingData, steps: int) -> loop.LoopOptions:
     """What the loop does between steps; at the last epoch the final checkpoint stands for the epoch's."""
     name = options.saving.output_name
     saves = Cadence(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)
@@ -353,9 +353,12 @@ def _loop_options(options: Options, global_batch: int, steps: int) -> loop.LoopO
     return loop.LoopOptions(
         max_train_steps=steps,
         accumulation=options.run.gradient_accumulation_steps,
-        global_batch=global_batch,
+        global_batch=data.plan.global_batch,
         max_grad_norm=options.optimization.max_grad_norm,
         output_dir=options.saving.output_dir,
+        epoch_samples=int(data.plan.samples_K.sum()),
+        max_bad_samples=options.data.max_bad_samples,
+        left_out=data.index.bad,
         preview_at_first=options.preview.sample_at_first,
         checkpoints_due=checkpoints_due,
         previews_due=previews_due,
@@ -427,7 +430,7 @@ def _finish(
     options: Options,
     report: loop.RunReport,
     network_name: str,
-    global_batch: int,
+    data: TrainingData,
     accelerator: Accelerator,
     started: float,
 ) -> None:
@@ -438,10 +441,11 @@ def _finish(
         images_per_second=report.images_per_second,
         train_loss=report.average_loss,
         duration_seconds=time.perf_counter() - started,
-        global_batch=global_batch,
+        global_batch=data.plan.global_batch,
         process_count=accelerator.num_processes,
         batch_per_device=options.data.train_batch_size,
         quarantined=report.quarantined,
+        left_out=len(data.index.bad),
         overflows=report.overflows,
         steps_not_updated=report.steps_not_updated,
     )

@@ -5,7 +5,6 @@ samples, noise and timesteps follow from them, so a step repeated after an overf
 was stopped goes on as if it had not been.
 """
 
-import json
 import logging
 import math
 import time
@@ -25,8 +24,9 @@ from library import device as devices
 from library.data.loader import MicroBatch
 from library.errors import Stopped, TrainingError
 from library.signals import Signals
-from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none, go_on
+from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
 from library.training.optimizers import set_schedule
+from library.training.quarantine import Quarantine
 from library.training.sharding import Replicated
 from library.training.states import RUN, Resumed, States, parts_by_process
 
@@ -68,6 +68,9 @@ class LoopOptions:
     global_batch: int  # images per step over all processes and micro-batches
     max_grad_norm: float  # 0: gradients are not clipped
     output_dir: Path
+    epoch_samples: int = 0
+    max_bad_samples: float = 1.0  # share of samples that may be bad before the run stops
+    left_out: Sequence[tuple[str, str]] = ()  # (name, reason) of samples that the index could not use
     preview_at_first: bool = False
     checkpoints_due: Callable[[int, int | None], Sequence[str]] = lambda steps_done, epochs_done: ()
     previews_due: Callable[[int, int | None], Sequence[str]] = lambda steps_done, epochs_done: ()
@@ -118,7 +121,10 @@ class Trainer:
         self.states, self.signals = states, signals
         self.start_step = 0
         self.speed, self.average = SpeedMeter(), MovingAverage()
-        self.overflows = self.not_updated = self.not_finite_running = self.quarantined = 0
+        self.overflows = self.not_updated = self.not_finite_running = 0
+        self.quarantine = Quarantine(
+            accelerator, options.output_dir, writer.write_text, options.epoch_samples, options.max_bad_samples
+        )
 
     def resume(self, resumed: Resumed) -> None:
         """Take up a training state; `train` then begins with the step after it.
@@ -135,7 +141,7 @@ class Trainer:
             self.average.add(loss)
         self.overflows, self.not_updated = run["overflows"], run["not_updated"]
         self.not_finite_running = run["not_finite_running"]
-        self.quarantined = run["quarantined"] if self.accelerator.is_main_process else 0
+        self.quarantine.count = run["quarantined"]
         self.start_step = resumed.step
 
     def train(self, batches: Iterator[MicroBatch]) -> RunReport:
@@ -145,12 +151,11 @@ class Trainer:
             batches: this process's micro-batches from there on, `accumulation` a step, in the order of the plan.
 
         Raises:
-            TrainingError: the loss is not finite three steps running, or no loss scale avoids overflow.
+            TrainingError: the loss is not finite three steps running, no loss scale avoids overflow, or too many
+                samples are bad.
             Stopped: by SIGTERM or SIGINT on any process, once a training state is durable.
         """
-        if self.accelerator.is_main_process:
-            for path in self.options.output_dir.glob("quarantine*.jsonl"):
-                go_on(path, self.start_step)
+        self.quarantine.begin(self.start_step, self.options.left_out)
         if self.options.preview_at_first and not self.start_step:
             self._preview(["000000"], 0)
         for step in range(self.start_step, self.options.max_train_steps):
@@ -161,6 +166,7 @@ class Trainer:
             devices.synchronize(self.accelerator.device)
             self._log(step, step_batches, result, waited, time.perf_counter() - began)
             self._stop_if_not_finite(step, step_batches, result)
+            self.quarantine.stop_if_too_many((step + 1) * self.options.global_batch)
             self._after_step(step + 1)
         return RunReport(
             self.speed.images_per_second,
@@ -168,7 +174,7 @@ class Trainer:
             self.options.max_train_steps,
             self.overflows,
             self.not_updated,
-            self._quarantined_by_all(),
+            self.quarantine.count,
         )
 
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
@@ -215,7 +221,7 @@ class Trainer:
         self.average.add(result.loss)
         self.overflows += result.overflows
         self.not_updated += not result.updated
-        self._write_quarantine(step, batches)
+        self.quarantine.add(step, batches)
         scaler = self.accelerator.scaler
         self.writer.write(
             StepMetrics(
@@ -232,21 +238,9 @@ class Trainer:
                 data_wait_seconds=waited,
                 memory_bytes=devices.peak_memory_bytes(self.accelerator.device),
                 updated=result.updated,
+                quarantined=self.quarantine.count,
             )
         )
-
-    def _write_quarantine(self, step: int, batches: Sequence[MicroBatch]) -> None:
-        """List the samples that could not be read in quarantine.jsonl, each process its own."""
-        bad = [(name, reason) for batch in batches for name, reason in batch.quarantined]
-        if not bad:
-            return
-        rank = self.accelerator.process_index
-        path = self.options.output_dir / ("quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl")
-        self.quarantined += len(bad)
-        with path.open("a", encoding="utf-8") as file:
-            for sample, reason in bad:
-                file.write(json.dumps({"step": step + 1, "sample": sample, "reason": reason}) + "\n")
-                self.writer.write_text(f"sample {sample} replaced: {reason}")
 
     def _stop_if_not_finite(self, step: int, batches: Sequence[MicroBatch], result: StepResult) -> None:
         if result.updated:
@@ -303,14 +297,10 @@ class Trainer:
             "overflows": self.overflows,
             "not_updated": self.not_updated,
             "not_finite_running": self.not_finite_running,
-            "quarantined": self._quarantined_by_all(),
+            "quarantined": self.quarantine.count,
         }
         metrics = {"global_batch": self.options.global_batch, "board_folder": self.writer.board_folder}
         self.states.save(steps_done, run, metrics, stem)
-
-    def _quarantined_by_all(self) -> int:
-        """Samples that could not be read, over all processes."""
-        return int(self.accelerator.reduce(torch.tensor(self.quarantined, device=self.accelerator.device), "sum"))
 
     def save(self, stem: str) -> None:
         """Write a checkpoint of that name. Every process calls; those that do not write wait."""

@@ -35,6 +35,7 @@ class StepMetrics:
     data_wait_seconds: float
     memory_bytes: int
     updated: bool
+    quarantined: int = 0  # samples replaced so far, over all processes
 
 
 @dataclass
@@ -144,6 +145,8 @@ class MetricsWriter:
             for name, value in _scalars(metrics).items():
                 self._board.add_scalar(name, value, metrics.step)
         shown = {"loss": metrics.loss, "avr_loss": metrics.average_loss, "img/s": metrics.images_per_second}
+        if metrics.quarantined:
+            shown["replaced"] = metrics.quarantined
         self.bar.set_postfix(
             {name: "nan" if value is None else f"{value:.4g}" for name, value in shown.items()}, refresh=False
         )

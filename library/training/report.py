@@ -18,6 +18,7 @@ class FinalFigures:
     process_count: int
     batch_per_device: int
     quarantined: int = 0
+    left_out: int = 0
     overflows: int = 0
     steps_not_updated: int = 0
 
@@ -31,6 +32,7 @@ class FinalFigures:
         ]
         trouble = {
             "Samples replaced (quarantine.jsonl)": self.quarantined,
+            "Samples left out of the index (quarantine.jsonl)": self.left_out,
             "Loss scale overflows (steps repeated)": self.overflows,
             "Steps without update (loss not finite)": self.steps_not_updated,
         }

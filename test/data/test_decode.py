@@ -1,12 +1,16 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from library.data import decode as decode_module
+from library.data import scaling
 from library.data.buckets import BucketOptions, fit
 from library.data.decode import Fit, SampleError, decode, upright_size
+from library.data.scaling import Filter, scaled_crop
 
 
 def encoded(image, format="PNG", **options):
@@ -38,7 +42,7 @@ def psnr(one, other):
 def test_the_result_is_scaling_the_whole_and_cutting_out_the_crop():
     image = smooth(300, 200)
     pixels, size_ids = decode(encoded(image), (64, 96), covering((64, 96)))
-    whole = image.resize((144, 96), Image.Resampling.LANCZOS)
+    whole = image.resize((144, 96), Image.Resampling.BICUBIC)
     expected = np.asarray(whole.crop((40, 0, 104, 96)), int)
     assert pixels.shape == (96, 64, 3)
     assert pixels.dtype == np.uint8
@@ -70,19 +74,18 @@ def test_jpegs_decoded_at_a_reduced_scale_keep_quality_and_place(size, target):
 
 
 def test_a_reduced_jpeg_is_never_smaller_than_what_is_wanted(monkeypatch):
-    """The decoded size is seen through the resize call."""
+    """The decoded size is seen through the scaling."""
     seen = []
-    resize = Image.Image.resize
 
-    def watched(self, size, *args, **kwargs):
-        seen.append(self.size)
-        return resize(self, size, *args, **kwargs)
+    def watched(pixels_HWC, *args):
+        seen.append(pixels_HWC.shape[1::-1])
+        return scaled_crop(pixels_HWC, *args)
 
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(smooth(1000, 1000), "JPEG")
     turned = encoded(smooth(1200, 300), "JPEG", exif=exif)  # upright it is 300×1200
-    monkeypatch.setattr(Image.Image, "resize", watched)
+    monkeypatch.setattr(decode_module, "scaled_crop", watched)
     for target, decoded in ((64, 125), (104, 250), (200, 250), (256, 500), (400, 500), (480, 1000), (504, 1000)):
         seen.clear()
         decode(data, (target, target), covering((target, target)))
@@ -190,3 +193,121 @@ def test_decompression_bombs_are_refused(monkeypatch):
     bomb = encoded(Image.new("1", (20_000, 20_000)))  # 50 KB of file, 400 million pixels
     with pytest.raises(SampleError, match=r"400000000 pixels|20000×20000"):
         upright_size(bomb)
+
+
+@pytest.mark.parametrize("by", list(Filter))
+@pytest.mark.parametrize(
+    ("steps", "crop", "size"),
+    [((1.5, 1.25), (7, 5), (40, 40)), ((0.7, 0.7), (20, 10), (64, 48)), ((3, 3), (0, 0), (30, 23))],
+)
+def test_torch_and_pillow_scale_alike(by, steps, crop, size):
+    """Crops anywhere, up and down."""
+    pixels = np.random.default_rng(3).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    ours = scaling._by_torch(pixels, steps, crop, size, by).astype(int)
+    assert ours.shape == (*size[::-1], 3)
+    assert np.abs(ours - scaling._by_pillow(pixels, steps, crop, size, by)).max() <= 1
+
+
+def test_a_long_strip_costs_no_memory_for_what_is_cropped_away(monkeypatch):
+    """8×20,000 px scaled to a width of 256 is 640,000 rows, of which 256 are wanted."""
+    monkeypatch.setattr(scaling, "_by_torch", None)
+    pixels, size_ids = decode(encoded(Image.new("RGB", (8, 20_000), (1, 2, 3))), (256, 256), covering((256, 256)))
+    assert (pixels == [1, 2, 3]).all()
+    assert size_ids[2] == (640_000 - 256) // 2
+
+
+def jpeg_of(mode, colour):
+    """One flat colour, so that a JPEG keeps it."""
+    return encoded(Image.new(mode, (16, 16), colour), "JPEG", quality=100)
+
+
+def png_of(depth, colour_type, pixel, extra=b""):
+    """A PNG of 16×16 equal pixels written by hand, for depths that Pillow does not write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 16, 16, depth, colour_type, 0, 0, 0)
+    rows = zlib.compress((b"\0" + pixel * 16) * 16)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def transparent_grey():
+    """A PNG's tRNS chunk: the grey value 0x1234 is transparent."""
+    return struct.pack(">I", 2) + b"tRNS" + b"\x12\x34" + struct.pack(">I", zlib.crc32(b"tRNS\x12\x34"))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (jpeg_of("CMYK", (0, 255, 255, 0)), (255, 0, 0)),  # magenta and yellow ink: red
+        (jpeg_of("CMYK", (51, 0, 0, 102)), (122, 153, 153)),  # (1 - 0.2)·(1 - 0.4) = 0.48 and 0.6 of 255
+        (jpeg_of("L", 77), (77, 77, 77)),
+        (png_of(16, 0, b"\x80\x80"), (128, 128, 128)),  # 0x8080 / 257
+        (png_of(16, 0, b"\x00\xff"), (1, 1, 1)),  # 255 / 257 rounded
+        (png_of(16, 0, b"\x12\x34", transparent_grey()), (255, 255, 255)),
+        (png_of(16, 2, b"\xff\xff\x80\x80\x00\x00"), (255, 128, 0)),
+        (png_of(16, 6, b"\xff\xff\x00\x00\x00\x00\x80\x80"), (255, 127, 127)),  # red, half of it there, over white
+        (png_of(8, 4, b"\x00\x40"), (191, 191, 191)),  # black, 64/255 of it there: 255·(1 - 64/255)
+        (encoded(Image.new("RGBA", (16, 16), (9, 9, 9, 0)), "WEBP", lossless=True), (255, 255, 255)),
+        (encoded(Image.new("RGBA", (16, 16), (10, 20, 30, 255))), (10, 20, 30)),
+    ],
+    ids=[
+        "cmyk",
+        "cmyk-mixed",
+        "grey",
+        "16",
+        "16-dark",
+        "16-transparent",
+        "16-colour",
+        "16-alpha",
+        "grey-alpha",
+        "webp-alpha",
+        "opaque",
+    ],
+)
+def test_colours_worked_by_hand(data, expected):
+    pixels, _ = decode(data, (16, 16), plain((16, 16)))
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "AVIF"])
+def test_of_an_animated_file_the_first_frame_is_taken(format):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    pixels, _ = decode(data, (16, 16), plain((16, 16)))
+    assert np.abs(pixels.astype(int) - [200, 0, 0]).max() < 8
+
+
+def test_what_is_smaller_than_a_latent_column_is_refused():
+    with pytest.raises(SampleError, match="7×300 px is too small"):
+        upright_size(encoded(Image.new("RGB", (7, 300))))
+    assert upright_size(encoded(Image.new("RGB", (8, 300)))) == (8, 300)
+
+
+def test_kinds_that_call_other_programs_are_not_opened():
+    with pytest.raises(SampleError, match="UnidentifiedImageError: no image of a known kind"):
+        decode(encoded(smooth(16, 16), "EPS"), (16, 16), plain((16, 16)))
+
+
+def test_a_progressive_jpeg_of_endless_scans_is_refused():
+    data = encoded(smooth(64, 64), "JPEG", progressive=True)
+    assert decode(data, (64, 64), plain((64, 64)))[0].shape == (64, 64, 3)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(SampleError, match="more than 100 scans"):
+        decode(data[:-2] + data[last:-2] * 100 + data[-2:], (64, 64), plain((64, 64)))
+
+
+def test_reasons_are_the_same_each_time():
+    """They are counted by kind: no addresses, no places in a library's source."""
+    cut = encoded(smooth(90, 90), "JPEG")[:-400]
+    for data in (b"<html>404</html>", cut):
+        reasons = set()
+        for _ in range(2):
+            with pytest.raises(SampleError) as error:
+                decode(data, (80, 80), plain((80, 80)))
+            reasons.add(str(error.value))
+        (reason,) = reasons
+        assert "0x" not in reason
+        assert ".cpp" not in reason

@@ -17,6 +17,7 @@ from PIL import Image
 
 from library.data import index as index_module
 from library.data import index_cache, parallel
+from library.data import shards as shards_module
 from library.data import sources as sources_module
 from library.data.decode import SampleError
 from library.data.index import build_index
@@ -158,9 +159,11 @@ class TestShards:
         make_tar(tmp_path / "0.tar", [*members, ("c.jpg", b"<html>"), ("c.txt", b"c")])
         index = build(tmp_path)
         assert [index.key(row) for row in range(len(index))] == ["a"]
-        assert index.bad[0][0].endswith("0.tar:c")
-        assert "UnidentifiedImageError" in index.bad[0][1]
-        assert any("0.tar:c" in warning and "1 images cannot be read" in warning for warning in index.warnings)
+        (no_image, no_image_reason), (broken, broken_reason) = index.bad
+        assert (no_image, no_image_reason) == (f"{tmp_path}/0.tar:b", "no image, only .heic .txt")
+        assert broken == f"{tmp_path}/0.tar:c"
+        assert "UnidentifiedImageError" in broken_reason
+        assert any("0.tar:c" in warning and "2 images cannot be read" in warning for warning in index.warnings)
         assert any("1 samples" in warning and ".heic" in warning for warning in index.warnings)
 
     def test_a_torn_shard_gives_its_whole_samples_and_a_warning(self, tmp_path, make_shard):
@@ -171,15 +174,65 @@ class TestShards:
         path.write_bytes(data[: data.rindex(b'"status"')])
         index = build(tmp_path)
         assert sizes(index) == sizes(whole)[:2]
-        (warning,) = index.warnings
-        assert "00000.tar" in warning
-        assert "2 whole samples" in warning
+        torn, _ = index.warnings
+        assert "00000.tar" in torn
+        assert "2 whole samples" in torn
+        assert index.bad == ((f"{path}:000000000", "its shard ends or is damaged within it"),)
+        path.write_bytes(data[: data.index(b"000000000.jpg")])  # before the last one: only the parquet knows of it
+        assert dict(build(tmp_path).bad) == {
+            f"{path}:000000001": "its shard ends or is damaged within it",
+            f"{path}:000000000": "its shard's parquet has it, the tar does not",
+        }
 
     def test_a_damaged_sidecar_is_a_warning(self, tmp_path, make_shard):
         make_shard(tmp_path, 0, [(20, 10)]).with_suffix(".parquet").write_bytes(b"PAR1 no")
         index = build(tmp_path)
         assert sizes(index) == [(20, 10)]
         assert "parquet" in index.warnings[0]
+
+    def test_names_that_lead_out_of_the_tar_are_left_out(self, tmp_path, make_tar, make_picture):
+        image = make_picture(16, 8)
+        names = ["../up", "/etc/passwd", "a/../../up", "a..b/fine", "a/fine"]
+        members = [(f"{name}{end}", data) for name in names for end, data in ((".jpg", image), (".txt", b"a"))]
+        make_tar(tmp_path / "0.tar", members)
+        index = build(tmp_path)
+        assert [index.key(row) for row in range(len(index))] == ["a..b/fine", "a/fine"]
+        assert [name.partition(".tar:")[2] for name, _ in index.bad] == ["../up", "/etc/passwd", "a/../../up"]
+        assert all("leads out" in reason for _, reason in index.bad)
+
+    def test_two_images_of_one_name_are_left_out_not_one_of_them_chosen(self, tmp_path, make_tar, make_picture):
+        first, second = make_picture(16, 8), make_picture(8, 16, format="PNG")
+        make_tar(tmp_path / "0.tar", [("a.jpg", first), ("a.png", second), ("b.jpg", first), ("b.txt", b"b")])
+        index = build(tmp_path)
+        assert [index.key(row) for row in range(len(index))] == ["b"]
+        assert index.bad == ((f"{tmp_path}/0.tar:a", "2 images of one name in the tar"),)
+
+    def test_captions_and_images_of_absurd_size_are_left_out(self, tmp_path, make_tar, make_picture, monkeypatch):
+        monkeypatch.setattr(shards_module, "MAX_BYTES", 50_000)
+        image = make_picture(16, 8)
+        members = [("a.jpg", image), ("a.txt", b"x" * (1 << 20) + b"y"), ("b.jpg", bytes(50_001)), ("b.txt", b"b")]
+        make_tar(tmp_path / "0.tar", [*members, ("c.jpg", image), ("c.txt", b"c")])
+        index = build(tmp_path)
+        assert [index.key(row) for row in range(len(index))] == ["c"]
+        assert [reason.partition(" bytes")[0] for _, reason in index.bad] == [
+            "a caption of 1048577", "an image file of 50001",
+        ]  # fmt: skip
+
+    def test_json_nested_without_end_is_no_facts(self, tmp_path, make_tar, make_picture):
+        members = [("a.jpg", make_picture(16, 8)), ("a.json", b"[" * 100_000), ("b.jpg", make_picture(8, 8))]
+        make_tar(tmp_path / "0.tar", [*members, ("b.txt", b"b")])
+        assert sizes(build(tmp_path)) == [(16, 8), (8, 8)]
+
+    def test_half_characters_in_json_are_a_sample_error(self, tmp_path, make_tar, make_picture):
+        make_tar(tmp_path / "0.tar", [("a.jpg", make_picture(16, 8)), ("a.json", b'{"caption": "\\ud800"}')])
+        with pytest.raises(SampleError, match=r"caption: .*surrogates not allowed"):
+            Reader(build(tmp_path)).caption(0)
+
+    def test_names_of_any_bytes_can_be_shown(self, tmp_path, make_tar, make_picture):
+        make_tar(tmp_path / "0.tar", [("\x1b[2J\udcff猫.jpg", make_picture(16, 8)), ("\x1b[2J\udcff猫.txt", b"a")])
+        index = build(tmp_path)
+        assert captions(index) == ["a"]
+        assert index.name(0) == f"{tmp_path}/0.tar:\\x1b[2J\\udcff猫"
 
 
 class TestFolders:

@@ -3,6 +3,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -154,8 +156,9 @@ def test_a_sample_that_cannot_be_read_is_replaced_by_one_of_its_bucket_and_liste
     steps = data.plan(6).steps_before_epoch(3)
     before = data.samples(Share(6), steps)
     broken = break_images(shards, [0, 5, 9])
-    quarantined = {}
+    quarantined, replaced = {}, 0
     for batch in data.loader(Share(6), steps):
+        replaced += batch.replaced
         for name, reason in batch.quarantined:
             quarantined[name] = reason
         assert not set(batch.names) & set(broken)
@@ -163,6 +166,7 @@ def test_a_sample_that_cannot_be_read_is_replaced_by_one_of_its_bucket_and_liste
     assert all("UnidentifiedImageError" in reason for reason in quarantined.values())
     after = data.samples(Share(6), steps)
     changed = [key for key in before if after[key] != before[key]]
+    assert replaced == len(changed)
     assert sorted(before[key][0] for key in changed) == sorted(n for n, *_ in before.values() if n in broken)
     # The same replacements whoever computes them.
     assert data.samples(Share(1, 0, 3, 2), steps, workers=2) == after
@@ -174,6 +178,33 @@ def test_a_bucket_of_two_is_helped_by_its_other_image(tmp_path, make_shard):
     (broken,) = break_images(tmp_path, [0])
     names = [name for batch in data.loader(Share(2), 10) for name in batch.names]
     assert set(names) == {data.index.name(1)} != {broken}
+
+
+def write_sizes(make_shard, folder, told):
+    """A shard of 32×32 pictures whose parquet gives the sizes that are told."""
+    path = make_shard(folder, 0, [(32, 32)] * len(told), parquet=False)
+    rows = [
+        {"key": f"00000{place:04d}", "status": "success", "width": width, "height": height}
+        for place, (width, height) in enumerate(told)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".parquet"))
+
+
+def test_a_size_that_the_parquet_has_wrong_is_noticed_where_it_chose_a_wrong_bucket(tmp_path, make_shard):
+    write_sizes(make_shard, tmp_path, [(64, 64), (320, 319), (32, 32)])  # other sizes of one aspect ratio do no harm
+    assert not any(batch.quarantined for batch in Set(tmp_path).loader(Share(1), 6))
+    write_sizes(make_shard, tmp_path, [(64, 16)] * 3)
+    data = Set(tmp_path)
+    with pytest.raises(InputError, match="32×32 px, but by its shard's parquet or JSON 64×16: another aspect ratio"):
+        list(data.loader(Share(1), 6))
+    Set(tmp_path, BucketOptions((32, 32))).samples(Share(1), 6)  # one bucket for all: sizes choose nothing
+
+
+def test_an_image_smaller_than_its_parquet_says_is_not_enlarged_against_the_users_will(tmp_path, make_shard):
+    write_sizes(make_shard, tmp_path, [(64, 64), (32, 32)])
+    data = Set(tmp_path, BucketOptions((64, 64), True, 16, 64, 8, bucket_no_upscale=True))
+    with pytest.raises(InputError, match="less than its bucket, and --bucket_no_upscale"):
+        list(data.loader(Share(1), 2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -72,7 +72,9 @@ def rows(step, rank, processes):
     random = torch.Generator().manual_seed(step)
     inputs, targets = (torch.randn(BATCH, width, generator=random) for width in (FEATURES, 2))
     part = slice(rank, None, processes)
-    return SimpleNamespace(step=step, inputs=inputs[part], targets=targets[part], names=["?"], quarantined=[])
+    return SimpleNamespace(
+        step=step, inputs=inputs[part], targets=targets[part], names=["?"], quarantined=[], replaced=0
+    )
 
 
 def train(kind, precision="no", patches=PATCHES, max_grad_norm=0.05, steps=8, overflow_on=None):

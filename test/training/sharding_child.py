@@ -76,7 +76,7 @@ def micro_batches(steps, accumulation, rank, processes):
         for micro in range(accumulation):
             part = slice(micro * size + rank, (micro + 1) * size, processes)
             inputs, target = tuple(one[part] for one in whole.inputs), whole.target[part]
-            yield SimpleNamespace(step=step, inputs=inputs, target=target, names=["?"], quarantined=[])
+            yield SimpleNamespace(step=step, inputs=inputs, target=target, names=["?"], quarantined=[], replaced=0)
 
 
 class OneEpoch:

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +23,7 @@ from library.training.sharding import shard
 from library.training.state_writer import StateWriter
 from library.training.states import StateCadence, States
 
+ROOT = Path(__file__).resolve().parents[2]
 FEATURES = 6
 
 
@@ -65,6 +70,7 @@ def micro_batches(steps, accumulation, batch):
                 targets=targets[part],
                 names=[f"{step}-{i}" for i in range(batch)],
                 quarantined=[],
+                replaced=0,
             )
 
 
@@ -291,8 +297,58 @@ def test_checkpoints_and_previews_come_when_due(tmp_path):
 
 def test_samples_that_could_not_be_read_are_listed(tmp_path):
     batches = list(micro_batches(8, 1, 12))
-    batches[2].quarantined = [("00000.tar:0000007", "truncated")]
+    batches[2].quarantined, batches[2].replaced = [("00000.tar:0000007", "truncated")], 1
     _, report, _ = train(tmp_path, batches=iter(batches))
     assert report.quarantined == 1
     (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 3, "sample": "00000.tar:0000007", "reason": "truncated"}
+
+
+def test_too_many_bad_samples_stop_the_run_with_a_summary(tmp_path):
+    batches = list(micro_batches(8, 1, 12))
+    for step in (1, 3, 4):
+        batches[step].quarantined = [(f"0.tar:{step}", f"truncated at {step}"), ("0.tar:9", "no image")]
+        batches[step].replaced = 2
+    with pytest.raises(TrainingError) as error:  # 4 of 48 are 8.3 %, 6 of 60 are 10 %
+        train(tmp_path, batches=iter(batches), epoch_samples=48, max_bad_samples=0.09)
+    assert "6 of 60 samples (10.00%) cannot be used: 3 × truncated at N; 3 × no image" in str(error.value)
+    assert "quarantine*.jsonl" in str(error.value)
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["quarantined"] for line in metrics] == [0, 2, 2, 4, 6]
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 6
+
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from accelerate import Accelerator
+from library.errors import TrainingError
+from library.training.quarantine import Quarantine
+
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+quarantine = Quarantine(accelerator, Path(sys.argv[1]), print, samples=40, share=0.1)
+quarantine.begin(0, [("0.tar:x", "no image")])
+for step in range(10):
+    bad = [(f"0.tar:{step}", "cut")] if rank == 1 and step >= 2 else []
+    quarantine.add(step, [SimpleNamespace(quarantined=bad, replaced=len(bad))])
+    try:
+        quarantine.stop_if_too_many((step + 1) * 4)
+    except TrainingError as error:
+        (Path(sys.argv[1]) / f"stopped{rank}").write_text(f"{step} {error}")
+        break
+"""
+
+
+def test_two_processes_stop_at_the_same_step_though_one_alone_saw_the_bad_samples(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, timeout=240)
+    texts = [(tmp_path / f"stopped{rank}").read_text() for rank in range(2)]
+    assert all(text.startswith("6 --max_bad_samples 0.1: 5 of 28") and "5 × cut" in text for text in texts)
+    first, second = ((tmp_path / name).read_text() for name in ("quarantine.jsonl", "quarantine.rank1.jsonl"))
+    assert json.loads(first) == {"step": 0, "sample": "0.tar:x", "reason": "no image"}
+    assert len(second.splitlines()) == 5

@@ -1,0 +1,203 @@
+"""Damaged shards: index, plan and loader end with samples or with the clear error, soon and in little memory.
+
+A case is a small shard (tar of JPEG, PNG and WebP with captions and JSON, parquet beside it) in which a seed changes a
+few things: bytes, lengths, blocks, tar headers with the checksum made right again, values in the JSON. What a seed
+gives never changes, so a failing case is repeated by `run_case(folder, seed)`.
+"""
+
+import io
+import json
+import resource
+import signal
+import struct
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from library.data.bad_samples import check_left_out
+from library.data.bucket_rows import bucket_rows
+from library.data.buckets import BucketOptions
+from library.data.captions import CaptionOptions
+from library.data.index import build_index
+from library.data.loader import Share, make_loader
+from library.data.plan import Plan
+from library.data.sources import Subset
+from library.errors import InputError
+
+LONGEST_S = 20  # a case takes some 20 ms
+MEMORY_GROWTH_MIB = 600
+STEPS = 6
+INTERESTING = (0, 1, 7, 8, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
+VALUES = (None, -1, 0, 1, 2**31, 2**63, 10**400, 1.5, float("nan"), "", "x", "\ud800", [], {}, True, "9" * 5000)
+
+
+def picture(seed, format):
+    colours = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 1 + seed % 8
+    Image.fromarray(colours).resize((40, 24)).save(file, format, exif=exif, **{"progressive": True} if seed % 2 else {})
+    return file.getvalue()
+
+
+PICTURES = [picture(seed, format) for seed, format in enumerate(("JPEG", "JPEG", "PNG", "WEBP"))]
+EXTENSIONS = ("jpg", "jpg", "png", "webp")
+
+
+def shard(random):
+    """(tar, parquet): a good shard, but for a JSON value that may be strange."""
+    file, rows = io.BytesIO(), []
+    with tarfile.open(fileobj=file, mode="w", format=random.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as tar:
+        for number, (extension, image) in enumerate(zip(EXTENSIONS, PICTURES, strict=True)):
+            key = f"{number:09d}" if number else "größe" * 30  # long and not ASCII: extended headers
+            facts = {"caption": f"picture {number}", "width": 40, "height": 24, "key": key}
+            rows.append({"key": key, "status": "success", "caption": "stored", "width": 40, "height": 24})
+            if random.random() < 0.2:
+                facts[random.choice(["caption", "width", "height"])] = VALUES[random.integers(len(VALUES))]
+            members = {extension: image, "json": json.dumps(facts).encode(), "txt": f"text {number}".encode()}
+            for name, content in members.items():
+                if random.random() < 0.1:
+                    continue
+                info = tarfile.TarInfo(f"{key}.{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    return bytearray(file.getvalue()[: file.tell()]).rstrip(b"\0") + bytes(1024), bytearray(table.getvalue())
+
+
+def change(data, random):
+    """One change of a file's bytes, in place."""
+    place, length = int(random.integers(len(data))), int(random.integers(1, 600))
+    match random.integers(8):
+        case 0:
+            data[place] = random.integers(256)
+        case 1:
+            data[place] ^= 1 << int(random.integers(8))
+        case 2:
+            form = random.choice(["<B", "<H", ">H", "<I", ">I"])
+            mask = (1 << 8 * struct.calcsize(form)) - 1
+            data[place : place + struct.calcsize(form)] = struct.pack(form, int(random.choice(INTERESTING)) & mask)
+        case 3:
+            del data[place:]
+        case 4:
+            del data[place : place + length]
+        case 5:
+            data[place:place] = data[place : place + length]
+        case 6:
+            data[place : place + length] = bytes(min(length, len(data) - place))
+        case 7:
+            data[place : place + length] = random.bytes(min(length, len(data) - place))
+    if not data:
+        data += b"\0"
+
+
+def change_header(data, random):
+    """One change of a tar header whose checksum is then made right, so that it is believed."""
+    headers = [at for at in range(0, len(data) - 511, 512) if data[at + 257 : at + 262] == b"ustar"]
+    if not headers:
+        return
+    at = int(random.choice(headers))
+    match random.integers(4):
+        case 0:
+            data[at + int(random.integers(512))] = random.integers(256)
+        case 1:
+            data[at + 124 : at + 136] = [b"%011o\0" % random.integers(2**33), b"\x80" + random.bytes(11)][
+                random.integers(2)
+            ]
+        case 2:
+            data[at + 156] = random.choice(list(b"01256LKxgSV\0"))
+        case 3:
+            data[at : at + 100] = random.choice([b"../../x.jpg", b"/x.png", b".jpg", b"\xff\x1b.txt", b""]).ljust(
+                100, b"\0"
+            )
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+
+
+def write_case(folder, seed):
+    """The shard that belongs to a seed."""
+    random = np.random.default_rng(seed)
+    tar, parquet = shard(random)
+    for _ in range(random.integers(1, 5)):
+        chosen = random.random()
+        if chosen < 0.3:
+            change_header(tar, random)
+        else:
+            change(tar if chosen < 0.75 else parquet, random)
+    (folder / "00000.tar").write_bytes(tar)
+    (folder / "00000.parquet").unlink(missing_ok=True)
+    if random.random() < 0.6:
+        (folder / "00000.parquet").write_bytes(parquet)
+
+
+def run_case(folder, seed):
+    """What a run over the shard comes to: "error" (the clear one), "left out", "replaced" or "whole"."""
+    write_case(folder, seed)
+    upscale = seed % 3 == 0
+    try:
+        index = build_index([Subset(folder, ".txt")], use_cache=False)
+        options = BucketOptions((32, 32), True, 16, 64, 8, bucket_no_upscale=upscale)
+        buckets = bucket_rows(index, [options])
+        plan = Plan(buckets, index.repeats_S, seed, 1)
+        batches = list(make_loader(index, buckets, plan, Share(1), [CaptionOptions()], end_step=STEPS))
+        check_left_out(index.bad, len(index), 1.0)
+    except InputError as error:
+        str(error).encode()
+        return "error"
+    for batch in batches:
+        names = [name for name, _ in batch.quarantined]
+        json.dumps([*names, *batch.captions, *(reason for _, reason in batch.quarantined)])
+        "".join([*names, *batch.captions]).encode()
+        assert batch.images_BHWC.shape[3] == 3
+    if any(batch.quarantined for batch in batches):
+        return "replaced"
+    return "left out" if index.bad else "whole"
+
+
+def run_cases(seeds):
+    """How often each outcome came; fails on anything else than an outcome."""
+
+    def too_long(*_):
+        raise TimeoutError(f"case {seed} takes more than {LONGEST_S} s")
+
+    outcomes, seed, slowest = Counter(), -1, 0.0
+    before = signal.signal(signal.SIGALRM, too_long)
+    memory = Path("/dev/shm")
+    try:
+        with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
+            run_case(Path(name), 10**6)  # imports and first allocations are not the cases'
+            peak_KiB = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for seed in seeds:
+                signal.alarm(LONGEST_S)
+                began = time.perf_counter()
+                try:
+                    outcomes[run_case(Path(name), seed)] += 1
+                except Exception as error:
+                    raise AssertionError(f"case {seed}: {error!r}") from error
+                slowest = max(slowest, time.perf_counter() - began)
+            grown_MiB = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_KiB) / 1024
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    print(f"{dict(outcomes)}; slowest {slowest:.2f} s; memory grew by {grown_MiB:.0f} MiB")
+    assert grown_MiB < MEMORY_GROWTH_MIB
+    return outcomes
+
+
+def test_damaged_shards_end_clearly():
+    outcomes = run_cases(range(300))
+    assert min(outcomes[outcome] for outcome in ("error", "left out", "replaced", "whole")) > 10, outcomes
+
+
+@pytest.mark.all
+def test_ten_thousand_damaged_shards_end_clearly():
+    run_cases(range(300, 10_300))
