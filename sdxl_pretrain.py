@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: argparse.Namespace, started: float) -> None:
     """Turn the arguments into options and run the task; what needs torch is imported here, after --help."""
-    from library.training.assembly import Options
+    from library.cli.options import Options
     from library.training.assembly import run as run_training
     from library.training.sdxl import SDXLPretraining
     from third_patch import PATCHES, apply

@@ -3,7 +3,6 @@
 #
 #   bash test/pretrain_full_1m_1p_sdxl.sh [--demo] [--NAME=VALUE ...]      (--help lists the names)
 source "$(dirname "${BASH_SOURCE[0]}")/launch_sdxl.sh"
-processes=1
-save_every_n_epochs=20
+by_torchrun=0
 parse_arguments "$@"
 launch

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STATEMENT = "public_address_statement.md"
 READMES = ("README.md", "README-zh.md")
 COMMANDS = ("bash test/pretrain_full_1m_1p_sdxl.sh --demo", "bash test/run_tests.sh")
+LAUNCHERS = ("pretrain_full_1m_1p_sdxl.sh", "pretrain_full_1m_8p_sdxl.sh", "pretrain_full_nm_np_sdxl.sh")
 MAP_TITLES = {"README.md": "Repository map", "README-zh.md": "仓库结构"}
 CONTACTED = "Contacted without standing in the code / 未写在代码中但会访问的地址"
 REQUIRED, OFF, NOTHING = {"required", "必填"}, {"off", "关"}, {"—"}
@@ -197,16 +198,21 @@ def test_the_tables_hold_every_flag_with_its_default_in_the_groups_of_help(readm
     assert not wrong, f"{name}: " + "; ".join(wrong)
 
 
-def test_the_launchers_arguments_are_told_with_their_defaults(readme):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_launchers_arguments_are_told_with_their_defaults(readme, launcher):
     name, text = readme
     shown = subprocess.run(
-        ["bash", "test/pretrain_full_1m_1p_sdxl.sh", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["bash", f"test/{launcher}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     defaults = dict(re.findall(r"^  --(\w+)=(.*)$", shown, re.MULTILINE))
     told = {
         cells[0].strip("`"): cells[1].strip("`") for _, cells in table_rows(text) if cells[0].strip("`") in defaults
     }
     assert defaults, "the launcher's --help names no argument"
+    if launcher == LAUNCHERS[-1]:  # its own number of epochs stands beside the table
+        epochs = defaults.pop("max_train_epoch")
+        assert told.pop("max_train_epoch") != epochs
+        assert re.search(rf"\b{epochs} (epochs \(|轮（)`max_train_epoch`", text), name
     assert told == defaults, name
 
 

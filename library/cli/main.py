@@ -1,10 +1,13 @@
 """What stands around every script's work: logging, and exit statuses that a launcher can trust."""
 
+import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from library.errors import InputError, Stopped, TrainingError
 
@@ -27,24 +30,32 @@ def run_main(work: Callable[[], object]) -> int:
     try:
         work()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+        return _failed(f"error: {error}", EXIT_BAD_INPUT)
     except TrainingError as error:
-        print(f"training stopped: {error}", file=sys.stderr, flush=True)
-        return EXIT_FAILED
+        return _failed(f"training stopped: {error}", EXIT_FAILED)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr, flush=True)
-        return stopped.exit_status
+        return _failed(str(stopped), stopped.exit_status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    except ConnectionError:  # to another process: no file's error, though it is an OSError, too
+        return _failed(traceback.format_exc(), EXIT_FAILED, expected=False)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"error: {where}{error.strerror or error}; what was written before is complete", file=sys.stderr, flush=True
-        )
-        return EXIT_FAILED
+        return _failed(f"error: {where}{error.strerror or error}; what was written before is complete", EXIT_FAILED)
     except Exception:
-        traceback.print_exc()
-        return EXIT_FAILED
+        return _failed(traceback.format_exc(), EXIT_FAILED, expected=False)
     return EXIT_OK
+
+
+def _failed(message: str, status: int, expected: bool = True) -> int:
+    """Show why the work failed, and write it down for a launcher that started several processes."""
+    print(message.rstrip(), file=sys.stderr, flush=True)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's name for it; it reads `message` and `timestamp`
+    if file:
+        rank, now = int(os.environ.get("RANK", "0")), time.time()
+        record = {"rank": rank, "status": status, "expected": expected, "message": message, "time": now}
+        partial = Path(f"{file}.partial")
+        partial.write_text(json.dumps({**record, "timestamp": int(now)}), encoding="utf-8")
+        partial.replace(file)
+    return status

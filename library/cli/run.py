@@ -18,6 +18,7 @@ class RunOptions:
     seed: int | None
     gradient_checkpointing: bool
     gradient_accumulation_steps: int
+    ddp_timeout: int  # minutes
     dry_run: bool
 
 
@@ -76,6 +77,12 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--gradient_accumulation_steps", type=positive_int, default=1, help="passes per optimizer step (%(default)s)"
+    )
+    group.add_argument(
+        "--ddp_timeout",
+        type=positive_int,
+        default=30,
+        help="minutes that processes wait for each other before they give up (%(default)s)",
     )
     group.add_argument(
         "--dry_run", action="store_true", help="print the resolved plan and an estimate of memory, then stop"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,19 +20,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from library import device as devices
 from library.atomic_write import remove
-from library.cli.data import DataOptions
 from library.cli.optimization import OptimizationOptions
-from library.cli.run import PreviewOptions, RunOptions, SavingOptions
+from library.cli.options import Options
+from library.cli.run import RunOptions, SavingOptions
 from library.data.dataset import TrainingData, prepare_data
 from library.data.plan import Plan
 from library.errors import InputError
 from library.models.attention import report as attention_report
 from library.signals import Signals
 from library.training import loop
+from library.training.agreement import check_agreement, describe_run
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import Construct, ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.plan_lines import plan_lines
 from library.training.precision import make_accelerator
 from library.training.report import FinalFigures, write_case_log
 from library.training.resume import (
@@ -53,17 +55,6 @@ from library.training.state_writer import StateWriter
 from library.training.states import Resumed, StateCadence, States
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The option groups that every training script has."""
-
-    data: DataOptions
-    optimization: OptimizationOptions
-    run: RunOptions
-    saving: SavingOptions
-    preview: PreviewOptions
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
     """
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
-        accelerator = make_accelerator(options.run.mixed_precision)
+        accelerator = make_accelerator(options.run.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
         check_optimization(options.optimization, options.run)
@@ -141,10 +132,11 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
         if resumed is not None:
             _check_resumed(resumed, options, data, surroundings.seed, steps)
         task = make_task(surroundings)
+        check_agreement(accelerator, describe_run(options, surroundings.seed, data, task.module))
         groups = task.parameter_groups()
         logger.info("seed: %d", surroundings.seed)
-        plan_lines = _plan_lines(options, data, steps, epochs, groups, accelerator)
-        for line in (*data.report(), *task.plan_lines(), *plan_lines):
+        resolved = plan_lines(options, data, steps, epochs, groups, accelerator, _sharding(options))
+        for line in (*data.report(), *task.plan_lines(), *resolved):
             logger.info(line)
         if options.run.dry_run:
             _make_schedule(options.optimization, steps, _make_optimizer(options.optimization)(groups))
@@ -364,66 +356,6 @@ def _loop_options(options: Options, data: TrainingData, steps: int) -> loop.Loop
         previews_due=previews_due,
         forget_checkpoints=forget_checkpoints,
     )
-
-
-def _plan_lines(
-    options: Options,
-    data: TrainingData,
-    steps: int,
-    epochs: int,
-    groups: Sequence[ParameterGroup],
-    accelerator: Accelerator,
-) -> list[str]:
-    """The resolved plan of the run, in the words that users of such trainers look for."""
-    trained = {group.name: sum(parameter.numel() for parameter in group.parameters) for group in groups}
-    optimization = options.optimization
-    return [
-        f"device: {devices.device_name(accelerator.device)} x {accelerator.num_processes}",
-        f"mixed precision: {options.run.mixed_precision}",
-        *(f"train {name}: {count:,} parameters" for name, count in trained.items()),
-        f"number of trainable parameters: {sum(trained.values()):,}",
-        *(f"learning rate of {group.name}: {group.learning_rate:g}" for group in groups),
-        f"optimizer: {optimization.optimizer_type}, schedule: {optimization.lr_scheduler}, "
-        f"warm-up steps: {optimization.lr_warmup_steps}, max grad norm: {optimization.max_grad_norm:g}",
-        *_sharding_lines(_sharding(options), accelerator.num_processes),
-        f"num examples: {int(data.plan.samples_K.sum())}",
-        f"num batches per epoch: {data.plan.steps_before_epoch(1)} (first epoch; leftovers go to the next)",
-        f"num epochs: {epochs}",
-        f"batch size per device: {options.data.train_batch_size}",
-        f"gradient accumulation steps: {options.run.gradient_accumulation_steps}",
-        f"global batch: {data.plan.global_batch}",
-        f"total optimization steps: {steps}",
-        f"gradient checkpointing: {options.run.gradient_checkpointing}",
-        f"checkpoints: {_each(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)}at the end",
-        f"training states: {_states_in_words(options.saving)}",
-        f"samples: {_each(options.preview.sample_every_n_steps, options.preview.sample_every_n_epochs)}"
-        f"{'before the first step' if options.preview.sample_at_first else 'no others'}",
-        f"output: {options.saving.output_dir}, TensorBoard: {options.saving.logging_dir or 'none'}",
-    ]
-
-
-def _sharding_lines(sharding: str, processes: int) -> list[str]:
-    """What is sharded, where somebody asked for it or could ask."""
-    if processes == 1:
-        return [] if sharding == "none" else [f"sharding: {sharding} on one process has nothing to shard, AdamW runs"]
-    return [f"sharding: {sharding}"]
-
-
-def _states_in_words(saving: SavingOptions) -> str:
-    """When states are saved; on a signal always."""
-    occasions = [
-        "with each checkpoint, at the end" if saving.save_state else "",
-        f"each {saving.save_state_every_n_steps} steps" if saving.save_state_every_n_steps else "",
-        f"each {saving.save_state_every_n_minutes:g} minutes" if saving.save_state_every_n_minutes else "",
-        "at the end" if saving.save_state_on_train_end and not saving.save_state else "",
-        "on SIGTERM, SIGINT and SIGUSR1",
-    ]
-    return ", ".join(filter(None, occasions))
-
-
-def _each(steps: int | None, epochs: int | None) -> str:
-    """A cadence in words, to be followed by others."""
-    return "".join(f"each {count} {unit}, " for count, unit in ((steps, "steps"), (epochs, "epochs")) if count)
 
 
 def _finish(

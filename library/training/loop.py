@@ -276,6 +276,7 @@ class Trainer:
             self.save_state(steps_done)
         if stop_signal:
             self.states.wait()
+            self.accelerator.wait_for_everyone()  # torchrun gives the others 30 s once one has left
             raise Stopped(stop_signal)
 
     def _agreed(self) -> tuple[int, bool]:

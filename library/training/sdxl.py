@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.cli.model import ModelOptions
+from library.cli.options import Options
 from library.data.loader import MicroBatch
 from library.diffusion.draws import normal, timesteps
 from library.diffusion.schedule import NoiseSchedule, prediction_type
@@ -25,7 +26,7 @@ from library.models.metadata import modelspec
 from library.models.sdxl import SDXLModel
 from library.models.text_encoders import tokenize
 from library.models.vae import decode_latents, encode_images, latent_shape
-from library.training.assembly import Options, Surroundings
+from library.training.assembly import Surroundings
 from library.training.memory import estimate
 from library.training.optimizers import ParameterGroup
 from library.training.precision import DTYPES, SAVE_DTYPES

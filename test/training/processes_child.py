@@ -3,6 +3,7 @@
 The model is one small layer in a chain of two, so that each process owns some of its parameters.
 """
 
+import copy
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from torch import nn
 from library.signals import Signals
 from library.training.loop import LoopOptions, Trainer
 from library.training.metrics import MetricsWriter
-from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
 from library.training.precision import make_accelerator
 from library.training.sharding import KINDS, agree_on_overflow, shard
 from third_patch import PATCHES, apply
@@ -77,8 +78,14 @@ def rows(step, rank, processes):
     )
 
 
-def train(kind, precision="no", patches=PATCHES, max_grad_norm=0.05, steps=8, overflow_on=None):
-    """(whole weights as each process computes with them, metrics) after some steps on both processes."""
+def train(
+    kind, precision="no", patches=PATCHES, max_grad_norm=0.05, steps=8, overflow_on=None, start=0, end=None, parts=(),
+    take=None,
+):  # fmt: skip
+    """(whole weights as each process computes with them, metrics) after some steps on both processes.
+
+    start, parts: go on from there. end, take: stop before the schedule's end and put every process's parts into `take`.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     undo = apply(patches)
     try:
@@ -92,11 +99,17 @@ def train(kind, precision="no", patches=PATCHES, max_grad_norm=0.05, steps=8, ov
         )  # fmt: skip
         folder = OUT / f"rank{RANK}"
         writer = MetricsWriter(folder, None, steps, True)
-        options = LoopOptions(steps, 1, BATCH, max_grad_norm, folder)
+        options = LoopOptions(end or steps, 1, BATCH, max_grad_norm, folder)
         task = Regression(accelerator.device, overflow_on)
         states = quiet_states(parallel, folder)
         trainer = Trainer(task, accelerator, parallel, OneEpoch(), options, writer, states, Signals())
-        trainer.train(rows(step, RANK, accelerator.num_processes) for step in range(steps))
+        if parts:
+            parallel.read_parts(parts)
+            set_schedule(parallel.schedule.scheduler, start)
+            trainer.start_step = start
+        trainer.train(rows(step, RANK, accelerator.num_processes) for step in range(start, end or steps))
+        if take is not None:
+            take += gather_object([copy.deepcopy(parallel.own_parts())])
         writer.close()
         if kind == "fsdp":
             weights = [one.detach().full_tensor() for one in module.parameters()]
@@ -218,6 +231,17 @@ def check_fairscales_own_scaler_is_off_without_cuda():
     from fairscale.optim.grad_scaler import ShardedGradScaler
 
     assert not ShardedGradScaler(enabled=True).is_enabled()
+
+
+def check_any_kind_goes_on_from_the_parts_of_any_other():
+    undisturbed = {kind: train(kind)[0] for kind in KINDS}
+    for before in KINDS:
+        parts, steps = [], 4
+        train(before, end=steps, take=parts)
+        for after in KINDS:
+            weights, _ = train(after, start=steps, parts=parts)
+            assert equal(weights, undisturbed["none"]), (before, after)
+            assert after != before or all(map(torch.equal, weights, undisturbed[after])), after
 
 
 def check_gradients_stay_where_they_are_made_while_accumulating():

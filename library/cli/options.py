@@ -1,0 +1,18 @@
+"""The option groups that every training script has, together."""
+
+from dataclasses import dataclass
+
+from library.cli.data import DataOptions
+from library.cli.optimization import OptimizationOptions
+from library.cli.run import PreviewOptions, RunOptions, SavingOptions
+
+
+@dataclass(frozen=True)
+class Options:
+    """One dataclass a group, as the parser filled them."""
+
+    data: DataOptions
+    optimization: OptimizationOptions
+    run: RunOptions
+    saving: SavingOptions
+    preview: PreviewOptions

@@ -1,0 +1,1 @@
+"""Several processes on one or several machines: they meet, start together, and end together."""

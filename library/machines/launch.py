@@ -1,0 +1,184 @@
+"""Start one process a device by torchrun, on one machine or many, and end with the status of what failed first.
+
+    python -m library.machines.launch --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_ip=10.0.0.1 \\
+        --master_port=8989 --log=output/train_0 -- sdxl_pretrain.py ARGUMENT ...
+
+The launchers in test/ call it. The output of each machine's first process goes to the screen, that of the others to
+LOG.rank1.log and so on. With several machines they first agree on versions and settings, then watch each other.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from library.cli.main import EXIT_BAD_INPUT, EXIT_OK
+from library.errors import InputError
+from library.machines.address import network_variables
+from library.machines.facts import software
+from library.machines.failures import Failure, recorded_failures, root_cause, silent_failures
+from library.machines.meeting import Place, call_the_roll, connect, open_store
+from library.machines.watch import Watch, stopped_by
+
+# Each process becomes the command itself, so that signals and exit statuses are its own.
+_WORKER = 'if [ "$LOCAL_RANK" = 0 ]; then exec "$@"; else exec "$@" > "$WORKER_LOG.rank$RANK.log" 2>&1; fi'
+# A process that the user stops may have a training state to write first.
+_STOP_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """Where this machine stands among the others, and what it runs."""
+
+    nnodes: int
+    nproc_per_node: int
+    node_rank: int
+    master_ip: str
+    master_port: int
+    start_timeout: int  # seconds
+    log: str  # stem
+    command: Sequence[str]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the processes to their end; returns the exit status."""
+    options = _parse(argv)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    _quieten_torchrun()
+    os.environ["WORKER_LOG"] = options.log
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // options.nproc_per_node, 1)))
+    _raise_on_signals()
+    try:
+        cause = _run_alone(options) if options.nnodes == 1 else _run_with_others(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+    except SignalException as error:
+        return 128 + error.sigval.value
+    if cause is None:
+        return EXIT_OK
+    print(cause.report(), file=sys.stderr, flush=True)
+    return cause.status
+
+
+def _parse(argv: list[str] | None) -> LaunchOptions:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    for name in ("nnodes", "nproc_per_node", "node_rank", "master_port", "start_timeout"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--master_ip", required=True)
+    parser.add_argument("--log", required=True, help="stem of the logs of all processes but the first")
+    parser.add_argument("command", nargs="+", help="the script and its arguments, after --")
+    return LaunchOptions(**vars(parser.parse_args(argv)))
+
+
+def _quieten_torchrun() -> None:
+    """Its own summary of a failure would stand beside ours. (Each of its loggers has a level of its own.)"""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _raise_on_signals() -> None:
+    """Until torchrun sets handlers of its own, a signal raises what it raises after that."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SignalException(f"received signal {number}", sigval=signal.Signals(number))
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
+
+
+def _run_alone(options: LaunchOptions) -> Failure | None:
+    ended = _run_processes(options)
+    if ended.stopped is not None:
+        raise SignalException("stopped", sigval=ended.stopped)
+    return root_cause(ended.failures) if ended.failures else None
+
+
+def _run_with_others(options: LaunchOptions) -> Failure | None:
+    """The same on several machines: meet first, and end together."""
+    place = Place(options.node_rank, options.nnodes, options.master_ip, options.master_port)
+    facts = {"--nnodes": str(options.nnodes), "--nproc_per_node": str(options.nproc_per_node), **software()}
+    try:
+        store = open_store(place, options.start_timeout)
+        hosts = call_the_roll(store, place, facts, options.start_timeout)
+        watch = Watch(place, hosts, lambda: connect(place))
+    except RuntimeError as error:
+        raise InputError(
+            f"--master_ip={options.master_ip}: the main machine at {place.meeting_point} went away before the start; "
+            "its launcher says why"
+        ) from error
+    for name, value in network_variables(options.master_ip, options.master_port).items():
+        os.environ.setdefault(name, value)
+    ended = _run_processes(options)
+    failures = list(ended.failures)
+    if ended.stopped is not None and not watch.told_to_end:
+        failures.append(stopped_by(ended.stopped, place.machine))
+    return watch.finish(failures)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How this machine's processes ended; all is well where both are empty."""
+
+    failures: Sequence[Failure] = ()
+    stopped: signal.Signals | None = None  # that the launcher was told to stop with
+
+
+def _run_processes(options: LaunchOptions) -> _Ended:
+    """Run torchrun's agent until all processes have ended; where one fails it ends the others."""
+    with tempfile.TemporaryDirectory(prefix="sdxl_launch_") as folder:
+        config = LaunchConfig(
+            min_nodes=options.nnodes,
+            max_nodes=options.nnodes,
+            nproc_per_node=options.nproc_per_node,
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            shutdown_timeout=_STOP_SECONDS,
+            **_rendezvous(options),
+        )
+        exits, signalled = {}, None
+        try:
+            elastic_launch(config, "bash")("-c", _WORKER, "worker", sys.executable, *options.command)
+            return _Ended()
+        except ChildFailedError as error:
+            exits = error.failures
+        except SignalException as error:
+            signalled = error.sigval
+        recorded = recorded_failures(options.node_rank, Path(folder))
+        silent = silent_failures(options.node_rank, exits, recorded, options.log)
+        return _Ended([*recorded, *silent], signalled)
+
+
+def _rendezvous(options: LaunchOptions) -> dict[str, Any]:
+    """torchrun's: several machines meet at the store of the main one; one machine takes any free port."""
+    if options.nnodes == 1:
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
+    return {
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{options.master_ip}:{options.master_port}",
+        "rdzv_configs": {"rank": options.node_rank, "timeout": options.start_timeout},
+        "run_id": "sdxl",
+    }
+
+
+if __name__ == "__main__":
+    exit_status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_status)  # the watch's threads may be inside the store, which must not be torn down under them

@@ -1,0 +1,105 @@
+"""Before the first step, all processes make sure that they are about to train the same.
+
+Two machines with different shards, flags or library versions would train without an error, and badly. Every process
+describes what it found; where the descriptions are not the same, all of them stop with an error that names the first
+process that differs from the main one, and in what.
+"""
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+
+from library.data.dataset import TrainingData
+from library.errors import InputError
+from library.machines.facts import differences, software
+
+_NAMED = 5  # so many differences stand in a message
+_DIGEST_LETTERS = 12
+_WEIGHTS_READ = 4
+
+Description = dict[str, str]
+
+
+def check_agreement(accelerator: Accelerator, description: Description) -> None:
+    """Compare the processes' descriptions; a collective, that all of them must call.
+
+    Raises:
+        InputError: they are not the same; on every process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    digests = gather_object([_digest(repr(sorted(description.items())).encode())])
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is None:
+        return
+    (main_host, main), (host, theirs) = (
+        broadcast_object_list([(platform.node(), description)], from_process=rank)[0] for rank in (0, other)
+    )
+    differ = differences(main, theirs)
+    more = f" and {len(differ) - _NAMED} more" if len(differ) > _NAMED else ""
+    raise InputError(
+        f"the processes would not train the same: rank {other} (on {host}) differs from rank 0 (on {main_host}) in "
+        f"{', '.join(differ[:_NAMED])}{more}; rank 0's first. Give every machine the same data, flags and versions"
+    )
+
+
+def describe_run(options: Any, seed: int, data: TrainingData, module: nn.Module) -> Description:
+    """What must be the same in all processes, each entry under the name that a message gives it.
+
+    Paths may differ: machines may have the same data in different places.
+    """
+    facts = {"seed": str(seed), "the model's weights": _weights_digest(module)}
+    return {**software(), **_flags(options), **describe_data(data), **facts}
+
+
+def describe_data(data: TrainingData) -> Description:
+    """The samples, source by source, and their order."""
+    index, plan = data.index, data.plan
+    description = {"the number of samples": f"{len(index):,}", "the global batch": str(plan.global_batch)}
+    starts = index.rows["source"].searchsorted(range(len(index.sources) + 1))
+    for source, start, end in zip(index.sources, starts[:-1], starts[1:], strict=True):
+        rows = index.rows[start:end]
+        facts = _digest(repr(source.repeats).encode(), *(rows[name].tobytes() for name in _PLACE_FREE))
+        description[source.path.name] = f"{end - start:,} samples, digest {facts}"
+    description["names and captions"] = _digest(index.text.tobytes())
+    description["buckets"] = _digest(data.buckets.bucket_of_row.tobytes(), data.buckets.sizes_K2.tobytes())
+    return description
+
+
+_OF_A_MACHINE = {"max_data_loader_n_workers"}  # flags that change nothing in what is trained
+# Columns of rows.ROW that do not depend on which other sources there are.
+_PLACE_FREE = ("image_offset", "image_bytes", "caption_kind", "caption_bytes", "width", "height")
+
+
+def _flags(options: Any) -> Description:
+    """Every option that is no path, as its flag."""
+    values: Mapping[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
+    flags: Description = {}
+    for name, value in values.items():
+        if is_dataclass(value):
+            flags.update(_flags(value))
+        elif not isinstance(value, Path) and name not in _OF_A_MACHINE:
+            flags[f"--{name}"] = str(value)
+    return flags
+
+
+def _weights_digest(module: nn.Module) -> str:
+    """Of the first few numbers of every tensor: another model is told apart without reading all of it."""
+    heads = {name: tensor.detach().flatten()[:_WEIGHTS_READ] for name, tensor in module.state_dict().items()}
+    parts = (f"{name} {head.float().cpu().tolist()}".encode() for name, head in sorted(heads.items()))
+    return _digest(*parts)
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:_DIGEST_LETTERS]

@@ -1,0 +1,72 @@
+"""What a run says of itself before it trains: the resolved plan, in the words that users of such trainers look for."""
+
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+
+from library import device as devices
+from library.cli.options import Options
+from library.cli.run import SavingOptions
+from library.data.dataset import TrainingData
+from library.training.optimizers import ParameterGroup
+
+
+def plan_lines(
+    options: Options,
+    data: TrainingData,
+    steps: int,
+    epochs: int,
+    groups: Sequence[ParameterGroup],
+    accelerator: Accelerator,
+    sharding: str,
+) -> list[str]:
+    """A line for each thing that was resolved."""
+    trained = {group.name: sum(parameter.numel() for parameter in group.parameters) for group in groups}
+    optimization = options.optimization
+    return [
+        f"device: {devices.device_name(accelerator.device)} x {accelerator.num_processes}",
+        f"mixed precision: {options.run.mixed_precision}",
+        *(f"train {name}: {count:,} parameters" for name, count in trained.items()),
+        f"number of trainable parameters: {sum(trained.values()):,}",
+        *(f"learning rate of {group.name}: {group.learning_rate:g}" for group in groups),
+        f"optimizer: {optimization.optimizer_type}, schedule: {optimization.lr_scheduler}, "
+        f"warm-up steps: {optimization.lr_warmup_steps}, max grad norm: {optimization.max_grad_norm:g}",
+        *_sharding_lines(sharding, accelerator.num_processes),
+        f"num examples: {int(data.plan.samples_K.sum())}",
+        f"num batches per epoch: {data.plan.steps_before_epoch(1)} (first epoch; leftovers go to the next)",
+        f"num epochs: {epochs}",
+        f"batch size per device: {options.data.train_batch_size}",
+        f"gradient accumulation steps: {options.run.gradient_accumulation_steps}",
+        f"global batch: {data.plan.global_batch}",
+        f"total optimization steps: {steps}",
+        f"gradient checkpointing: {options.run.gradient_checkpointing}",
+        f"checkpoints: {_each(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)}at the end",
+        f"training states: {_states_in_words(options.saving)}",
+        f"samples: {_each(options.preview.sample_every_n_steps, options.preview.sample_every_n_epochs)}"
+        f"{'before the first step' if options.preview.sample_at_first else 'no others'}",
+        f"output: {options.saving.output_dir}, TensorBoard: {options.saving.logging_dir or 'none'}",
+    ]
+
+
+def _sharding_lines(sharding: str, processes: int) -> list[str]:
+    """What is sharded, where somebody asked for it or could ask."""
+    if processes == 1:
+        return [] if sharding == "none" else [f"sharding: {sharding} on one process has nothing to shard, AdamW runs"]
+    return [f"sharding: {sharding}"]
+
+
+def _states_in_words(saving: SavingOptions) -> str:
+    """When states are saved; on a signal always."""
+    occasions = [
+        "with each checkpoint, at the end" if saving.save_state else "",
+        f"each {saving.save_state_every_n_steps} steps" if saving.save_state_every_n_steps else "",
+        f"each {saving.save_state_every_n_minutes:g} minutes" if saving.save_state_every_n_minutes else "",
+        "at the end" if saving.save_state_on_train_end and not saving.save_state else "",
+        "on SIGTERM, SIGINT and SIGUSR1",
+    ]
+    return ", ".join(filter(None, occasions))
+
+
+def _each(steps: int | None, epochs: int | None) -> str:
+    """A cadence in words, to be followed by others."""
+    return "".join(f"each {count} {unit}, " for count, unit in ((steps, "steps"), (epochs, "epochs")) if count)

@@ -1,0 +1,247 @@
+"""A run that goes on from a training state is the run that was not stopped, through sdxl_pretrain.py and its files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import sdxl_pretrain
+from library.training.sdxl import SDXLPretraining
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """The first shard of a data set like emoji-laion, made as test_npu_sim_pretrain.py makes it: two aspect ratios."""
+    import io
+    import tarfile
+
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("shards")
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number in range(16):
+            picture = io.BytesIO()
+            Image.new("RGB", ((64, 64), (96, 48))[number % 2], ("red", "green", "blue")[number % 3]).save(
+                picture, "JPEG"
+            )
+            caption = f"red, photo, of, number {number}".encode()
+            for extension, content in (("jpg", picture.getvalue()), ("txt", caption)):
+                member = tarfile.TarInfo(f"{number:08d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(tiny_sdxl_folder, shards):
+    """Runs the script in this process; returns its exit status."""
+
+    def run(out, *arguments, data=shards):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return sdxl_pretrain.main(
+            [
+                f"--pretrained_model_name_or_path={tiny_sdxl_folder}", f"--train_data_dir={data}", "--resolution=64",
+                "--enable_bucket", "--min_bucket_reso=32", "--max_bucket_reso=128", "--bucket_reso_steps=16",
+                "--caption_extension=.txt", f"--output_dir={out}", "--max_data_loader_n_workers=0", "--seed=1",
+                "--learning_rate=1e-3", "--train_text_encoder", "--train_batch_size=2", "--shuffle_caption",
+                "--gradient_accumulation_steps=2", "--caption_dropout_rate=0.2", "--lr_scheduler=cosine_with_restarts",
+                "--lr_warmup_steps=2", f"--max_train_steps={STEPS}", "--save_model_as=safetensors", *arguments,
+            ]
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train, tmp_path_factory):
+    """A run to the end that saves a state after every step."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert train(out, "--save_state_every_n_steps=1", "--logging_dir", str(out / "logs")) == 0
+    return out
+
+
+def state_of(step: int) -> str:
+    return f"at-step{step:08d}-state"
+
+
+def lines(out: Path) -> list[dict]:
+    """Metrics without what the clock and the machine say."""
+    loose = ("images_per_second", "images_per_second_without_wait", "data_wait_seconds", "memory_bytes")
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in loose} for line in found]
+
+
+def assert_same_weights(out: Path, other: Path, name: str = "last.safetensors") -> None:
+    mine, theirs = load_file(out / name), load_file(other / name)
+    assert mine.keys() == theirs.keys()
+    assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
+
+
+def stopped_after(step: int, undisturbed: Path, out: Path) -> Path:
+    """What a run that was killed after a step leaves: states to there, metrics a little beyond."""
+    out.mkdir()
+    for done in range(1, step + 1):
+        shutil.copytree(undisturbed / state_of(done), out / state_of(done))
+    written = (undisturbed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(written[: step + 2]) + '{"step": 99, "lo')
+    return out
+
+
+@pytest.mark.parametrize("step", [1, 3, STEPS - 1])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(train, undisturbed, tmp_path, monkeypatch, step):
+    seen = []
+    real = SDXLPretraining.loss
+
+    def loss(self, module, batch):
+        seen.append((batch.step, batch.micro, tuple(batch.names), tuple(batch.captions)))
+        return real(self, module, batch)
+
+    monkeypatch.setattr(SDXLPretraining, "loss", loss)
+    assert train(tmp_path / "whole") == 0
+    whole, seen[:] = list(seen), []
+    out = stopped_after(step, undisturbed, tmp_path / "resumed")
+    assert train(out, "--resume=auto", "--save_state_on_train_end") == 0
+    assert seen == [one for one in whole if one[0] >= step]
+    assert_same_weights(out, undisturbed)
+    assert lines(out) == lines(undisturbed)
+    ends = [
+        load_file(folder / "rank00000-of-00001.training.safetensors")
+        for folder in (out / "last-state", undisturbed / state_of(STEPS))
+    ]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_the_newest_whole_state_resumes_and_the_log_says_what_was_passed_over(train, undisturbed, tmp_path, capfd):
+    out = stopped_after(4, undisturbed, tmp_path / "out")
+    with (out / state_of(4) / "rank00000-of-00001.training.safetensors").open("r+b") as file:
+        file.seek(5000)
+        byte = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte[0] ^ 1]))
+    assert train(out, "--resume=auto") == 0
+    printed = capfd.readouterr().err
+    assert f"state passed over: {out / state_of(4)}" in printed and "its bytes have changed" in printed
+    assert f"resumed from {out / state_of(3)}: 3 steps are done" in printed
+    assert_same_weights(out, undisturbed)
+    assert lines(out) == lines(undisturbed)
+
+
+def test_resuming_from_nothing_is_a_start(train, undisturbed, tmp_path):
+    assert train(tmp_path / "out", "--resume=auto") == 0
+    assert_same_weights(tmp_path / "out", undisturbed)
+
+
+def test_batch_size_and_accumulation_may_change_while_the_global_batch_stays(train, undisturbed, tmp_path):
+    out = stopped_after(3, undisturbed, tmp_path / "out")
+    assert train(out, "--resume=auto", "--train_batch_size=1", "--gradient_accumulation_steps=4") == 0
+    for mine, theirs in zip(lines(out), lines(undisturbed), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_the_run_may_be_longer_than_it_was(train, undisturbed, tmp_path):
+    out = stopped_after(STEPS, undisturbed, tmp_path / "out")
+    assert train(out, "--resume=auto", f"--max_train_steps={STEPS + 2}", "--lr_scheduler=constant_with_warmup") == 0
+    assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--seed=2", "--seed (1 then, 2 now)"),
+        ("--train_batch_size=3", "the global batch: batch size × processes × accumulation (4 then, 6 now)"),
+        ("--bucket_reso_steps=32", "the data or its buckets (fingerprint "),
+        (f"--max_train_steps={STEPS - 4}", "3 steps are done, and the run is 2 steps long; raise --max_train_steps"),
+        ("--learning_rate_te1=0", "the state is of other parameters than those that train now"),
+        ("--save_last_n_steps=5", "--save_last_n_steps has nothing to act on without --save_every_n_steps"),
+    ],
+)
+def test_what_may_not_change_is_named(train, undisturbed, tmp_path, capfd, change, message):
+    out = stopped_after(3, undisturbed, tmp_path / "out")
+    before = sorted(path.name for path in out.iterdir())
+    assert train(out, "--resume=auto", change) == 2
+    assert message in capfd.readouterr().err
+    assert set(before) <= {path.name for path in out.iterdir()}
+    assert (out / state_of(3) / "manifest.json").exists()
+
+
+def test_what_may_not_change_can_be_forced(train, undisturbed, tmp_path, capfd):
+    out = stopped_after(3, undisturbed, tmp_path / "out")
+    assert train(out, "--resume=auto", "--seed=2", "--resume_anyway") == 0
+    assert "--resume_anyway" in capfd.readouterr().err
+    assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 1))
+
+
+def test_a_folder_that_is_no_state_is_an_error(train, tmp_path, capfd):
+    assert train(tmp_path / "out", f"--resume={tmp_path / 'nothing'}") == 2
+    assert "no such folder; --resume takes the folder of a training state" in capfd.readouterr().err
+
+
+@pytest.mark.all
+def test_a_run_goes_on_on_any_number_of_processes_with_any_sharding(tiny_sdxl_folder, shards, tmp_path):
+    """1 -> 2 with OSS -> 4 with FSDP2 -> 2 with ZeRO -> 1, a step each, against one process from start to end."""
+    chain = [(1, "none", 1), (2, "oss", 2), (4, "fsdp", 3), (2, "zero1", 4), (1, "none", STEPS)]
+
+    def run(out, processes, *arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [
+                *command, ROOT / "sdxl_pretrain.py", f"--pretrained_model_name_or_path={tiny_sdxl_folder}",
+                f"--train_data_dir={shards}", "--resolution=64", "--enable_bucket", "--min_bucket_reso=32",
+                "--max_bucket_reso=128", "--bucket_reso_steps=16", "--caption_extension=.txt", f"--output_dir={out}",
+                "--max_data_loader_n_workers=0", "--seed=1", "--learning_rate=1e-3", "--train_text_encoder",
+                f"--train_batch_size={4 // processes}", "--shuffle_caption", "--save_model_as=safetensors", *arguments,
+                "--optimizer_args", "eps=1e-3",
+            ],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+    run(tmp_path / "whole", 1, f"--max_train_steps={STEPS}")
+    for processes, sharding, end in chain:
+        run(tmp_path / "chain", processes, "--resume=auto", f"--sharding={sharding}", f"--max_train_steps={end}",
+            "--save_state_every_n_steps=1")  # fmt: skip
+    for mine, theirs in zip(lines(tmp_path / "chain"), lines(tmp_path / "whole"), strict=True):
+        assert mine["step"] == theirs["step"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    mine, theirs = (load_file(tmp_path / name / "last.safetensors") for name in ("chain", "whole"))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_tensorboard_goes_on_in_its_folder_without_gap_or_double(train, undisturbed, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    assert train(out, "--save_state_every_n_steps=1", f"--logging_dir={out / 'logs'}", "--max_train_steps=5") == 0
+    shutil.rmtree(out / state_of(5))
+    shutil.rmtree(out / state_of(4))
+    assert train(out, "--resume=auto", f"--logging_dir={out / 'logs'}") == 0
+    (board,) = (out / "logs").iterdir()
+    events = EventAccumulator(str(board / "finetuning"))
+    events.Reload()
+    losses = events.Scalars("loss")
+    assert [event.step for event in losses] == list(range(1, STEPS + 1))
+
+
+def test_old_states_and_checkpoints_go_once_new_ones_are_there(train, tmp_path):
+    out = tmp_path / "out"
+    status = train(
+        out, "--save_every_n_steps=1", "--save_last_n_steps=1", "--save_state", "--save_last_n_steps_state=2",
+        "--max_train_steps=5",
+    )  # fmt: skip
+    assert status == 0
+    names = {path.name for path in out.iterdir() if path.name != ".lock"}
+    assert names == {
+        "last.safetensors", "last-state", "metrics.jsonl", "at-step00000004.safetensors", "at-step00000005.safetensors",
+        state_of(3), state_of(4), state_of(5),
+    }  # fmt: skip
