@@ -19,7 +19,7 @@ import argparse
 import sys
 import time
 
-from library.cli import data, model, optimization, run
+from library.cli import data, dataset_config, model, optimization, run
 from library.cli.main import run_main
 from library.cli.parser import StrictParser, fill
 
@@ -52,7 +52,7 @@ def train(args: argparse.Namespace, started: float) -> None:
     from third_patch import PATCHES, apply
 
     options = Options(
-        data=fill(data.DataOptions, args),
+        data=dataset_config.data_options(args),
         optimization=fill(optimization.OptimizationOptions, args),
         run=fill(run.RunOptions, args),
         saving=fill(run.SavingOptions, args),

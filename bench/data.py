@@ -41,12 +41,14 @@ from PIL import Image, features
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.data.buckets import BucketOptions, Buckets, assign_buckets
+from library.data.bucket_rows import bucket_rows
+from library.data.buckets import BucketOptions, assign_buckets, fit
 from library.data.captions import CaptionOptions
 from library.data.decode import DRAFT_MARGIN, Fit, decode
 from library.data.index import build_index
 from library.data.loader import Share, make_loader
 from library.data.plan import Plan
+from library.data.sources import Subset
 
 SIZES = ((1024, 1024), (1440, 1080), (1200, 1800), (1600, 1600), (2048, 1536), (2000, 2000))  # 1.0 to 4.0 megapixels
 TARGETS = (1024, 512)
@@ -131,11 +133,12 @@ def bucket_options(target: int) -> BucketOptions:
 
 def cases(pictures: list[bytes], target: int) -> list[Case]:
     """All pictures for one resolution."""
-    buckets = assign_buckets(np.array(SIZES), bucket_options(target))
-    numbers = buckets.bucket_of_row.tolist()
+    options = bucket_options(target)
+    assigned = assign_buckets(np.array(SIZES), options)
+    found = assigned.sizes_K2[assigned.bucket_of_row].tolist()
     return [
-        Case(data, size, buckets.size(bucket), buckets.fit(bucket, *size))
-        for data, size, bucket in zip(pictures, SIZES, numbers, strict=True)
+        Case(data, size, (width, height), fit(size, (width, height), options))
+        for data, size, (width, height) in zip(pictures, SIZES, found, strict=True)
     ]
 
 
@@ -196,11 +199,10 @@ def write_shard(path: Path, pictures: list[bytes]) -> None:
 
 def loader_speed(folder: Path, target: int, workers: int, batches: int) -> float:
     """Samples per second of wall-clock time that the loader gives, tokens left out."""
-    index = build_index(folder, ".txt", use_cache=False)
-    sizes_N2 = np.stack([index.rows["width"], index.rows["height"]], axis=1).astype(np.int64)
-    buckets: Buckets = assign_buckets(sizes_N2, bucket_options(target), index.name)
-    plan = Plan(buckets.bucket_of_row, index.repeats, 0, BATCH)
-    options = CaptionOptions()
+    index = build_index([Subset(folder, ".txt")], use_cache=False)
+    buckets = bucket_rows(index, [bucket_options(target)])
+    plan = Plan(buckets, index.repeats_S, 0, BATCH)
+    options = [CaptionOptions()]
     loader = make_loader(
         index, buckets, plan, Share(BATCH), options, end_step=WARMUP_BATCHES + batches, workers=workers
     )

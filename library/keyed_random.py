@@ -25,6 +25,7 @@ class Stream(IntEnum):
     PREVIEW = 8
     AUGMENTATION = 9
     MODEL_INIT = 10
+    SOURCES = 11
 
 
 def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:

@@ -8,10 +8,13 @@ from library.cli.parser import non_negative_int, positive_int, rate
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Where the samples are and how they become batches."""
+class SubsetOptions:
+    """Where some samples are, which buckets they go to and how their captions are prepared."""
 
     train_data_dir: Path
+    in_json: Path | None
+    dataset_repeats: int
+    class_tokens: str  # caption of images without one; "": as `N_class words` say
     resolution: tuple[int, int]  # width, height in px
     enable_bucket: bool
     min_bucket_reso: int  # px
@@ -23,9 +26,23 @@ class DataOptions:
     shuffle_caption: bool
     keep_tokens: int
     caption_dropout_rate: float
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """All samples of a run, and how they become batches."""
+
+    subsets: tuple[SubsetOptions, ...]
+    dataset_config: Path | None
     train_batch_size: int
+    shuffle_window_shards: int
     max_data_loader_n_workers: int
     max_bad_samples: float  # share of all samples
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """Width and height in px that the run is said to train at: those of its first subset."""
+        return self.subsets[0].resolution
 
 
 def resolution(text: str) -> tuple[int, int]:
@@ -46,11 +63,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("data set")
     group.add_argument(
         "--train_data_dir",
-        required=True,
         type=Path,
         help="folder of LAION shards (00000.tar with its .parquet), read in place, or of images with caption files",
     )
-    group.add_argument("--resolution", required=True, type=resolution, help="'width,height' or one number, in px")
+    group.add_argument(
+        "--dataset_config",
+        type=Path,
+        help=".toml or .json with several data sets and subsets, in place of --train_data_dir",
+    )
+    group.add_argument(
+        "--in_json", type=Path, help="metadata: captions and tags of images in folders; only the named ones are used"
+    )
+    group.add_argument(
+        "--dataset_repeats", type=positive_int, default=1, help="how often an epoch shows each image (%(default)s)"
+    )
+    group.add_argument("--resolution", type=resolution, help="'width,height' or one number, in px")
     group.add_argument("--enable_bucket", action="store_true", help="sort images into buckets of like aspect ratio")
     group.add_argument(
         "--min_bucket_reso", type=positive_int, default=256, help="shortest bucket side in px (%(default)s)"
@@ -85,6 +112,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--train_batch_size", type=positive_int, default=1, help="images per device and pass (%(default)s)"
+    )
+    group.add_argument(
+        "--shuffle_window_shards",
+        type=non_negative_int,
+        default=0,
+        help="show the samples of so many shards before those of the next, for slow disks; 0: all (%(default)s)",
     )
     group.add_argument(
         "--max_data_loader_n_workers",

@@ -14,7 +14,6 @@ from library.data.decode import Fit
 from library.errors import InputError
 
 _LATENT_PX = 8  # the VAE makes one latent column of so many pixel columns
-_CHUNK = 1 << 16  # rows handled at once
 _NAMED = 5
 
 
@@ -39,38 +38,18 @@ class BucketOptions:
 
 
 @dataclass(frozen=True)
-class Buckets:
-    """The buckets that images are in.
+class Assigned:
+    """The buckets that some images are in.
 
     Attributes:
-        options: what made them.
         sizes_K2: (buckets, 2) int64 width and height, sorted; each holds at least one image.
-        bucket_of_row: (rows,) int32.
-        mean_error_K: (buckets,) mean of |bucket's width / height - image's width / height|.
+        bucket_of_row: (images,) int32.
+        error_K: (buckets,) sum of |bucket's width / height - image's width / height|.
     """
 
-    options: BucketOptions
     sizes_K2: np.ndarray
     bucket_of_row: np.ndarray
-    mean_error_K: np.ndarray
-
-    def size(self, bucket: int) -> tuple[int, int]:
-        """Width and height of a bucket."""
-        return int(self.sizes_K2[bucket, 0]), int(self.sizes_K2[bucket, 1])
-
-    @property
-    def mean_error(self) -> float:
-        """Mean aspect error over all images."""
-        counts = np.bincount(self.bucket_of_row, minlength=len(self.sizes_K2))
-        return float(counts @ self.mean_error_K / counts.sum())
-
-    def fit(self, bucket: int, width: int, height: int) -> Fit:
-        """How an image of any size meets one bucket: scaled to cover it and cropped at the centre."""
-        size_12 = np.array([[width, height]], np.int64)
-        bucket_12 = self.sizes_K2[bucket : bucket + 1]
-        scaled_12 = scaled_sizes(size_12, bucket_12, self.options)
-        crop_12 = center_crops(scaled_12, bucket_12)
-        return Fit((int(scaled_12[0, 0]), int(scaled_12[0, 1])), (int(crop_12[0, 0]), int(crop_12[0, 1])))
+    error_K: np.ndarray
 
 
 def check_options(options: BucketOptions) -> None:
@@ -133,11 +112,11 @@ def bucket_list(options: BucketOptions) -> np.ndarray:
     return np.array(sorted(found), np.int64)
 
 
-def assign_buckets(sizes_N2: np.ndarray, options: BucketOptions, name: Callable[[int], str] = str) -> Buckets:
+def assign_buckets(sizes_N2: np.ndarray, options: BucketOptions, name: Callable[[int], str] = str) -> Assigned:
     """The bucket of every image.
 
     Args:
-        sizes_N2: (images, 2) widths and heights.
+        sizes_N2: (images, 2) int64 widths and heights.
         name: what an error calls an image, given its row.
 
     Raises:
@@ -146,23 +125,24 @@ def assign_buckets(sizes_N2: np.ndarray, options: BucketOptions, name: Callable[
     check_options(options)
     follow_images = options.enable_bucket and options.bucket_no_upscale
     known_K2 = np.empty((0, 2), np.int64) if follow_images else bucket_list(options)
-    chunks = []
-    for start in range(0, len(sizes_N2), _CHUNK):
-        sizes_n2 = np.asarray(sizes_N2[start : start + _CHUNK], np.int64)
-        if follow_images:
-            buckets_n2 = _floored(_shrunk(sizes_n2, options), options.bucket_reso_steps)
-            if not buckets_n2.all():
-                raise InputError(
-                    _too_small(start + np.flatnonzero((buckets_n2 == 0).any(axis=1)), sizes_N2, options, name)
-                )
-        else:
-            buckets_n2 = known_K2[_nearest(sizes_n2, known_K2)]
-        chunks.append(_code(buckets_n2))
-    codes_N = np.concatenate(chunks) if chunks else np.empty(0, np.int64)
-    codes_K, bucket_of_row = np.unique(codes_N, return_inverse=True)
+    if follow_images:
+        buckets_N2 = _floored(_shrunk(sizes_N2, options), options.bucket_reso_steps)
+        if not buckets_N2.all():
+            raise InputError(_too_small(np.flatnonzero((buckets_N2 == 0).any(axis=1)), sizes_N2, options, name))
+    else:
+        buckets_N2 = known_K2[_nearest(sizes_N2, known_K2)]
+    codes_K, bucket_of_row = np.unique(size_codes(buckets_N2), return_inverse=True)
     sizes_K2 = np.stack([codes_K >> 32, codes_K & 0xFFFFFFFF], axis=1)
-    mean_error_K = _mean_error(sizes_N2, sizes_K2, bucket_of_row)
-    return Buckets(options, sizes_K2, bucket_of_row.astype(np.int32), mean_error_K)
+    errors_N = np.abs(buckets_N2[:, 0] / buckets_N2[:, 1] - sizes_N2[:, 0] / sizes_N2[:, 1])
+    return Assigned(sizes_K2, bucket_of_row.astype(np.int32), np.bincount(bucket_of_row, errors_N, len(sizes_K2)))
+
+
+def fit(size_px: tuple[int, int], bucket_px: tuple[int, int], options: BucketOptions) -> Fit:
+    """How an image of any size meets one bucket: scaled to cover it and cropped at the centre."""
+    size_12, bucket_12 = np.array([size_px], np.int64), np.array([bucket_px], np.int64)
+    scaled_12 = scaled_sizes(size_12, bucket_12, options)
+    crop_12 = center_crops(scaled_12, bucket_12)
+    return Fit((int(scaled_12[0, 0]), int(scaled_12[0, 1])), (int(crop_12[0, 0]), int(crop_12[0, 1])))
 
 
 def scaled_sizes(sizes_N2: np.ndarray, buckets_N2: np.ndarray, options: BucketOptions) -> np.ndarray:
@@ -203,9 +183,9 @@ def _nearest(sizes_n2: np.ndarray, known_K2: np.ndarray) -> np.ndarray:
     below = np.maximum(above - 1, 0)
     take_below = ratios_n - ratios_R[below] <= ratios_R[above] - ratios_n
     nearest_n = first_R[np.where(take_below, below, above)]
-    codes_K = _code(known_K2)  # sorted, as known_K2 is
-    place_n = np.minimum(np.searchsorted(codes_K, _code(sizes_n2)), len(codes_K) - 1)
-    return np.where(codes_K[place_n] == _code(sizes_n2), place_n, nearest_n)
+    codes_K = size_codes(known_K2)  # sorted, as known_K2 is
+    place_n = np.minimum(np.searchsorted(codes_K, size_codes(sizes_n2)), len(codes_K) - 1)
+    return np.where(codes_K[place_n] == size_codes(sizes_n2), place_n, nearest_n)
 
 
 def _shrunk(sizes_n2: np.ndarray, options: BucketOptions) -> np.ndarray:
@@ -249,24 +229,14 @@ def _up(value: int, step: int) -> int:
     return max(1, -(-value // step)) * step
 
 
-def _code(sizes_n2: np.ndarray) -> np.ndarray:
+def size_codes(sizes_n2: np.ndarray) -> np.ndarray:
     """One number for a size, in the order of (width, height)."""
     return (sizes_n2[:, 0] << 32) | sizes_n2[:, 1]
 
 
-def _mean_error(sizes_N2: np.ndarray, sizes_K2: np.ndarray, bucket_of_row: np.ndarray) -> np.ndarray:
-    total_K = np.zeros(len(sizes_K2))
-    for start in range(0, len(sizes_N2), _CHUNK):
-        buckets_n = bucket_of_row[start : start + _CHUNK]
-        sizes_n2 = sizes_N2[start : start + _CHUNK]
-        errors_n = np.abs(sizes_K2[buckets_n, 0] / sizes_K2[buckets_n, 1] - sizes_n2[:, 0] / sizes_n2[:, 1])
-        total_K += np.bincount(buckets_n, errors_n, len(sizes_K2))
-    return total_K / np.maximum(np.bincount(bucket_of_row, minlength=len(sizes_K2)), 1)
-
-
 def _too_small(rows: np.ndarray, sizes_N2: np.ndarray, options: BucketOptions, name: Callable[[int], str]) -> str:
     names = "; ".join(f"{name(int(row))} ({sizes_N2[row, 0]}×{sizes_N2[row, 1]})" for row in rows[:_NAMED])
-    more = f"; and {len(rows) - _NAMED} or more others" if len(rows) > _NAMED else ""
+    more = f"; and {len(rows) - _NAMED} others or more" if len(rows) > _NAMED else ""
     return (
         f"With --bucket_no_upscale an image's scaled sides must reach --bucket_reso_steps {options.bucket_reso_steps}; "
         f"too small or too long: {names}{more}. Remove them, lower the step, or leave --bucket_no_upscale out."

@@ -6,18 +6,20 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from library.cli.data import DataOptions
+from library.cli.data import DataOptions, SubsetOptions
 from library.data.bad_samples import check_left_out
-from library.data.buckets import BucketOptions, Buckets, assign_buckets, check_options
+from library.data.bucket_rows import Buckets, bucket_rows
+from library.data.buckets import BucketOptions, check_options
 from library.data.captions import CaptionOptions
 from library.data.index import Index, build_index
 from library.data.loader import Loader, Share, Tokenize, make_loader
 from library.data.plan import Plan
 from library.data.report import data_report
+from library.data.sources import Subset
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +44,13 @@ class TrainingData:
         return max(map(self.buckets.size, range(len(self.buckets.sizes_K2))), key=lambda size: size[0] * size[1])
 
     def fingerprint(self) -> str:
-        """A digest of all that the order of samples depends on, but for seed and global batch."""
-        digest = hashlib.sha256(json.dumps(asdict(self.buckets.options)).encode())
-        for part in (self.index.rows, self.index.text, self.buckets.bucket_of_row):
-            digest.update(np.ascontiguousarray(part).tobytes())
-        return digest.hexdigest()
+        """A digest of all that the order of samples depends on, but for seed and global batch.
+
+        It stays when the data is moved, and changes with the images, captions' sources, buckets and windows.
+        """
+        buckets = [asdict(_bucket_options(subset)) for subset in self.options.subsets]
+        content = [self.index.fingerprint, buckets, self.plan.window_sources]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def loader(self, tokenize: Tokenize, end_step: int, start_step: int = 0) -> Loader:
         """This process's micro-batches of the steps `start_step` to `end_step` - 1."""
@@ -55,12 +59,7 @@ class TrainingData:
             self.buckets,
             self.plan,
             self.share,
-            CaptionOptions(
-                shuffle_caption=self.options.shuffle_caption,
-                keep_tokens=self.options.keep_tokens,
-                caption_separator=self.options.caption_separator,
-                caption_dropout_rate=self.options.caption_dropout_rate,
-            ),
+            [_caption_options(subset) for subset in self.options.subsets],
             start_step=start_step,
             end_step=end_step,
             tokenize=tokenize,
@@ -80,12 +79,39 @@ def prepare_data(
     """Find all samples, sort them into buckets and plan their order.
 
     Args:
-        between: called between two pieces of the work; may raise, to end it.
+        between: called between two pieces of the work, and while another process works; may raise, to end it.
 
     Raises:
         InputError: no images, no captions, bucket options that cannot be, a set too small for one batch.
     """
-    bucket_options = BucketOptions(
+    bucket_options = [_bucket_options(subset) for subset in options.subsets]
+    for entry in bucket_options:
+        check_options(entry)
+    logger.info("loading image sizes.")
+    subsets = [_subset(subset, options.dataset_config) for subset in options.subsets]
+    index = build_index(subsets, progress=_index_bar, between=between)
+    check_left_out(index.bad, len(index), options.max_bad_samples)
+    buckets = bucket_rows(index, bucket_options, _bar("buckets"), between)
+    share = Share(options.train_batch_size, rank, world_size, accumulation)
+    plan = Plan(buckets, index.repeats_S, seed, share.global_batch, options.shuffle_window_shards)
+    return TrainingData(options, index, buckets, plan, share)
+
+
+def _subset(options: SubsetOptions, config: Path | None) -> Subset:
+    """In a configuration file repeats and class words have keys of their own, so folders' names mean nothing there."""
+    return Subset(
+        options.train_data_dir,
+        options.caption_extension,
+        metadata=options.in_json,
+        repeats=options.dataset_repeats,
+        class_words=options.class_tokens,
+        class_folders=config is None,
+        flag="--train_data_dir" if config is None else f"{config}: image_dir",
+    )
+
+
+def _bucket_options(options: SubsetOptions) -> BucketOptions:
+    return BucketOptions(
         resolution=options.resolution,
         enable_bucket=options.enable_bucket,
         min_bucket_reso=options.min_bucket_reso,
@@ -93,22 +119,31 @@ def prepare_data(
         bucket_reso_steps=options.bucket_reso_steps,
         bucket_no_upscale=options.bucket_no_upscale,
     )
-    check_options(bucket_options)
-    logger.info("loading image sizes.")
-    with tqdm(desc="index", disable=rank != 0, mininterval=0.5) as bar:
-        index = build_index(options.train_data_dir, options.caption_extension, progress=_shown_in(bar, between))
-    check_left_out(index.bad, len(index), options.max_bad_samples)
-    sizes_N2 = np.stack([index.rows["width"], index.rows["height"]], axis=1).astype(np.int64)
-    buckets = assign_buckets(sizes_N2, bucket_options, index.name)
-    share = Share(options.train_batch_size, rank, world_size, accumulation)
-    plan = Plan(buckets.bucket_of_row, index.repeats, seed, share.global_batch)
-    return TrainingData(options, index, buckets, plan, share)
 
 
-def _shown_in(bar: tqdm, between: Callable[[], None]) -> Callable[[int, int], None]:
+def _caption_options(options: SubsetOptions) -> CaptionOptions:
+    return CaptionOptions(
+        shuffle_caption=options.shuffle_caption,
+        keep_tokens=options.keep_tokens,
+        caption_separator=options.caption_separator,
+        caption_dropout_rate=options.caption_dropout_rate,
+    )
+
+
+def _index_bar(subset: Subset) -> Callable[[int, int], None]:
+    return _bar(f"index {subset.path.name}")
+
+
+def _bar(name: str) -> Callable[[int, int], None]:
+    """A progress bar that shows when there is something to do. The one process that does it calls this."""
+    bar: tqdm | None = None
+
     def show(done: int, total: int) -> None:
-        between()
-        bar.total = total
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(desc=name, total=total, mininterval=0.5)
         bar.update(done - bar.n)
+        if done == total:
+            bar.close()
 
     return show

@@ -1,99 +1,61 @@
-"""Rows of one folder of images with caption files beside them, and the DreamBooth sub-directories of a base folder."""
+"""Rows of images in a folder with caption files beside them."""
 
 import contextlib
-import os
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 from library.data.decode import HEADER_BYTES, MAX_BYTES, SampleError, upright_size
 from library.data.rows import (
     COMMON_CAPTION_EXTENSIONS,
-    IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,
     CaptionKind,
     Part,
     TextPool,
     row_array,
 )
-
-_DREAMBOOTH = re.compile(r"(\d+)_(.+)")
-
-
-@dataclass(frozen=True)
-class Subset:
-    """A folder of images: how often an epoch shows each, and the caption of those without a caption file ("": none)."""
-
-    folder: Path
-    repeats: int
-    class_words: str
+from library.data.sources import FileState, Source, is_image
 
 
-def dreambooth_subset(folder: Path) -> Subset | None:
-    """The subset that a directory named `N_class words` is; None for another name."""
-    match = _DREAMBOOTH.fullmatch(folder.name)
-    return Subset(folder, int(match[1]), match[2].strip()) if match else None
+def scan_folder(source: Source, files: Sequence[FileState], captions: Mapping[str, str] | None = None) -> Part:
+    """Rows of the images among a folder's files, in their order; sizes come from the images' headers.
 
-
-def image_files(folder: Path) -> list[str]:
-    """Names of the image files directly in a folder, sorted."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _is_image(entry.name) and entry.is_file())
-
-
-def listing(folder: Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, mtime in ns) of every file directly in a folder, sorted: any change of the folder changes it."""
-    with os.scandir(folder) as entries:
-        files = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
-    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
-
-
-def scan_folder(subset: Subset, caption_extension: str, progress: Callable[[], None] = lambda: None) -> Part:
-    """Rows of the images directly in a folder, sorted by name; sizes come from the images' headers.
-
-    The caption file has the image's stem and caption_extension; an image without one, or with an empty one, gets the
-    class words.
+    The caption file has the image's stem and the source's caption extension; an image without one, or with an empty
+    one, gets the class words.
 
     Args:
-        progress: called after each image.
-
-    Raises:
-        OSError: the folder cannot be read.
+        captions: by name, from metadata; they come before caption files.
     """
-    sizes = {name: size for name, size, _ in listing(subset.folder)}
+    captions = captions or {}
+    sizes = {file.name: file.size for file in files}
     pool = TextPool()
     part = Part(row_array([]), pool.array())
     rows = []
-    for name in filter(_is_image, sizes):
-        progress()
+    for name in filter(is_image, sizes):
         stem = PurePath(name).stem
         try:
             if sizes[name] > MAX_BYTES:
                 raise SampleError(f"an image file of {sizes[name]} bytes, {MAX_BYTES} are the most")
-            caption_bytes = sizes.get(stem + caption_extension, 0)
+            caption_bytes = sizes.get(stem + source.caption_extension, 0)
             if caption_bytes > MAX_CAPTION_BYTES:
                 raise SampleError(f"a caption of {caption_bytes} bytes, {MAX_CAPTION_BYTES} are the most")
-            width_height = _size_from_image(subset.folder / name)
+            width_height = _size_from_image(source.path / name)
         except SampleError as error:
             part.bad.append((name, str(error)))
             continue
-        if caption_bytes:
+        if captions.get(name):
+            caption = (CaptionKind.STORED, *pool.add(captions[name]))
+        elif caption_bytes:
             caption = (CaptionKind.PLAIN, 0, caption_bytes)
-        elif subset.class_words:
-            caption = (CaptionKind.STORED, *pool.add(subset.class_words))
+        elif source.class_words:
+            caption = (CaptionKind.STORED, *pool.add(source.class_words))
         else:
             caption = (CaptionKind.ABSENT, 0, 0)
-        rows.append((0, 0, sizes[name], *caption, *pool.add(name), *width_height))
+        rows.append((0, sizes[name], *caption, *pool.add(name), *width_height))
         part.other_captions.update(
-            other for other in COMMON_CAPTION_EXTENSIONS if other != caption_extension and stem + other in sizes
+            other for other in COMMON_CAPTION_EXTENSIONS if other != source.caption_extension and stem + other in sizes
         )
     part.rows, part.text = row_array(rows), pool.array()
     return part
-
-
-def _is_image(name: str) -> bool:
-    return PurePath(name).suffix.lower() in IMAGE_EXTENSIONS
 
 
 def _size_from_image(path: Path) -> tuple[int, int]:

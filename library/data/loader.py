@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from library.data.buckets import Buckets
+from library.data.bucket_rows import Buckets
 from library.data.captions import CaptionOptions, process_caption
 from library.data.decode import Fit, SampleError, decode
 from library.data.index import Index
@@ -110,7 +110,7 @@ class MicroBatchDataset(Dataset):
         buckets: Buckets,
         plan: Plan,
         share: Share,
-        captions: CaptionOptions,
+        captions: Sequence[CaptionOptions],
         tokenize: Tokenize | None = None,
     ) -> None:
         if plan.global_batch != share.global_batch:
@@ -126,8 +126,8 @@ class MicroBatchDataset(Dataset):
             InputError: no readable sample is found for a place.
         """
         step, micro = divmod(item, self._share.accumulation)
-        batch = self._plan.batch_of_step(step)
         places = self._share.places(micro)
+        batch = self._plan.batch_of_step(step, places)
         width, height = self._buckets.size(batch.bucket)
         images_BHWC = np.empty((len(places), height, width, 3), np.uint8)
         size_ids_B6 = np.empty((len(places), 6), np.float32)
@@ -135,9 +135,9 @@ class MicroBatchDataset(Dataset):
         names: list[str] = []
         quarantined: list[tuple[str, str]] = []
         replaced = 0
-        for number, place in enumerate(places.tolist()):
+        for number, (place, row) in enumerate(zip(places.tolist(), batch.rows_G.tolist(), strict=True)):
             listed = len(quarantined)
-            sample = self._readable(int(batch.rows_G[place]), batch.bucket, step, place, quarantined)
+            sample = self._readable(row, batch.bucket, step, place, quarantined)
             replaced += len(quarantined) > listed
             images_BHWC[number], size_ids_B6[number] = sample.pixels_HWC, sample.size_ids
             captions.append(sample.caption)
@@ -190,7 +190,8 @@ class MicroBatchDataset(Dataset):
         """
         text = self._reader.caption(row)
         pixels, size_ids = decode(self._reader.image(row), self._buckets.size(bucket), partial(self._fit, row, bucket))
-        caption = process_caption(text, self._captions, generator(self._plan.seed, Stream.CAPTION, step, place))
+        options = self._captions[self._index.source(row).subset]
+        caption = process_caption(text, options, generator(self._plan.seed, Stream.CAPTION, step, place))
         return _Sample(pixels, size_ids, caption, self._index.name(row))
 
     def _fit(self, row: int, bucket: int, width: int, height: int) -> Fit:
@@ -199,9 +200,9 @@ class MicroBatchDataset(Dataset):
         Raises:
             SampleError: that size was wrong, and the bucket does not suit the image.
         """
-        record = self._index.rows[row]
+        record = self._index.record(row)
         told_w, told_h = int(record["width"]), int(record["height"])
-        options = self._buckets.options
+        options = self._buckets.options_of(bucket)
         if (width, height) != (told_w, told_h) and options.enable_bucket:
             said = f"{width}×{height} px, but by its shard's parquet or JSON {told_w}×{told_h}: "
             if not 1 - _ASPECT_TOLERANCE < width * told_h / (height * told_w) < 1 + _ASPECT_TOLERANCE:
@@ -269,7 +270,7 @@ def make_loader(
     buckets: Buckets,
     plan: Plan,
     share: Share,
-    captions: CaptionOptions,
+    captions: Sequence[CaptionOptions],
     *,
     end_step: int,
     start_step: int = 0,
@@ -280,6 +281,7 @@ def make_loader(
 
     Args:
         plan: its global batch must be the share's.
+        captions: options of each subset of the index.
         end_step: the first step that is not loaded any more.
         tokenize: captions to the token ids of each text encoder; called in the workers.
         workers: processes that read and decode; 0 does it in this one.

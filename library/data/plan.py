@@ -4,11 +4,17 @@ Each bucket has an endless sequence of its samples: one pass in a keyed random o
 Its batches are that sequence cut into pieces of the global batch size, so every batch is full and of one bucket, and
 every sample comes once a pass. An epoch takes of each bucket the batches that end within that many passes: what does
 not fill a batch goes to the next epoch. The batches of an epoch come in a keyed random order over all buckets.
+
+With windows, a pass goes through the sources (shards) in a keyed random order, so many at a time: the samples of one
+window come, in a keyed random order, before those of the next, and so do the batches that end in it. Without, all
+sources are one window. Nothing here grows with the number of samples.
+
+K: buckets. S: sources. W: windows.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
@@ -17,12 +23,23 @@ from library.errors import InputError
 from library.keyed_random import Stream, generator
 
 
+class BucketedRows(Protocol):
+    """Which rows are in which bucket; `library.data.bucket_rows.Buckets` is one."""
+
+    @property
+    def images_SK(self) -> np.ndarray:
+        """(S, K) whole numbers: images of each source in each bucket."""
+
+    def rows(self, bucket: int, source: int, places_n: np.ndarray) -> np.ndarray:
+        """Rows of the images of a bucket in one source, by their places among those."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One global batch.
+    """One global batch, or some places of it.
 
     Attributes:
-        rows_G: (global batch,) int64 rows of the index.
+        rows_G: (places,) int64 rows of the index.
         bucket: that all of them are in.
         epoch: from 0.
     """
@@ -32,34 +49,58 @@ class Batch:
     epoch: int
 
 
+@dataclass(frozen=True)
+class BucketImages:
+    """All rows of a bucket, worked out when they are asked for."""
+
+    rows: BucketedRows
+    bucket: int
+
+    def __len__(self) -> int:
+        return int(self.rows.images_SK[:, self.bucket].sum(dtype=np.int64))
+
+    def __getitem__(self, places_n: np.ndarray) -> np.ndarray:
+        """Rows at some places, each in 0 … len - 1, in the order of the index."""
+        images_S = self.rows.images_SK[:, self.bucket].astype(np.int64)
+        rows_n, _ = _located(self.rows, self.bucket, np.arange(len(images_S)), images_S, 1, np.asarray(places_n))
+        return rows_n
+
+
 class Plan:
     """The order of all samples for one seed and one size of the global batch; ranks and workers do not enter it."""
 
-    def __init__(self, bucket_of_row: np.ndarray, repeats: np.ndarray | int, seed: int, global_batch: int) -> None:
+    def __init__(
+        self,
+        rows: BucketedRows,
+        repeats_S: np.ndarray | int,
+        seed: int,
+        global_batch: int,
+        window_sources: int = 0,
+    ) -> None:
         """
         Args:
-            bucket_of_row: (rows,) whole numbers from 0.
-            repeats: how often a pass shows each row, at least once; one number, or one a row.
+            repeats_S: how often a pass shows each row of a source, at least once; one number, or one a source.
             seed: 0 <= seed < 2**64.
             global_batch: samples in a step: batch size × ranks × accumulation.
+            window_sources: sources in a window; 0: all.
 
         Raises:
             InputError: the set is too small for one batch.
         """
         self.seed = seed
         self.global_batch = global_batch
-        order = np.argsort(bucket_of_row, kind="stable")
-        rows_in_bucket_K = np.bincount(bucket_of_row)
-        spans = list(pairwise([0, *np.cumsum(rows_in_bucket_K)]))
-        repeats_N = np.broadcast_to(np.asarray(repeats, np.int64), len(bucket_of_row))[order]
-        self._rows = [order[start:end] for start, end in spans]
-        # Where each row's repeats end in its bucket's pass; None where all are shown once.
-        self._ends: list[np.ndarray] | None = None
-        self.samples_K = rows_in_bucket_K
-        if not (repeats_N == 1).all():
-            self._ends = [np.cumsum(repeats_N[start:end]) for start, end in spans]
-            self.samples_K = np.array([repeats_N[start:end].sum() for start, end in spans])
+        self._rows = rows
+        sources = len(rows.images_SK)
+        self._repeats_S = np.broadcast_to(np.asarray(repeats_S, np.int64), sources)
+        self.window_sources = window_sources if 0 < window_sources < sources else sources
+        self.samples_K = self._repeats_S @ rows.images_SK
+        self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._check_size()
+
+    @property
+    def source_count(self) -> int:
+        """Sources of the data."""
+        return len(self._repeats_S)
 
     def steps_before_epoch(self, epoch: int) -> int:
         """Steps in the epochs 0 … epoch-1."""
@@ -81,20 +122,20 @@ class Plan:
         """(global batch,) int64: the rows of the global batch of a step."""
         return self.batch_of_step(step).rows_G
 
-    def batch_of_step(self, step: int) -> Batch:
-        """The global batch of a step, with its bucket and epoch."""
-        epoch = self.epoch_of_step(step)
-        before_K, after_K = self._batches_before(epoch), self._batches_before(epoch + 1)
-        ends_K = np.cumsum(after_K - before_K)
-        place = np.array([step - int(before_K.sum())])
-        drawn = int(permute(place, int(ends_K[-1]), self._keys(epoch, 0))[0])
-        bucket = int(np.searchsorted(ends_K, drawn, side="right"))
-        number = int(after_K[bucket]) - (int(ends_K[bucket]) - drawn)
-        return Batch(self._samples(bucket, number), bucket, epoch)
+    def batch_of_step(self, step: int, places: np.ndarray | None = None) -> Batch:
+        """The global batch of a step, with its bucket and epoch; only some places of it, if they are given."""
+        epoch, bucket, number = self._bucket_and_number(step)
+        wanted = np.arange(self.global_batch) if places is None else places
+        return Batch(self._samples(bucket, number * self.global_batch + wanted)[0], bucket, epoch)
 
-    def rows_of_bucket(self, bucket: int) -> np.ndarray:
-        """All rows of a bucket, ascending."""
-        return self._rows[bucket]
+    def sources_of_batch(self, step: int) -> np.ndarray:
+        """(global batch,) int64: numbers of the sources that a step's samples come from."""
+        _, bucket, number = self._bucket_and_number(step)
+        return self._samples(bucket, number * self.global_batch + np.arange(self.global_batch), look_up=False)[1]
+
+    def rows_of_bucket(self, bucket: int) -> BucketImages:
+        """All rows of a bucket, in the order of the index."""
+        return BucketImages(self._rows, bucket)
 
     def batches_in_epoch(self, epoch: int) -> np.ndarray:
         """(buckets,) int64: how many batches of each bucket an epoch has."""
@@ -108,46 +149,104 @@ class Plan:
         """(buckets,) int64: batches of each bucket in the epochs 0 … epoch-1."""
         return epoch * self.samples_K // self.global_batch
 
-    def _samples(self, bucket: int, number: int) -> np.ndarray:
-        """Rows of batch `number` in a bucket's endless sequence."""
-        n = int(self.samples_K[bucket])
-        first = number * self.global_batch
-        rows_G = np.empty(self.global_batch, np.int64)
-        done = 0
-        while done < self.global_batch:  # a batch may reach over several passes
-            passed, start = divmod(first + done, n)
-            count = min(n - start, self.global_batch - done)
-            places = permute(np.arange(start, start + count), n, self._keys(passed, bucket + 1))
-            if self._ends is not None:
-                places = np.searchsorted(self._ends[bucket], places, side="right")
-            rows_G[done : done + count] = self._rows[bucket][places]
-            done += count
-        return rows_G
+    def _bucket_and_number(self, step: int) -> tuple[int, int, int]:
+        """Epoch and bucket of a step, and which batch of the bucket's sequence it is."""
+        epoch = self.epoch_of_step(step)
+        before_K = self._batches_before(epoch)
+        done_WK = (epoch * self.samples_K + self._pass(epoch)[1]) // self.global_batch  # when a window ends
+        place = step - int(before_K.sum())
+        ends_W = done_WK.sum(axis=1) - before_K.sum()
+        window = int(np.searchsorted(ends_W, place, side="right"))
+        first_K = done_WK[window - 1] if window else before_K
+        ends_K = np.cumsum(done_WK[window] - first_K)
+        in_window = np.array([place - (int(ends_W[window - 1]) if window else 0)])
+        drawn = int(permute(in_window, int(ends_K[-1]), _round_keys(self.seed, epoch, 0, window))[0])
+        bucket = int(np.searchsorted(ends_K, drawn, side="right"))
+        return epoch, bucket, int(done_WK[window, bucket]) - (int(ends_K[bucket]) - drawn)
 
-    def _keys(self, epoch: int, of: int) -> np.ndarray:
-        return _round_keys(self.seed, epoch, of)
+    def _samples(self, bucket: int, places: np.ndarray, look_up: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and sources at some places of a bucket's endless sequence; the rows only if they are looked up."""
+        rows_n, sources_n = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
+        passed_n, start_n = np.divmod(places, int(self.samples_K[bucket]))
+        for passed in np.unique(passed_n).tolist():  # a batch may reach over several passes, and windows in them
+            order_S, ends_WK = self._pass(passed)
+            ends_W = ends_WK[:, bucket]
+            window_n = np.where(passed_n == passed, np.searchsorted(ends_W, start_n, side="right"), -1)
+            for window in np.unique(window_n[window_n >= 0]).tolist():
+                here = window_n == window
+                first = int(ends_W[window - 1]) if window else 0
+                keys = _round_keys(self.seed, passed, bucket + 1, window)
+                shuffled_n = permute(start_n[here] - first, int(ends_W[window]) - first, keys)
+                span = slice(window * self.window_sources, (window + 1) * self.window_sources)
+                sources = order_S[span]
+                images = self._rows.images_SK[sources, bucket].astype(np.int64)
+                rows_n[here], sources_n[here] = _located(
+                    self._rows, bucket, sources, images, self._repeats_S[sources], shuffled_n, look_up
+                )
+        return rows_n, sources_n
+
+    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(S,) the order of the sources in a pass, and (W, K) the samples of each bucket up to each window's end."""
+        if number not in self._passes:
+            while len(self._passes) > 2:
+                del self._passes[next(iter(self._passes))]
+            self._passes[number] = self._make_pass(number)
+        return self._passes[number]
+
+    def _make_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        sources = len(self._repeats_S)
+        if self.window_sources == sources:
+            return np.arange(sources), self.samples_K[None]
+        keys = generator(self.seed, Stream.SOURCES, number).integers(0, 2**64, ROUNDS, np.uint64)
+        order_S = permute(np.arange(sources), sources, keys)
+        windows = [order_S[start : start + self.window_sources] for start in range(0, sources, self.window_sources)]
+        return order_S, np.cumsum(
+            [self._repeats_S[window] @ self._rows.images_SK[window] for window in windows], axis=0
+        )
 
     def _check_size(self) -> None:
         samples = int(self.samples_K.sum())
+        found = f"--train_data_dir or --dataset_config: {samples} images (repeats counted)"
         fixes = (
             "Ways out: a smaller --train_batch_size; fewer --gradient_accumulation_steps; fewer devices; more images; "
-            "more repeats (sub-directories named 'N_class words')"
+            "more repeats (sub-directories named 'N_class words', --dataset_repeats)"
         )
         if samples < self.global_batch:
             raise InputError(
-                f"--train_data_dir: {samples} images (repeats counted) are too few for one batch of "
-                f"{self.global_batch} (batch size × devices × accumulation). {fixes}."
+                f"{found} are too few for one batch of {self.global_batch} (batch size × devices × accumulation). "
+                f"{fixes}."
             )
         if not self.steps_before_epoch(1):
             raise InputError(
-                f"--train_data_dir: {samples} images (repeats counted) lie in {np.count_nonzero(self.samples_K)} "
-                f"buckets, of which the largest has {int(self.samples_K.max())}. A batch is of one bucket, and none "
-                f"fills one of {self.global_batch} (batch size × devices × accumulation). {fixes}; fewer buckets (a "
-                "larger --bucket_reso_steps, a smaller --max_bucket_reso); or no --enable_bucket."
+                f"{found} lie in {np.count_nonzero(self.samples_K)} buckets, of which the largest has "
+                f"{int(self.samples_K.max())}. A batch is of one bucket, and none fills one of "
+                f"{self.global_batch} (batch size × devices × accumulation). {fixes}; fewer buckets (a larger "
+                "--bucket_reso_steps, a smaller --max_bucket_reso); or no --enable_bucket."
             )
 
 
+def _located(
+    rows: BucketedRows,
+    bucket: int,
+    sources: np.ndarray,
+    images: np.ndarray,
+    repeats: np.ndarray | int,
+    places_n: np.ndarray,
+    look_up: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and sources at some places of the images of some sources laid end to end, each repeated in its place."""
+    ends = np.cumsum(images * repeats)
+    which_n = np.searchsorted(ends, places_n, side="right")
+    inside_n = (places_n - np.concatenate([[0], ends])[which_n]) // np.broadcast_to(repeats, ends.shape)[which_n]
+    rows_n = np.empty(len(places_n), np.int64)
+    if look_up:
+        for place in np.unique(which_n).tolist():
+            here = which_n == place
+            rows_n[here] = rows.rows(bucket, int(sources[place]), inside_n[here])
+    return rows_n, sources[which_n]
+
+
 @lru_cache(maxsize=4096)
-def _round_keys(seed: int, epoch: int, of: int) -> np.ndarray:
-    """Keys of a permutation: of = 0: the order of an epoch's batches; bucket + 1: that of a pass over a bucket."""
-    return generator(seed, Stream.ORDER, epoch, of).integers(0, 2**64, ROUNDS, np.uint64)
+def _round_keys(seed: int, epoch: int, of: int, window: int) -> np.ndarray:
+    """Keys of a permutation in a window: of = 0: the order of its batches; bucket + 1: that of a bucket's samples."""
+    return generator(seed, Stream.ORDER, epoch, of, window).integers(0, 2**64, ROUNDS, np.uint64)

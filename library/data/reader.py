@@ -28,7 +28,7 @@ class Reader:
         source = self.index.source(row)
         if not source.is_shard:
             return self._file(source.path / self.index.key(row), MAX_BYTES)
-        record = self.index.rows[row]
+        record = self.index.record(row)
         return self._range(source.path, int(record["image_offset"]), int(record["image_bytes"]))
 
     def caption(self, row: int) -> str:
@@ -39,17 +39,17 @@ class Reader:
         Raises:
             SampleError: it cannot be read, or is not UTF-8.
         """
-        record = self.index.rows[row]
+        record = self.index.record(row)
         kind, offset, size = int(record["caption_kind"]), int(record["caption_offset"]), int(record["caption_bytes"])
         if kind == CaptionKind.ABSENT:
             return ""
         if kind == CaptionKind.STORED:
-            return " ".join(self.index.stored_text(offset, size).split())
+            return " ".join(self.index.stored_caption(row).split())
         source = self.index.source(row)
         if source.is_shard:
             data = self._range(source.path, offset, size)
         else:
-            path = (source.path / self.index.key(row)).with_suffix(self.index.caption_extension)
+            path = (source.path / self.index.key(row)).with_suffix(source.caption_extension)
             data = self._file(path, MAX_CAPTION_BYTES)
         try:
             text = data.decode("utf-8-sig")

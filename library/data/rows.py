@@ -1,14 +1,14 @@
 """One row an image: the table that scanning a shard or a folder makes, and that an index puts together.
 
-A row says where the bytes of image and caption are, never what they are, so that it takes 53 bytes at any image size
-and the whole table can be one array on disk.
+A row says where the bytes of image and caption are, never what they are, so that it takes 49 bytes at any image size
+and the table of a shard can be one array on disk.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif"}
 MAX_CAPTION_BYTES = 1 << 20  # of a caption file or JSON member; more is no caption
 # Extensions that are searched for only to tell the user about a wrong --caption_extension.
 COMMON_CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags")
+NAMED = 5  # so many names of a long list stand in a message
 
 
 class CaptionKind(IntEnum):
@@ -29,7 +30,6 @@ class CaptionKind(IntEnum):
 
 ROW = np.dtype(
     [
-        ("source", np.int32),  # which shard or folder of the index
         ("image_offset", np.int64),  # of the image's first byte in the shard; 0 in a folder
         ("image_bytes", np.int64),
         ("caption_kind", np.uint8),
@@ -48,7 +48,7 @@ class Part:
     """What scanning one shard or folder gives.
 
     Attributes:
-        rows: ROW array, `source` still 0.
+        rows: ROW array.
         text: uint8, the bytes that name_offset and STORED captions point into.
         bad: (key, reason) of images that cannot be used.
         warnings: sentences for the user; the source's name is put before them.
@@ -65,28 +65,57 @@ class Part:
     strange_extensions: Counter[str] = field(default_factory=Counter)
     other_captions: Counter[str] = field(default_factory=Counter)
 
-    def notes(self) -> dict[str, Any]:
-        """Everything but the arrays, ready for JSON."""
-        return {
-            "bad": self.bad,
-            "warnings": self.warnings,
-            "without_image": self.without_image,
-            "strange_extensions": dict(self.strange_extensions),
-            "other_captions": dict(self.other_captions),
-        }
+
+@dataclass(frozen=True)
+class Summary:
+    """What an index keeps in memory of a part, however many rows it has.
+
+    Attributes:
+        count: rows.
+        digest: of rows and text.
+        without_caption: how many rows have none.
+        named_without_caption: keys of the first of those.
+        bad, warnings, without_image, strange_extensions, other_captions: as in Part.
+    """
+
+    count: int
+    digest: str
+    without_caption: int
+    named_without_caption: list[str]
+    bad: list[list[str]]
+    warnings: list[str]
+    without_image: int
+    strange_extensions: dict[str, int]
+    other_captions: dict[str, int]
 
     @classmethod
-    def from_arrays(cls, rows: np.ndarray, text: np.ndarray, notes: dict[str, Any]) -> "Part":
-        """The inverse of keeping rows, text and `notes()`."""
+    def of(cls, part: Part) -> "Summary":
+        """Of a part that has just been scanned."""
+        absent = np.flatnonzero(part.rows["caption_kind"] == CaptionKind.ABSENT)
+        content = hashlib.sha256(part.rows.tobytes())
+        content.update(part.text.tobytes())
         return cls(
-            rows,
-            text,
-            [(name, reason) for name, reason in notes["bad"]],
-            list(notes["warnings"]),
-            int(notes["without_image"]),
-            Counter(notes["strange_extensions"]),
-            Counter(notes["other_captions"]),
+            len(part.rows),
+            content.hexdigest(),
+            len(absent),
+            [row_key(part.rows[row], part.text) for row in absent[:NAMED]],
+            [[key, reason] for key, reason in part.bad],
+            part.warnings,
+            part.without_image,
+            dict(part.strange_extensions),
+            dict(part.other_captions),
         )
+
+
+def row_key(record: np.void, text: np.ndarray) -> str:
+    """The sample's key in its shard, or the file's name in its folder."""
+    offset = int(record["name_offset"])
+    return stored_text(text, offset, int(record["name_bytes"]))
+
+
+def stored_text(text: np.ndarray, offset: int, size: int) -> str:
+    """Text of a table, at the place that a row gives."""
+    return text[offset : offset + size].tobytes().decode("utf-8", "surrogateescape")
 
 
 class TextPool:

@@ -17,6 +17,7 @@ from library.data.rows import (
     printable,
     row_array,
 )
+from library.data.sources import Source
 from library.data.tar_headers import Member, TornTarError, members
 
 
@@ -38,21 +39,21 @@ class _Facts:
     caption: str | None = None
 
 
-def scan_shard(path: Path, caption_extension: str) -> Part:
+def scan_shard(source: Source) -> Part:
     """One pass over the tar's headers, and over its parquet file; images are opened only where no size is known.
 
-    The caption is the member with caption_extension, else the JSON member's "caption", else the parquet's. The size is
-    the parquet's, else the JSON's, else from the image's header. A tar that is cut short gives its whole samples and a
-    warning. What has no image, two of them or a name that leads out of the tar, and what only the parquet knows of, is
-    bad.
+    The caption is the member with the source's caption extension, else the JSON member's "caption", else the parquet's,
+    else the class words. The size is the parquet's, else the JSON's, else from the image's header. A tar that is cut
+    short gives its whole samples and a warning. What has no image, two of them or a name that leads out of the tar, and
+    what only the parquet knows of, is bad.
 
     Raises:
         OSError: the shard cannot be opened.
     """
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(source.path, os.O_RDONLY)
     try:
         samples, torn, cut = _samples(fd)
-        sidecar, warnings = _read_sidecar(path.with_suffix(".parquet"))
+        sidecar, warnings = _read_sidecar(source.path.with_suffix(".parquet"))
         pool = TextPool()
         part = Part(row_array([]), pool.array())
         rows = []
@@ -65,11 +66,11 @@ def scan_shard(path: Path, caption_extension: str) -> Part:
             facts = sidecar.get(key.rpartition("/")[2])
             try:
                 _check(key, sample)
-                rows.append(_row(fd, key, sample.image, sample.others, facts, caption_extension, pool))
+                rows.append(_row(fd, key, sample.image, sample.others, facts, source, pool))
             except SampleError as error:
                 part.bad.append((key, str(error)))
                 continue
-            part.other_captions.update(_other_caption_extensions(sample.others, caption_extension))
+            part.other_captions.update(_other_caption_extensions(sample.others, source.caption_extension))
     finally:
         os.close(fd)
     if cut:
@@ -130,7 +131,7 @@ def _row(
     image: Member,
     others: dict[str, Member],
     facts: _Facts | None,
-    caption_extension: str,
+    source: Source,
     pool: TextPool,
 ) -> tuple[int, ...]:
     """One row in ROW's order.
@@ -138,7 +139,7 @@ def _row(
     Raises:
         SampleError: no size is given and the image's header cannot be read, or the caption is too long.
     """
-    plain = others.get(caption_extension.lower())
+    plain = others.get(source.caption_extension.lower())
     has_plain = plain is not None and plain.size > 0
     if plain is not None and plain.size > MAX_CAPTION_BYTES:
         raise SampleError(f"a caption of {plain.size} bytes, {MAX_CAPTION_BYTES} are the most")
@@ -150,6 +151,8 @@ def _row(
         caption = (CaptionKind.JSON, others[".json"].offset, others[".json"].size)
     elif facts is not None and facts.caption:
         caption = (CaptionKind.STORED, *pool.add(facts.caption))
+    elif source.class_words:
+        caption = (CaptionKind.STORED, *pool.add(source.class_words))
     else:
         caption = (CaptionKind.ABSENT, 0, 0)
     if facts is not None and has_size:
@@ -158,7 +161,7 @@ def _row(
         size = json_facts.width, json_facts.height
     else:
         size = _size_from_image(fd, image)
-    return (0, image.offset, image.size, *caption, *pool.add(key), *size)
+    return (image.offset, image.size, *caption, *pool.add(key), *size)
 
 
 def _size_from_image(fd: int, image: Member) -> tuple[int, int]:

@@ -63,19 +63,15 @@ def describe_data(data: TrainingData) -> Description:
     """The samples, source by source, and their order."""
     index, plan = data.index, data.plan
     description = {"the number of samples": f"{len(index):,}", "the global batch": str(plan.global_batch)}
-    starts = index.rows["source"].searchsorted(range(len(index.sources) + 1))
-    for source, start, end in zip(index.sources, starts[:-1], starts[1:], strict=True):
-        rows = index.rows[start:end]
-        facts = _digest(repr(source.repeats).encode(), *(rows[name].tobytes() for name in _PLACE_FREE))
-        description[source.path.name] = f"{end - start:,} samples, digest {facts}"
-    description["names and captions"] = _digest(index.text.tobytes())
-    description["buckets"] = _digest(data.buckets.bucket_of_row.tobytes(), data.buckets.sizes_K2.tobytes())
+    for source, table in zip(index.sources, index.tables, strict=True):
+        share = f" (share {source.share[0] + 1} of {source.share[1]})" if source.share[1] > 1 else ""
+        facts = _digest(repr(source.repeats).encode(), table.notes["digest"].encode())
+        description[f"{source.path.name}{share}"] = f"{table.notes['count']:,} samples, digest {facts}"
+    description["the samples' order and buckets"] = data.fingerprint()
     return description
 
 
 _OF_A_MACHINE = {"max_data_loader_n_workers"}  # flags that change nothing in what is trained
-# Columns of rows.ROW that do not depend on which other sources there are.
-_PLACE_FREE = ("image_offset", "image_bytes", "caption_kind", "caption_bytes", "width", "height")
 
 
 def _flags(options: Any) -> Description:
@@ -85,6 +81,10 @@ def _flags(options: Any) -> Description:
     for name, value in values.items():
         if is_dataclass(value):
             flags.update(_flags(value))
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):  # the data's subsets
+            for number, inner in enumerate(value, start=1):
+                of = f" of subset {number}" if len(value) > 1 else ""
+                flags.update({f"{flag}{of}": text for flag, text in _flags(inner).items()})
         elif not isinstance(value, Path) and name not in _OF_A_MACHINE:
             flags[f"--{name}"] = str(value)
     return flags

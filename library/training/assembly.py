@@ -232,7 +232,11 @@ def _sharding(options: Options) -> str:
 
 
 def _plain_options(options: Options) -> dict[str, Any]:
-    return plain_options(options.data, options.optimization, options.run, options.saving, options.preview)
+    """By the flags' names, those of the only subset among them; several subsets stand as a list."""
+    plain = plain_options(options.data, options.optimization, options.run, options.saving, options.preview)
+    if len(options.data.subsets) == 1:
+        plain |= plain.pop("subsets")[0]
+    return plain
 
 
 def _resumed(saving: SavingOptions, accelerator: Accelerator) -> Resumed | None:

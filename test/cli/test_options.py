@@ -3,7 +3,8 @@
 import pytest
 
 import sdxl_pretrain
-from library.cli import data, model, optimization, run
+from library.cli import model, optimization, run
+from library.cli.dataset_config import data_options
 from library.cli.parser import fill
 
 REQUIRED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--resolution=64", "--output_dir=o"]
@@ -35,7 +36,7 @@ def test_every_flag_of_the_mission_is_taken_and_lands_in_an_option_group():
     )  # fmt: skip
     assert fill(run.RunOptions, args).max_train_epochs == 3
     assert fill(model.ModelOptions, args).max_token_length == 512
-    assert fill(data.DataOptions, args).resolution == (64, 64)
+    assert data_options(args).resolution == (64, 64)
     assert fill(optimization.OptimizationOptions, args).learning_rate_te2 == 1e-7
     assert fill(run.SavingOptions, args).save_model_as == "ckpt"
     assert fill(run.PreviewOptions, args).sample_at_first

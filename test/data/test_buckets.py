@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.buckets import BucketOptions, assign_buckets, bucket_list, center_crops, scaled_sizes
+from library.data.buckets import BucketOptions, assign_buckets, bucket_list, center_crops, fit, scaled_sizes
 from library.errors import InputError
 
 SDXL = BucketOptions((1024, 1024), True, 512, 2048, 64)
@@ -15,14 +15,14 @@ def sizes(*pairs):
 
 
 def bucket_of(size, options):
-    return assign_buckets(sizes(size), options).size(0)
+    return tuple(assign_buckets(sizes(size), options).sizes_K2[0].tolist())
 
 
 def fitted(size, options):
     """(bucket, scaled size, left and top of the crop) of one image."""
-    buckets = assign_buckets(sizes(size), options)
-    fit = buckets.fit(0, *size)
-    return buckets.size(0), fit.scaled_wh_px, fit.crop_xy_px
+    bucket = bucket_of(size, options)
+    found = fit(size, bucket, options)
+    return bucket, found.scaled_wh_px, found.crop_xy_px
 
 
 def test_the_list_at_1024_holds_the_sizes_that_sdxl_was_trained_on():
@@ -78,7 +78,7 @@ def test_assignment_is_the_rule_applied_image_by_image(pairs, options):
     listed = [tuple(pair) for pair in bucket_list(options).tolist()]
     buckets = assign_buckets(sizes(*pairs), options)
     for row, (width, height) in enumerate(pairs):
-        found = buckets.size(buckets.bucket_of_row[row])
+        found = tuple(buckets.sizes_K2[buckets.bucket_of_row[row]].tolist())
         if (width, height) in listed:
             assert found == (width, height)
         else:
@@ -148,15 +148,13 @@ def test_without_buckets_there_is_one():
 def test_mean_error_of_a_bucket():
     """Ratios 2 and 0.5 in a square bucket: |1-2| and |1-0.5|."""
     buckets = assign_buckets(sizes((200, 100), (100, 200)), BucketOptions((64, 64)))
-    assert buckets.mean_error_K.tolist() == [0.75]
-    assert buckets.mean_error == 0.75
+    assert (buckets.error_K / 2).tolist() == [0.75]
 
 
 def test_an_image_of_another_size_than_indexed_is_still_cut_to_its_bucket():
-    buckets = assign_buckets(sizes((500, 300)), NO_UPSCALE)
-    fit = buckets.fit(0, 200, 200)  # now smaller than the bucket 448×256
-    assert fit.scaled_wh_px == (448, 448)
-    assert fit.crop_xy_px == (0, 96)
+    found = fit((200, 200), (448, 256), NO_UPSCALE)  # indexed as 500×300
+    assert found.scaled_wh_px == (448, 448)
+    assert found.crop_xy_px == (0, 96)
 
 
 @pytest.mark.parametrize(

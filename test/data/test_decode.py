@@ -8,7 +8,7 @@ from PIL import Image
 
 from library.data import decode as decode_module
 from library.data import scaling
-from library.data.buckets import BucketOptions, assign_buckets
+from library.data.buckets import BucketOptions, fit
 from library.data.decode import Fit, SampleError, decode, upright_size
 from library.data.scaling import Filter, scaled_crop
 
@@ -31,7 +31,7 @@ def plain(bucket_wh_px, scaled_wh_px=None, crop=(0, 0)):
 
 def covering(bucket_wh_px):
     options = BucketOptions(bucket_wh_px)
-    return lambda width, height: assign_buckets(np.array([[width, height]]), options).fit(0, width, height)
+    return lambda width, height: fit((width, height), bucket_wh_px, options)
 
 
 def psnr(one, other):

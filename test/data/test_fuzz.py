@@ -23,11 +23,13 @@ import pytest
 from PIL import Image
 
 from library.data.bad_samples import check_left_out
-from library.data.buckets import BucketOptions, assign_buckets
+from library.data.bucket_rows import bucket_rows
+from library.data.buckets import BucketOptions
 from library.data.captions import CaptionOptions
 from library.data.index import build_index
 from library.data.loader import Share, make_loader
 from library.data.plan import Plan
+from library.data.sources import Subset
 from library.errors import InputError
 
 LONGEST_S = 20  # a case takes some 20 ms
@@ -142,12 +144,11 @@ def run_case(folder, seed):
     write_case(folder, seed)
     upscale = seed % 3 == 0
     try:
-        index = build_index(folder, ".txt", use_cache=False)
-        sizes_N2 = np.stack([index.rows["width"], index.rows["height"]], axis=1).astype(np.int64)
+        index = build_index([Subset(folder, ".txt")], use_cache=False)
         options = BucketOptions((32, 32), True, 16, 64, 8, bucket_no_upscale=upscale)
-        buckets = assign_buckets(sizes_N2, options, index.name)
-        plan = Plan(buckets.bucket_of_row, index.repeats, seed, 1)
-        batches = list(make_loader(index, buckets, plan, Share(1), CaptionOptions(), end_step=STEPS))
+        buckets = bucket_rows(index, [options])
+        plan = Plan(buckets, index.repeats_S, seed, 1)
+        batches = list(make_loader(index, buckets, plan, Share(1), [CaptionOptions()], end_step=STEPS))
         check_left_out(index.bad, len(index), 1.0)
     except InputError as error:
         str(error).encode()

@@ -8,12 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from library.data.buckets import BucketOptions, assign_buckets
+from library.data.bucket_rows import bucket_rows
+from library.data.buckets import BucketOptions
 from library.data.captions import CaptionOptions
 from library.data.index import build_index
 from library.data.loader import Share, make_loader
 from library.data.plan import Plan
 from library.data.report import data_report
+from library.data.sources import Subset
 from library.errors import InputError
 
 OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)
@@ -25,17 +27,16 @@ class Set:
     """An indexed data set with its buckets, and loaders over it."""
 
     def __init__(self, folder, options=OPTIONS, seed=3):
-        self.index = build_index(folder, ".txt", use_cache=False)
-        sizes_N2 = np.stack([self.index.rows["width"], self.index.rows["height"]], axis=1)
-        self.buckets = assign_buckets(sizes_N2, options, self.index.name)
+        self.index = build_index([Subset(folder, ".txt")], use_cache=False)
+        self.buckets = bucket_rows(self.index, [options])
         self.seed = seed
 
     def plan(self, global_batch):
-        return Plan(self.buckets.bucket_of_row, self.index.repeats, self.seed, global_batch)
+        return Plan(self.buckets, self.index.repeats_S, self.seed, global_batch)
 
     def loader(self, share, end_step, **options):
         plan = self.plan(share.global_batch)
-        return make_loader(self.index, self.buckets, plan, share, CAPTIONS, end_step=end_step, **options)
+        return make_loader(self.index, self.buckets, plan, share, [CAPTIONS], end_step=end_step, **options)
 
     def samples(self, share, end_step, **options):
         """What every place of every step holds, over all ranks: {(step, place): (name, caption, size ids, pixels)}."""
@@ -140,12 +141,12 @@ def test_captions_become_token_ids_in_the_workers(shards, workers):
 
 def break_images(folder, numbers):
     """Overwrite the middle of some images in the first shard, after indexing; returns the names."""
-    index = build_index(folder, ".txt", use_cache=False)
+    index = build_index([Subset(folder, ".txt")], use_cache=False)
     names = []
     with (folder / "00000.tar").open("r+b") as file:
         for row in numbers:
-            file.seek(int(index.rows["image_offset"][row]))
-            file.write(b"\0" * int(index.rows["image_bytes"][row]))
+            file.seek(int(index.record(row)["image_offset"]))
+            file.write(b"\0" * int(index.record(row)["image_bytes"]))
             names.append(index.name(row))
     return names
 

@@ -1,0 +1,135 @@
+"""Which rows of an index are in which bucket, as a table a source that is kept beside the source's rows.
+
+K: buckets of the run. S: sources of the index.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import numpy as np
+
+from library.data.buckets import BucketOptions, assign_buckets, check_options, fit, size_codes
+from library.data.decode import Fit
+from library.data.index import Index
+from library.data.index_cache import Arrays, Job, Notes, Table, digest, opened, tables
+from library.data.mapped import Opened
+from library.data.rows import row_key
+from library.data.sources import Source
+
+_VERSION = 1  # raise it whenever the same sizes and options give other buckets
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The buckets of a run, each with at least one image.
+
+    Attributes:
+        options: all bucket options of the run.
+        sizes_K2: (K, 2) int64 width and height; of equal options sorted.
+        options_K: (K,) which options made a bucket.
+        images_SK: (S, K) int32 images of each source in each bucket.
+        mean_error_K: (K,) mean of |bucket's width / height - image's width / height|.
+        starts_S: the index's.
+    """
+
+    options: tuple[BucketOptions, ...]
+    sizes_K2: np.ndarray
+    options_K: np.ndarray
+    images_SK: np.ndarray
+    mean_error_K: np.ndarray
+    starts_S: np.ndarray
+    _opened: Opened[Arrays] = field(repr=False, compare=False)
+
+    def size(self, bucket: int) -> tuple[int, int]:
+        """Width and height of a bucket."""
+        return int(self.sizes_K2[bucket, 0]), int(self.sizes_K2[bucket, 1])
+
+    def options_of(self, bucket: int) -> BucketOptions:
+        """The options that made a bucket."""
+        return self.options[self.options_K[bucket]]
+
+    @property
+    def images_K(self) -> np.ndarray:
+        """(K,) int64 images of each bucket."""
+        return self.images_SK.sum(axis=0, dtype=np.int64)
+
+    @property
+    def mean_error(self) -> float:
+        """Mean aspect error over all images."""
+        return float(self.images_K @ self.mean_error_K / self.images_K.sum())
+
+    def fit(self, bucket: int, width: int, height: int) -> Fit:
+        """How an image of any size meets one bucket: scaled to cover it and cropped at the centre."""
+        return fit((width, height), self.size(bucket), self.options_of(bucket))
+
+    def rows(self, bucket: int, source: int, places_n: np.ndarray) -> np.ndarray:
+        """Rows of the index: the images of a bucket in one source, by their places among those."""
+        before = int(self.images_SK[source, :bucket].sum())
+        return self._opened[source]["order"][before + places_n].astype(np.int64) + self.starts_S[source]
+
+
+def bucket_rows(
+    index: Index,
+    options: Sequence[BucketOptions],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    between: Callable[[], None] = lambda: None,
+) -> Buckets:
+    """Sort an index into buckets.
+
+    Args:
+        options: of each subset of the index. Subsets of equal options share buckets.
+        progress: called with (done, total) sources, if some have to be sorted.
+        between: called between two pieces of the work, and while another process works; may raise, to end it.
+
+    Raises:
+        InputError: as check_options; or with bucket_no_upscale an image has a side under bucket_reso_steps.
+    """
+    for entry in options:
+        check_options(entry)
+    distinct = tuple(dict.fromkeys(options))
+    number_of = [distinct.index(entry) for entry in options]
+    endings = [f".{digest([_VERSION, asdict(entry)])}.order" for entry in options]
+    jobs = []
+    for source, table in zip(index.sources, index.tables, strict=True):
+        file = None if table.file is None else table.file.with_suffix(endings[source.subset])
+        jobs.append(Job(file, partial(_order, source, table, options[source.subset])))
+    made = tables(jobs, progress, between)
+    found = sorted(
+        {
+            (number_of[source.subset], code)
+            for source, table in zip(index.sources, made, strict=True)
+            for code in table.notes["codes"]
+        }
+    )
+    column = {bucket: number for number, bucket in enumerate(found)}
+    images_SK = np.zeros((len(made), len(found)), np.int32)
+    error_K = np.zeros(len(found))
+    for row, (source, table) in enumerate(zip(index.sources, made, strict=True)):
+        columns = [column[number_of[source.subset], code] for code in table.notes["codes"]]
+        images_SK[row, columns] = table.notes["images"]
+        error_K[columns] += table.notes["error"]
+    codes_K = np.array([code for _, code in found], np.int64)
+    return Buckets(
+        distinct,
+        np.stack([codes_K >> 32, codes_K & 0xFFFFFFFF], axis=1),
+        np.array([number for number, _ in found], np.int64),
+        images_SK,
+        error_K / np.maximum(images_SK.sum(axis=0), 1),
+        index.starts_S,
+        opened(made),
+    )
+
+
+def _order(source: Source, table: Table, options: BucketOptions) -> tuple[Arrays, Notes]:
+    """The rows of one source, bucket by bucket; runs in any process."""
+    arrays = table.open()
+    rows, text = arrays["rows"], arrays["text"]
+    sizes_n2 = np.stack([rows["width"], rows["height"]], axis=1).astype(np.int64)
+    assigned = assign_buckets(sizes_n2, options, lambda row: source.name(row_key(rows[row], text)))
+    notes = {
+        "codes": size_codes(assigned.sizes_K2).tolist(),
+        "images": np.bincount(assigned.bucket_of_row, minlength=len(assigned.sizes_K2)).tolist(),
+        "error": assigned.error_K.tolist(),
+    }
+    return {"order": np.argsort(assigned.bucket_of_row, kind="stable").astype(np.int32)}, notes

@@ -1,0 +1,302 @@
+"""What there is to index, found by names and file states alone: shards, and folders of images, at any depth."""
+
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
+
+from library.data.metadata import read_metadata
+from library.data.rows import IMAGE_EXTENSIONS, NAMED, printable
+from library.data.tar_headers import looks_like_tar
+from library.errors import InputError
+
+# A large folder is several sources, each with a share of the files by a hash of their stems: they are scanned in
+# parallel, and a new file costs a new scan of its share only.
+_FILES_IN_SOURCE = 4096
+_DREAMBOOTH = re.compile(r"(\d+)_(.+)")
+
+
+@dataclass(frozen=True)
+class Subset:
+    """What a run takes from one place.
+
+    Attributes:
+        path: a folder, or a tar.
+        caption_extension: with its dot, ".txt".
+        metadata: a JSON with captions (library.data.metadata); then the images that it names are used, and no others.
+        repeats: how often an epoch shows its images, times the N of `N_class words`.
+        class_words: caption of the images without one ("": none).
+        class_folders: sub-directories named `N_class words` have their meaning.
+        flag: what messages call the option that names it.
+    """
+
+    path: Path
+    caption_extension: str
+    metadata: Path | None = None
+    repeats: int = 1
+    class_words: str = ""
+    class_folders: bool = True
+    flag: str = "--train_data_dir"
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.path}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A shard, or images directly in a folder (all, or a share of them).
+
+    Attributes:
+        path: the tar or the folder.
+        is_shard: which of the two.
+        caption_extension: of its caption files.
+        repeats: how often an epoch shows its images.
+        class_words: caption of the images without one ("": none).
+        subset: number of the subset that it belongs to.
+        share: (which, of how many): of a large folder's files.
+    """
+
+    path: Path
+    is_shard: bool
+    caption_extension: str
+    repeats: int = 1
+    class_words: str = ""
+    subset: int = 0
+    share: tuple[int, int] = (0, 1)
+
+    def name(self, key: str) -> str:
+        """What messages call its image of that key."""
+        return printable(f"{self.path}:{key}" if self.is_shard else str(self.path / key))
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file by name, with what tells that it has changed."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A source with the state of its files: for a shard the tar and its parquet, for a folder all of its share.
+
+    Attributes:
+        captions: of images by name, where metadata gives them; None without metadata.
+    """
+
+    source: Source
+    files: tuple[FileState, ...]
+    captions: dict[str, str] | None = None
+
+    @property
+    def images(self) -> int:
+        """How many images a folder's share has; 1 for a shard."""
+        return 1 if self.source.is_shard else sum(map(is_image, (file.name for file in self.files)))
+
+
+@dataclass
+class Found:
+    """The sources of a subset, shards by name and then folders by name, and sentences for the user."""
+
+    listed: list[Listed] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    path: Path
+    files: tuple[os.DirEntry[str], ...]
+    captions: dict[str, str] | None = None
+
+    @property
+    def images(self) -> int:
+        return sum(is_image(entry.name) for entry in self.files)
+
+
+def is_image(name: str) -> bool:
+    """By its extension."""
+    return PurePath(name).suffix.lower() in IMAGE_EXTENSIONS
+
+
+def find_sources(subset: Subset, number: int = 0) -> Found:
+    """Look for shards and images, at any depth; hidden folders are passed over.
+
+    Sub-directories named `N_class words` directly in the folder make it a DreamBooth set: then only they are read for
+    images, their own sub-directories included.
+
+    Raises:
+        InputError: no such folder, or nothing in it.
+        OSError: a folder cannot be read.
+    """
+    data = subset.path
+    plain = Source(data, True, subset.caption_extension, subset.repeats, subset.class_words, number)
+    if data.is_file():
+        if not looks_like_tar(data):
+            raise InputError(f"{subset} is a file, but not a tar. Name a folder of shards or images, or a tar.")
+        found = Found([_shard(plain, {path.name: path for path in (data, data.with_suffix(".parquet"))})])
+    elif data.is_dir():
+        found = _find_in_folder(subset, plain)
+    else:
+        raise InputError(f"{subset}: there is no such folder.")
+    if subset.metadata is not None:
+        _without_shards(found, subset.metadata)
+    if not found.listed:
+        raise InputError(
+            f"{subset}: 0 images found. Looked there, at any depth, for shards (*.tar) and images "
+            f"({image_extensions()}). {' '.join(found.warnings)}".rstrip()
+        )
+    return found
+
+
+def _find_in_folder(subset: Subset, plain: Source) -> Found:
+    data, found = subset.path, Found()
+    folders = list(_walk(data))
+    if subset.metadata is not None:
+        folders = _with_captions(folders, data, subset.metadata, found.warnings)
+    classes: dict[Path, tuple[int, str]] = {}
+    if subset.class_folders:
+        classes = {folder.path: named for folder in folders if (named := _class_folder(folder.path, data))}
+    shown = {path for path, (repeats, _) in classes.items() if repeats > 0}
+    images: list[Listed] = []
+    unused: dict[Path, int] = {}
+    for folder in folders:
+        top = _top(folder.path, data)
+        repeats, class_words = classes.get(top, (1, plain.class_words))
+        source = replace(plain, path=folder.path, repeats=repeats * plain.repeats, class_words=class_words)
+        if repeats:
+            found.listed += _shards(folder, source)
+        if repeats and (not shown or top in shown):
+            images += _folder(folder, replace(source, is_shard=False))
+        elif folder.images:
+            unused[top] = unused.get(top, 0) + folder.images
+    found.listed += images
+    found.warnings += [_unused(count, path, data) for path, count in unused.items()]
+    if subset.class_folders and images and not shown and (own := _DREAMBOOTH.fullmatch(data.name)):
+        found.warnings.append(
+            f"{data} itself is named like a DreamBooth sub-directory. To have its images repeated and captioned by "
+            f"its name ('{own[2]}'), give its parent folder as {subset.flag}."
+        )
+    return found
+
+
+def _with_captions(folders: list[_Folder], data: Path, file: Path, warnings: list[str]) -> list[_Folder]:
+    """The folders with the captions that the metadata has, and without the images that it does not name."""
+    metadata = read_metadata(file)
+    captioned, unnamed = [], 0
+    for folder in folders:
+        found: dict[str, str] = {}
+        files = []
+        for entry in folder.files:
+            if is_image(entry.name):
+                caption = metadata.caption(folder.path / entry.name, data)
+                if caption is None:
+                    unnamed += 1
+                    continue
+                found[entry.name] = caption
+            files.append(entry)
+        captioned.append(replace(folder, files=tuple(files), captions=found))
+    if unnamed:
+        warnings.append(f"{unnamed} images in {data} are not used, because {file} does not name them.")
+    if unused := metadata.unused:
+        more = "; …" if len(unused) > NAMED else ""
+        warnings.append(f"{len(unused)} keys of {file} name no image in {data}: {'; '.join(unused[:NAMED])}{more}")
+    return captioned
+
+
+def _without_shards(found: Found, metadata: Path) -> None:
+    """Leave shards out: metadata is about folders."""
+    shards = [entry for entry in found.listed if entry.source.is_shard]
+    if shards:
+        found.listed = [entry for entry in found.listed if not entry.source.is_shard]
+        found.warnings.append(
+            f"{len(shards)} shards are not used: {metadata} is for images in folders; shards have their own captions."
+        )
+
+
+def image_extensions() -> str:
+    """All of them, for messages."""
+    return " ".join(sorted(IMAGE_EXTENSIONS))
+
+
+def _walk(root: Path) -> Iterator[_Folder]:
+    """The folder and those in it, by name; one that links lead to twice comes once."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [root]
+    while waiting:
+        path = waiting.pop()
+        stat = path.stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        with os.scandir(path) as entries:
+            shown = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
+        waiting += [Path(entry.path) for entry in reversed(shown) if entry.is_dir()]
+        yield _Folder(path, tuple(entry for entry in shown if entry.is_file()))
+
+
+def _class_folder(path: Path, data: Path) -> tuple[int, str] | None:
+    """(N, class words) of a folder `N_class words` directly in the data's."""
+    match = _DREAMBOOTH.fullmatch(path.name) if path.parent == data else None
+    return (int(match[1]), match[2].strip()) if match else None
+
+
+def _top(path: Path, data: Path) -> Path:
+    """The folder directly in the data's that a folder is, or lies in; the data's own for itself."""
+    inside = path.relative_to(data).parts
+    return data / inside[0] if inside else data
+
+
+def _unused(count: int, path: Path, data: Path) -> str:
+    if path == data:
+        return f"{count} images directly in {data} are not used, because it has sub-directories named 'N_class words'."
+    return f"{count} images in {path} are not used: its name is not 'N_class words' (N ≥ 1)."
+
+
+def _shards(folder: _Folder, source: Source) -> list[Listed]:
+    """The tars directly in a folder."""
+    files = {entry.name: entry for entry in folder.files}
+    shards = []
+    for name, entry in files.items():
+        if name.endswith(".tar"):
+            sidecar = files.get(f"{name[:-4]}.parquet")
+            members = {entry.name: entry} | ({sidecar.name: sidecar} if sidecar else {})
+            shards.append(_shard(replace(source, path=folder.path / name), members))
+    return shards
+
+
+def _shard(source: Source, files: dict[str, Path] | dict[str, os.DirEntry[str]]) -> Listed:
+    """A shard with the state of its files; a sidecar that is missing has none."""
+    states = []
+    for name, file in files.items():
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            continue
+        states.append(FileState(name, stat.st_size, stat.st_mtime_ns))
+    return Listed(source, tuple(states))
+
+
+def _folder(folder: _Folder, source: Source) -> list[Listed]:
+    """The images directly in a folder, as one source or several."""
+    images = folder.images
+    if not images:
+        return []
+    shares = 1 << (-(-images // _FILES_IN_SOURCE) - 1).bit_length()
+    files: list[list[FileState]] = [[] for _ in range(shares)]
+    for entry in folder.files:
+        stem = PurePath(entry.name).stem
+        stat = entry.stat()
+        share = zlib.crc32(stem.encode("utf-8", "surrogateescape")) % shares
+        files[share].append(FileState(entry.name, stat.st_size, stat.st_mtime_ns))
+    listed = []
+    for number, part in enumerate(files):
+        captions = None
+        if folder.captions is not None:
+            captions = {file.name: folder.captions[file.name] for file in part if file.name in folder.captions}
+        if part:
+            listed.append(Listed(replace(source, share=(number, shares)), tuple(part), captions))
+    return listed

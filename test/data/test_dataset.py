@@ -1,0 +1,159 @@
+"""A run's data as a whole: `prepare_data` from options."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import toml
+
+import sdxl_pretrain
+from library.cli.dataset_config import data_options
+from library.data.dataset import prepare_data
+from library.errors import InputError
+
+SHAPES = [(40, 30), (30, 40), (32, 32), (64, 24), (50, 50), (31, 42)]
+
+
+@pytest.fixture
+def shards(tmp_path, make_shard):
+    for number in range(6):
+        make_shard(tmp_path, number, SHAPES * 3)
+    return tmp_path
+
+
+def options_of(data, *more):
+    arguments = ["--pretrained_model_name_or_path=m", "--output_dir=o", f"--train_data_dir={data}", "--resolution=32"]
+    arguments += ["--enable_bucket", "--min_bucket_reso=16", "--max_bucket_reso=64", "--bucket_reso_steps=8"]
+    arguments += ["--caption_extension=.txt", "--max_data_loader_n_workers=0", *more]
+    return data_options(sdxl_pretrain.build_parser().parse_args(arguments))
+
+
+def prepared(data, *more, seed=1, batch=4, rank=0, world_size=1, accumulation=1):
+    options = options_of(data, f"--train_batch_size={batch}", *more)
+    return prepare_data(options, seed, rank=rank, world_size=world_size, accumulation=accumulation)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_all_world_sizes_train_the_same_global_batches(shards, window):
+    """24 places a step, dealt to 1, 2, 3, 4 and 8 ranks, with and without accumulation."""
+
+    def names(world_size, accumulation):
+        found = {}
+        for rank in range(world_size):
+            data = prepared(
+                shards,
+                f"--shuffle_window_shards={window}",
+                batch=24 // world_size // accumulation,
+                rank=rank,
+                world_size=world_size,
+                accumulation=accumulation,
+            )
+            for batch in data.loader(lambda captions: (), 4):
+                for place, name in zip(batch.places_B.tolist(), batch.names, strict=True):
+                    found[batch.step, place] = name
+        return found
+
+    whole = names(1, 1)
+    assert len(whole) == 4 * 24
+    for world_size, accumulation in ((2, 1), (3, 1), (4, 2), (8, 1), (2, 3)):
+        assert names(world_size, accumulation) == whole
+
+
+class TestFingerprint:
+    def test_it_is_the_same_at_the_next_start_and_on_other_ranks_seeds_and_batches(self, shards):
+        first = prepared(shards).fingerprint()
+        assert prepared(shards, seed=2, batch=1, rank=1, world_size=2).fingerprint() == first
+        assert len(first) == 64
+
+    @pytest.mark.parametrize(
+        "change", ["--bucket_no_upscale", "--resolution=40", "--shuffle_window_shards=2", "--caption_extension=.x"]
+    )
+    def test_it_changes_with_what_changes_the_order_or_the_captions(self, shards, change):
+        assert prepared(shards, change).fingerprint() != prepared(shards).fingerprint()
+
+    def test_it_changes_with_the_data(self, shards, make_shard):
+        before = prepared(shards).fingerprint()
+        make_shard(shards, 6, [(32, 32)])
+        more = prepared(shards).fingerprint()
+        (shards / "00006.tar").unlink()
+        assert more != before == prepared(shards).fingerprint()
+
+
+class TestConfig:
+    """Two data sets in one run: shards at 32 px with shuffled captions, folders at 48 px with class words."""
+
+    @pytest.fixture
+    def prepare(self, tmp_path, make_shard, make_picture):
+        (tmp_path / "shards").mkdir()
+        make_shard(tmp_path / "shards", 0, SHAPES)
+        folder = tmp_path / "images" / "7_cat"
+        folder.mkdir(parents=True)
+        for number in range(3):
+            (folder / f"{number}.jpg").write_bytes(make_picture(48, 48, seed=number))
+        (folder / "0.txt").write_text("one, two, three")
+
+        def prepare(**changes):
+            first = {"image_dir": str(tmp_path / "shards"), "shuffle_caption": True}
+            second = {"image_dir": str(tmp_path / "images"), "num_repeats": 2, "class_tokens": "sks dog"}
+            config = {
+                "general": {"enable_bucket": True, "min_bucket_reso": 16, "max_bucket_reso": 64, "batch_size": 2}
+                | {"bucket_reso_steps": 8, "caption_extension": ".txt"},
+                "datasets": [
+                    {"resolution": 32, "subsets": [first]},
+                    {"resolution": 48, "enable_bucket": False, "subsets": [second | changes]},
+                ],
+            }
+            (tmp_path / "data.toml").write_text(toml.dumps(config))
+            arguments = ["--pretrained_model_name_or_path=m", "--output_dir=o", "--max_data_loader_n_workers=0"]
+            arguments.append(f"--dataset_config={tmp_path / 'data.toml'}")
+            options = data_options(sdxl_pretrain.build_parser().parse_args(arguments))
+            return prepare_data(options, 3, rank=0, world_size=1, accumulation=1)
+
+        return prepare
+
+    def test_both_are_trained_each_with_its_own_options(self, prepare, tmp_path):
+        data = prepare()
+        steps = data.plan.steps_before_epoch(4)
+        shown, captions = Counter(), {}
+        for batch in data.loader(lambda captions: (), steps):
+            is_folder = {name.startswith(str(tmp_path / "images")) for name in batch.names}
+            assert len(is_folder) == 1  # their buckets differ
+            size = tuple(batch.images_BHWC.shape[1:3])
+            assert size == (48, 48) if is_folder == {True} else size[0] * size[1] <= 32 * 32
+            shown.update(batch.names)
+            for name, caption in zip(batch.names, batch.captions, strict=True):
+                captions.setdefault(name.rpartition("/")[2], set()).add(caption)
+        images = [count for name, count in shown.items() if "images" in name]
+        assert images == [8, 8, 8]  # four epochs, two repeats; the 7 of the folder's name means nothing here
+        assert captions["0.jpg"] == {"one, two, three"}  # not shuffled
+        assert captions["1.jpg"] == {"sks dog"}
+        assert any(len(found) > 1 for name, found in captions.items() if ":" in name)  # shuffled
+
+    def test_an_error_names_the_file_and_the_folder(self, prepare, tmp_path):
+        with pytest.raises(InputError, match=rf"data\.toml: image_dir {tmp_path / 'nowhere'}: there is no such folder"):
+            prepare(image_dir=str(tmp_path / "nowhere"))
+
+    def test_the_fingerprint_sees_the_repeats(self, prepare):
+        first = prepare().fingerprint()
+        assert prepare().fingerprint() == first != prepare(num_repeats=3).fingerprint()
+
+
+def test_repeats_multiply_those_of_the_folders_names(tmp_path, make_picture):
+    (tmp_path / "3_cat").mkdir()
+    (tmp_path / "3_cat" / "1.jpg").write_bytes(make_picture(32, 32))
+    assert prepared(tmp_path, "--dataset_repeats=2", batch=6).plan.samples_K.sum() == 6
+
+
+def test_windows_are_reported_with_how_well_they_shuffle(shards):
+    lines = prepared(shards, "--shuffle_window_shards=2").report()
+    (line,) = [line for line in lines if line.startswith("shuffle: ")]
+    assert "windows of 2 of 6 shards and folders, about 36 samples" in line
+    share = float(line.partition("of a batch, ")[2].partition(" %")[0])
+    data = prepared(shards, "--shuffle_window_shards=2")
+    shown = []
+    for step in range(data.plan.steps_before_epoch(1)):
+        sources = data.index.starts_S.searchsorted(data.plan.batch(step), side="right")
+        shown.append(np.bincount(sources).max() / 4)
+    assert share == pytest.approx(100 * np.mean(shown), abs=1)
+    (line,) = [line for line in prepared(shards).report() if line.startswith("shuffle: ")]
+    assert "whole set" in line
