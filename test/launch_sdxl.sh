@@ -18,6 +18,8 @@ tokenizer1_path=openai/clip-vit-large-patch14
 tokenizer2_path=laion/CLIP-ViT-bigG-14-laion2B-39B-b160k
 dataset_name=laion          # folder of LAION shards or of images with captions
 output_dir=                 # default: test/output/DEVICE_ID
+save_state_every_n_minutes= # training states, of which those of the last 10,000 steps are kept; none if not given
+resume=                     # auto, or the folder of a training state
 nnodes=1                    # machines
 nproc_per_node=1            # processes on each, one a device
 node_rank=0                 # this machine's number
@@ -27,7 +29,7 @@ start_timeout=600           # seconds that the machines wait for each other
 save_every_n_epochs=20
 by_torchrun=1               # 0: one process, without torchrun
 demo=0
-known_arguments="batch_size max_train_epoch max_train_steps mixed_precision resolution model_name vae tokenizer1_path tokenizer2_path dataset_name output_dir"
+known_arguments="batch_size max_train_epoch max_train_steps mixed_precision resolution model_name vae tokenizer1_path tokenizer2_path dataset_name output_dir save_state_every_n_minutes resume"
 given=" "                   # names that the user gave
 
 fail() { echo "$(basename "$0"): $1" >&2; exit 2; }
@@ -80,7 +82,7 @@ from_callers_folder() {
     local is_path=0
     case $1 in
         output_dir) is_path=1 ;;
-        dataset_name | model_name | vae | tokenizer1_path | tokenizer2_path) if [ -e "$caller/$2" ]; then is_path=1; fi ;;
+        dataset_name | resume | model_name | vae | tokenizer1_path | tokenizer2_path) if [ -e "$caller/$2" ]; then is_path=1; fi ;;
     esac
     if [[ $is_path = 1 && -n "$2" && "$2" != /* ]]; then echo "$caller/$2"; else echo "$2"; fi
 }
@@ -104,6 +106,10 @@ train_arguments() {
         --seed=1 --max_token_length=77 --enable_npu_flash_attention --save_precision=float --save_model_as=safetensors
         --case_name="$case_name"
     )
+    if [ -n "$save_state_every_n_minutes" ]; then
+        train+=(--save_state_every_n_minutes="$save_state_every_n_minutes" --save_last_n_steps_state=10000)
+    fi
+    if [ -n "$resume" ]; then train+=(--resume="$resume"); fi
     if [ -n "$max_train_steps" ]; then
         train+=(--max_train_steps="$max_train_steps")
     else
