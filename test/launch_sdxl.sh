@@ -184,7 +184,7 @@ judge_demo() {
 run_logged() {
     local log=$1 logger child name status=0
     shift
-    exec 3> >(trap '' INT TERM HUP; exec tee "$log")
+    exec 3> >(trap "" INT TERM HUP; exec tee ${resume:+-a} "$log")
     logger=$!
     set -m  # a background command then has its own process group, and does not ignore Ctrl-C
     (trap - INT TERM HUP; exec "$@") >&3 2>&1 3>&- &
