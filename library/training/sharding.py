@@ -210,8 +210,8 @@ class ZeroRedundancy(_ByParameter):
 class FullySharded(Replicated):
     """torch's FSDP2 over the module's own units; what does not train stays whole on every process.
 
-    The optimizer works on the bare shards: handed DTensors, a fused AdamW spends more time on finding out where each
-    result lies than on the arithmetic (docs/measurements/sharding.md).
+    The optimizer works on the bare shards: handed DTensors, clipping and a fused AdamW take about half as long again
+    (docs/measurements/sharding.md).
     """
 
     def __init__(
