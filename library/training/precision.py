@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradScalerKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs
 
 from library import device as devices
 from library.errors import InputError
@@ -27,7 +27,12 @@ def make_accelerator(mixed_precision: str, ddp_timeout: timedelta = timedelta(mi
     """
     device = devices.default_device()
     initial_scale = devices.initial_loss_scale(device)
-    handlers = [GradScalerKwargs(init_scale=initial_scale), InitProcessGroupKwargs(timeout=ddp_timeout)]
+    handlers = [
+        GradScalerKwargs(init_scale=initial_scale),
+        InitProcessGroupKwargs(timeout=ddp_timeout),
+        # Gradients lie in the buckets that travel, and not beside them once more.
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+    ]
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision, cpu=devices.is_cpu(device), kwargs_handlers=handlers)
     except ValueError as error:

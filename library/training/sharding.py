@@ -3,9 +3,13 @@
 | --sharding | weights | gradients | optimizer state | by |
 |---|---|---|---|---|
 | none | all | all | all | torch's DistributedDataParallel |
-| oss | all | its own share | its own share | fairscale's OSS and ShardedDataParallel (ZeRO stage 1, 1910.02054) |
+| oss | all | its own share, buckets | its own share | fairscale's OSS, ShardedDataParallel (ZeRO stage 1, 1910.02054) |
 | zero1 | all | all | its own share | torch's ZeroRedundancyOptimizer and DistributedDataParallel |
 | fsdp | its own share | its own share | its own share | torch's FSDP2, `fully_shard` (ZeRO stage 3) |
+
+With oss small gradients travel in flat buckets, one for each process, and each process keeps the buckets of all, at
+most 2^26 elements (third_patch/accelerate_patch); while it accumulates, each holds all gradients. With none and zero1
+gradients lie in DistributedDataParallel's buckets, which stay between steps. Bytes: docs/measurements/sharding.md.
 
 They differ in memory and in what travels (docs/scaling.md), and in nothing else: the loss, the gradient's norm and the
 updated weights are those of `none`, to rounding.
@@ -23,6 +27,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import InputError
@@ -101,8 +106,11 @@ class Replicated:
         return float(nn.utils.get_total_norm(gradients))
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
-        self.optimizer.zero_grad()
+        """Forget the gradients. Those in DistributedDataParallel's buckets, which stay, become zero in place.
+
+        As None they would be made anew beside the buckets when the next step accumulates.
+        """
+        self.optimizer.zero_grad(set_to_none=not isinstance(self.module, DistributedDataParallel))
 
     @contextlib.contextmanager
     def whole_module(self, device: torch.device | None = None) -> Iterator[nn.Module]:
@@ -190,19 +198,20 @@ class ZeroRedundancy(_ByParameter):
     ) -> None:
         self.accelerator, self.bare_module = accelerator, module
         self.named = _named(module, groups)
+        # Placed before the optimizer makes the weights views of its buckets: moved afterwards, they would leave them.
+        self.module = accelerator.prepare_model(module)
         self.bare_optimizer = make_optimizer(groups, construct=_zero1)
         schedule = make_schedule(self.bare_optimizer)
         # Without device placement: accelerate would ask for the state dict, which takes a collective of its own.
-        self.module, self.optimizer, self.schedule = accelerator.prepare(
-            module, self.bare_optimizer, schedule, device_placement=[True, False, False]
-        )
+        self.optimizer = accelerator.prepare_optimizer(self.bare_optimizer, device_placement=False)
+        self.schedule = accelerator.prepare_scheduler(schedule)
 
 
 class FullySharded(Replicated):
     """torch's FSDP2 over the module's own units; what does not train stays whole on every process.
 
-    The optimizer works on the bare shards: handed DTensors, a fused AdamW spends more time on finding out where each
-    result lies than on the arithmetic (docs/measurements/sharding.md).
+    The optimizer works on the bare shards: handed DTensors, clipping and a fused AdamW take about half as long again
+    (docs/measurements/sharding.md).
     """
 
     def __init__(
@@ -229,15 +238,9 @@ class FullySharded(Replicated):
         self.optimizer = accelerator.prepare_optimizer(self.bare_optimizer)
         self.schedule = accelerator.prepare_scheduler(schedule)
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """While accumulating: gradients stay, whole, where they are made."""
-        module: Any = self.module
-        module.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            module.set_requires_gradient_sync(True)
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """While accumulating, too, gradients are scattered after each pass; until then they are whole."""
+        return contextlib.nullcontext()
 
     def clip(self, max_norm: float) -> float:
         """The squared norms of all shares, added up, are the gradient's."""
@@ -311,7 +314,8 @@ def _oss(groups: list[dict[str, Any]], optimizer: type[torch.optim.Optimizer], *
 def _zero1(groups: list[dict[str, Any]], optimizer: type[torch.optim.Optimizer], **keywords: Any) -> Any:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    return ZeroRedundancyOptimizer(groups, optimizer_class=optimizer, **keywords)
+    # As views of one bucket a process, the updated weights travel in as many broadcasts as there are processes.
+    return ZeroRedundancyOptimizer(groups, optimizer_class=optimizer, parameters_as_bucket_view=True, **keywords)
 
 
 def _fully_shard(module: nn.Module, accelerator: Accelerator) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -244,7 +245,31 @@ def check_any_kind_goes_on_from_the_parts_of_any_other():
             assert after != before or all(map(torch.equal, weights, undisturbed[after])), after
 
 
-def check_gradients_stay_where_they_are_made_while_accumulating():
+def check_accumulating_leaves_ddps_gradients_in_its_buckets():
+    """Made anew beside the buckets, they would need the same memory again."""
+    for kind in ("none", "zero1"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = make_accelerator("no")
+        module = model().to(accelerator.device)
+        parallel = shard(
+            kind, accelerator, module, [ParameterGroup("unet", list(module.parameters()), 0.05)],
+            lambda groups, **construct: make_optimizer("AdamW", groups, [], **construct),
+            lambda optimizer: make_lr_schedule("constant", optimizer, 9, 0, 1, 1.0),
+        )  # fmt: skip
+        batch = rows(0, RANK, 2).inputs.to(accelerator.device)
+        held = []
+        for index in range(4):
+            with parallel.no_sync() if index == 3 else nullcontext():
+                parallel.module(batch).sum().backward()
+            held.append([one.grad.untyped_storage()._cdata for one in module.parameters()])
+            if index < 3:
+                parallel.clip(1.0)
+                parallel.optimizer.step()
+                parallel.zero_grad()
+        assert held[3] == held[2], kind
+
+
+def check_gradients_while_accumulating_stay_where_they_are_made_or_are_scattered_at_once():
     for kind in KINDS:
         AcceleratorState._reset_state(reset_partial_state=True)
         undo = apply(PATCHES)
@@ -259,11 +284,14 @@ def check_gradients_stay_where_they_are_made_while_accumulating():
         for one, device in ((alone, "cpu"), (parallel.module, accelerator.device)):
             with parallel.no_sync():
                 one(batch.inputs.to(device)).sum().backward()
-        if kind == "fsdp":  # nothing has been reduced: there is no gradient of a shard yet
-            assert all(one.grad is None for one in module.parameters())
+        mine, expected = list(module.parameters()), [one.grad.to(accelerator.device) for one in alone.parameters()]
+        if kind == "fsdp":  # no process holds a whole gradient, or more than its share
+            for one in expected:
+                dist.all_reduce(one)
+                one /= 2
+            assert equal([one.grad.full_tensor() for one in mine], expected)
         else:
-            mine = [one.grad.cpu() for one in module.parameters()]
-            assert equal(mine, [one.grad for one in alone.parameters()]), kind
+            assert equal([one.grad for one in mine], expected), kind
         undo()
 
 
