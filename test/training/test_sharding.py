@@ -66,13 +66,14 @@ def assert_the_same_training(folder, name, reference_folder, reference_name):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), name
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), name
         assert mine["lr"] == theirs["lr"], name
-    for suffix in ("", ".preview"):
+    # What a preview computes with the weights amplifies their difference.
+    for suffix, bound in (("", 1e-5), (".preview", 1e-4)):
         mine = load_file(folder / f"{name}{suffix}.safetensors")
         theirs = load_file(reference_folder / f"{reference_name}{suffix}.safetensors")
         assert mine.keys() == theirs.keys()
         difference = torch.cat([(mine[key] - theirs[key]).flatten().double() for key in mine if mine[key].dim()])
         whole = torch.cat([theirs[key].flatten().double() for key in mine if mine[key].dim()])
-        assert difference.norm() <= 1e-5 * whole.norm(), name + suffix
+        assert difference.norm() <= bound * whole.norm(), name + suffix
 
 
 SETTINGS = [(1, True, 5, False), (3, False, 0, True)]  # accumulation, clipping, warm-up, text encoders
