@@ -18,10 +18,12 @@ whole configuration: `bash test/pretrain_full_1m_1p_sdxl.sh --demo` shows it at 
 import argparse
 import sys
 import time
+from functools import partial
 
 from library.cli import data, dataset_config, model, optimization, run
 from library.cli.main import run_main
 from library.cli.parser import StrictParser, fill
+from library.signals import Signals
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,10 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status."""
     started = time.perf_counter()
     args = build_parser().parse_args(argv)
-    return run_main(lambda: train(args, started))
+    with Signals() as signals:
+        return run_main(lambda: train(args, signals, started))
 
 
-def train(args: argparse.Namespace, started: float) -> None:
+def train(args: argparse.Namespace, signals: Signals, started: float) -> None:
     """Turn the arguments into options and run the task; what needs torch is imported here, after --help."""
     from library.cli.options import Options
     from library.training.assembly import run as run_training
@@ -61,7 +64,7 @@ def train(args: argparse.Namespace, started: float) -> None:
     model_options = fill(model.ModelOptions, args)
     undo = apply(PATCHES)
     try:
-        run_training(options, lambda surroundings: SDXLPretraining(model_options, options, surroundings), started)
+        run_training(options, partial(SDXLPretraining, model_options, options), signals, started)
     finally:
         undo()
 

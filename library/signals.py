@@ -3,27 +3,33 @@
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from library.errors import Stopped
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+DUPLICATE_S = 1.0  # a stop signal so soon after the first is the same one, delivered twice
 _PARENT_CHECK_S = 1.0
+_NO_MORE = b"\0"
 
 
 class Signals:
     """Within its `with` block the signals only set flags, to be asked for between two pieces of work.
 
-    The first SIGTERM or SIGINT asks to save and stop, SIGUSR1 to save and go on. After a first one that stops, SIGTERM
-    and SIGINT have the system's own effect again: a second one ends the process at once. On leaving the block
-    everything is as it was before. Only the main thread may use it.
+    The first SIGTERM or SIGINT asks to save and stop, SIGUSR1 to save and go on. Another SIGTERM or SIGINT within
+    DUPLICATE_S of the first is the same one (terminals, launchers and batch systems tell both the group and the
+    process); a later one ends the process at once with its exit status, even where the main thread waits for another
+    machine or a device. On leaving the block everything is as it was before. Only the main thread may use it.
     """
 
     def __init__(self) -> None:
         self.stop_signal: signal.Signals | None = None
         self.save_requested = False
         self._before: dict[signal.Signals, Any] = {}
+        self._wakeup_before = self._wakeup = -1
+        self._watcher: threading.Thread | None = None
 
     @property
     def stop_requested(self) -> bool:
@@ -45,6 +51,11 @@ class Signals:
             raise Stopped(self.stop_signal)
 
     def __enter__(self) -> "Signals":
+        read, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        self._watcher = threading.Thread(target=_end_on_second, args=(read,), daemon=True, name="second signal")
+        self._watcher.start()
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in (*STOPPING, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -55,14 +66,36 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before.clear()
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.write(self._wakeup, _NO_MORE)
+        if self._watcher is not None:
+            self._watcher.join()
+        os.close(self._wakeup)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self.save_requested = True
-            return
-        self.stop_signal = signal.Signals(number)
-        for stopping in STOPPING:
-            signal.signal(stopping, signal.SIG_DFL)
+        elif self.stop_signal is None:
+            self.stop_signal = signal.Signals(number)
+
+
+def _end_on_second(read: int) -> None:
+    """End the process when a second stop signal comes; a thread's work, which nothing the main thread does holds up.
+
+    Args:
+        read: a pipe into which the system's own signal handler writes the number of every signal.
+    """
+    first_s = None
+    with os.fdopen(read, "rb", buffering=0) as numbers:
+        while (number := numbers.read(1)) not in (_NO_MORE, b""):
+            if number[0] not in STOPPING:
+                continue
+            now_s = time.monotonic()
+            if first_s is None:
+                first_s = now_s
+            elif now_s - first_s >= DUPLICATE_S:
+                os.write(2, b"a second signal: ended at once; what was written before is complete\n")
+                os._exit(128 + number[0])
 
 
 def leave_signals_to_parent() -> None:
@@ -72,6 +105,7 @@ def leave_signals_to_parent() -> None:
     its step. SIGTERM of the parent itself (`Process.terminate`) ends the worker.
     """
     parent = os.getppid()
+    signal.set_wakeup_fd(-1)  # the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Blocked in every thread, and taken in one that can see who sent it.

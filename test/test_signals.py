@@ -1,5 +1,6 @@
-"""Signals as flags, the second one at once, and workers that leave them to their parent."""
+"""Signals as flags, a second one that ends at once, and workers that leave them to their parent."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 from library.cli.main import run_main
 from library.errors import Stopped
-from library.signals import Signals, leave_signals_to_parent
+from library.signals import DUPLICATE_S, Signals, leave_signals_to_parent
 
 
 def _status(work) -> int:
@@ -46,10 +47,41 @@ def test_a_second_one_ends_the_process_at_once(first, second):
     def work():
         with Signals():
             os.kill(os.getpid(), first)
+            time.sleep(1.1 * DUPLICATE_S)
             os.kill(os.getpid(), second)
+            time.sleep(10)
             return 5
 
-    assert _status(work) == -second
+    began = time.monotonic()
+    assert _status(work) == 128 + second
+    assert time.monotonic() - began < 5
+
+
+def test_a_second_one_ends_a_process_whose_main_thread_never_comes_back():
+    """As one that waits in a collective operation for a process that is gone: no Python code runs there."""
+    child = os.fork()
+    if child == 0:
+        with Signals():
+            c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+            c.pthread_mutex_lock(mutex)
+            c.pthread_mutex_lock(mutex)
+        os._exit(5)
+    time.sleep(0.3)
+    for _ in range(2):
+        os.kill(child, signal.SIGTERM)
+        time.sleep(1.1 * DUPLICATE_S)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+
+
+def test_one_that_comes_twice_within_a_second_is_one():
+    def work():
+        with Signals() as signals:
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+                time.sleep(0.1)
+            return 5 if signals.stop_signal == signal.SIGTERM else 6
+
+    assert _status(work) == 5
 
 
 def test_usr1_asks_for_a_state_and_training_goes_on():

@@ -165,7 +165,7 @@ def _reported(work: Callable[[], Any]) -> Any:
     """What work() returns; whatever an image decoder raises on damaged input becomes a SampleError with the reason."""
     try:
         return work()
-    except SampleError:
+    except (SampleError, MemoryError):  # no memory says nothing about the sample
         raise
     except UnidentifiedImageError as error:  # its own message holds an address in memory, another each time
         raise SampleError(f"UnidentifiedImageError: no image of a known kind ({' '.join(_FORMATS)})") from error

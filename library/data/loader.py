@@ -8,6 +8,7 @@ number of ranks, accumulation and workers only says who computes it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,13 +24,17 @@ from library.data.index import Index
 from library.data.permutation import ROUNDS, permute
 from library.data.plan import Plan
 from library.data.reader import Reader
-from library.errors import InputError
+from library.errors import InputError, TrainingError
 from library.keyed_random import Stream, generator
 from library.signals import leave_signals_to_parent
 
 MAX_REPLACEMENTS = 16  # samples tried at one place before the data set is called broken
 _ASPECT_TOLERANCE = 0.03  # a third to a half of the way from one SDXL bucket to the next
 _PREFETCH = 2  # micro-batches that each worker keeps ready
+_LESS_MEMORY = (
+    "Memory may have run out: use fewer --max_data_loader_n_workers or a smaller --train_batch_size, then go on "
+    "from the last training state (--resume=auto)."
+)
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, ...]]
 
@@ -88,9 +93,9 @@ class Share:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An InputError on its way from a worker process to the user, without the worker's traceback."""
+    """An error on its way from a worker process to the user, without the worker's traceback."""
 
-    message: str
+    error: InputError | TrainingError
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ class MicroBatchDataset(Dataset):
 
 
 class _Reporting(Dataset):
-    """A dataset whose InputErrors are values, since a DataLoader hands on exceptions as tracebacks."""
+    """A dataset whose errors are values, since a DataLoader hands on exceptions as tracebacks."""
 
     def __init__(self, inner: MicroBatchDataset) -> None:
         self._inner = inner
@@ -223,7 +228,26 @@ class _Reporting(Dataset):
         try:
             return self._inner[item]
         except InputError as error:
-            return _Failure(str(error))
+            return _Failure(error)
+        except MemoryError as error:
+            reason = f"no memory left to read and decode images ({error or 'MemoryError'}). {_LESS_MEMORY}"
+            return _Failure(TrainingError(reason))
+
+
+@contextmanager
+def worker_deaths_reported() -> Iterator[None]:
+    """Around all that goes on while a loader is read: a worker's death interrupts the main thread wherever it is.
+
+    Raises:
+        TrainingError: a worker process has died; in place of torch's RuntimeError, raised in its SIGCHLD handler.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        if not reason.startswith("DataLoader worker"):
+            raise
+        raise TrainingError(f"a process that reads the data has died: {reason} {_LESS_MEMORY}") from error
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
@@ -261,7 +285,7 @@ class Loader:
         )
         for item in loader:
             if isinstance(item, _Failure):
-                raise InputError(item.message)
+                raise item.error
             yield item
 
 

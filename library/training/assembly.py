@@ -25,6 +25,7 @@ from library.cli.optimization import OptimizationOptions
 from library.cli.options import Options
 from library.cli.run import RunOptions, SavingOptions
 from library.data.dataset import TrainingData, prepare_data
+from library.data.loader import worker_deaths_reported
 from library.data.plan import Plan
 from library.errors import InputError
 from library.models.attention import report as attention_report
@@ -95,10 +96,11 @@ class Task(loop.Task, Protocol):
         """What a step needs in memory at a bucket's width and height, for --dry_run."""
 
 
-def run(options: Options, make_task: Callable[[Surroundings], Task], started: float) -> None:
+def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Signals, started: float) -> None:
     """Train a task and print the final block.
 
     Args:
+        signals: that the script listens to since it started.
         started: `time.perf_counter()` at the start of the script, for the end-to-end duration.
 
     Raises:
@@ -106,7 +108,6 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], started: fl
         Stopped: by a signal, once what was trained is in a training state.
     """
     with ExitStack() as stack:
-        signals = stack.enter_context(Signals())
         accelerator = make_accelerator(options.run.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
@@ -194,8 +195,9 @@ def _train(
         if resumed is not None:
             trainer.resume(resumed)
             logger.info("resumed from %s: %d steps are done", resumed.folder, resumed.step)
-        surroundings.signals.stop_if_requested()
+        trainer.stop_if_asked()
         logger.info("running training")
+        stack.enter_context(worker_deaths_reported())
         report = trainer.train(iter(data.loader(task.tokenize, steps, trainer.start_step)))
         trainer.save(last_name(saving.output_name))
         if saving.save_state or saving.save_state_on_train_end:

@@ -279,6 +279,18 @@ class Trainer:
             self.accelerator.wait_for_everyone()  # torchrun gives the others 30 s once one has left
             raise Stopped(stop_signal)
 
+    def stop_if_asked(self) -> None:
+        """Before the first step, when there is nothing to save yet. Every process calls.
+
+        Raises:
+            Stopped: a signal has asked any process for it.
+        """
+        stop_signal, save = self._agreed()
+        if save:
+            self.signals.save_requested = True  # after the first step
+        if stop_signal:
+            raise Stopped(stop_signal)
+
     def _agreed(self) -> tuple[int, bool]:
         """The signal that asks any process to stop, or 0, and whether any asks for a state now."""
         save = self.signals.take_save_request() or self.states.minutes_are_up()
