@@ -2,6 +2,7 @@
 
 import os
 import platform
+import textwrap
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,11 @@ def write_section(title: str, lines: list[str]) -> None:
         f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, torch {version('torch')}, "
         f"{os.cpu_count()} cores that other work shares."
     )
-    sections[title] = "\n".join(["", *lines, "", where, ""])
+    sections[title] = "\n".join(["", *(part for line in lines for part in _wrapped(line)), "", where, ""])
     parts = [_INTRODUCTION, *(f"## {name}\n{body.rstrip()}\n" for name, body in sorted(sections.items()))]
     REPORT.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _wrapped(line: str) -> list[str]:
+    """Lines of at most 120 characters; rows of tables stay whole."""
+    return [line] if line.startswith("|") or not line else textwrap.wrap(line, 120, break_on_hyphens=False)

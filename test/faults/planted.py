@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from library.data import decode
+from library.data import dataset, decode
 from library.training import sdxl, state_files, state_writer
 from library.training.sdxl import SDXLPretraining
 from library.training.state_writer import StateWriter
@@ -27,20 +27,13 @@ def _hold(marker: str, seconds: float) -> None:
 
 def hold_index(marker: str, seconds: float) -> None:
     """Finding the images takes long."""
-    from library.data import dataset
+    real = dataset.build_index
 
-    real = dataset._shown_in
+    def slow(*args, **keywords):
+        _hold(marker, seconds)
+        return real(*args, **keywords)
 
-    def slow(bar, between):
-        show = real(bar, between)
-
-        def shown(done: int, total: int) -> None:
-            _hold(marker, seconds)
-            show(done, total)
-
-        return shown
-
-    dataset._shown_in = slow
+    dataset.build_index = slow
 
 
 def hold_model_loading(marker: str, seconds: float) -> None:
