@@ -52,7 +52,13 @@ def test_fifty_kills_at_random_moments(start, tmp_path):
         run.send(signal.SIGKILL)
         run.wait()
         saving = any(path.name.startswith(".at-step") for path in out.glob(".*"))
-        phases["while a state was written" if saving else "in training" if steps_done(out) > before else "before"] += 1
+        phases[
+            "while a state was written"
+            if saving
+            else "in training"
+            if steps_done(out) > before
+            else "before a step was done"
+        ] += 1
     run = start(out, *more)
     assert run.wait() == 0, run.text
     assert_undisturbed(out, reference)
@@ -64,7 +70,7 @@ def test_fifty_kills_at_random_moments(start, tmp_path):
             "",
             *(f"- {count} {phase}" for phase, count in sorted(phases.items())),
             "",
-            "The run that ended was equal to the undisturbed run.",
+            "Every run that came to its end was equal to the undisturbed run.",
         ],
     )
 
