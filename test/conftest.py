@@ -1,9 +1,12 @@
 """A tiny SDXL with random weights, made of what diffusers and transformers build, for all tests of models."""
 
+import io
 import logging
+import tarfile
 
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other, above all beside loader workers
 
@@ -135,3 +138,20 @@ def tiny_sdxl_folder(sdxl, tmp_path_factory):
 
     metadata = modelspec(title="tiny", resolution_wh_px=(64, 64), prediction_type="epsilon")
     return save_sdxl(sdxl, tmp_path_factory.mktemp("tiny") / "sdxl", "diffusers_safetensors", None, metadata)
+
+
+@pytest.fixture(scope="session")
+def small_shard(tmp_path_factory):
+    """A folder with one shard of 16 pictures of two aspect ratios; captions of tags."""
+    folder = tmp_path_factory.mktemp("shards")
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number in range(16):
+            colour = ("red", "green", "blue")[number % 3]
+            picture = io.BytesIO()
+            Image.new("RGB", ((64, 64), (96, 48))[number % 2], colour).save(picture, "JPEG")
+            caption = f"a {colour} photo, of a cat, number {number}".encode()
+            for extension, content in (("jpg", picture.getvalue()), ("txt", caption)):
+                member = tarfile.TarInfo(f"{number:08d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return folder

@@ -2,12 +2,10 @@
 one process and in two, in fp32 and in fp16 with loss scaling, fused attention and gradient checkpointing.
 """
 
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -28,30 +26,14 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @pytest.fixture(scope="module")
-def shard(tmp_path_factory):
-    """One shard of 16 pictures of two aspect ratios."""
-    folder = tmp_path_factory.mktemp("shards")
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for number in range(16):
-            colour = ("red", "green", "blue")[number % 3]
-            picture = io.BytesIO()
-            Image.new("RGB", ((64, 64), (96, 48))[number % 2], colour).save(picture, "JPEG")
-            for extension, content in (("jpg", picture.getvalue()), ("txt", f"a {colour} photo".encode())):
-                member = tarfile.TarInfo(f"{number:08d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def train(tiny_sdxl_folder, shard, tmp_path_factory):
+def train(tiny_sdxl_folder, small_shard, tmp_path_factory):
     """Runs the script in processes of its own; returns (output folder, metrics, what it printed)."""
 
     def run(env, *arguments, launcher=(), batch=2, out=None):
         out = out or tmp_path_factory.mktemp("out")
         command = [
             sys.executable, *launcher, str(ROOT / "sdxl_pretrain.py"),
-            f"--pretrained_model_name_or_path={tiny_sdxl_folder}", f"--train_data_dir={shard}", "--resolution=64",
+            f"--pretrained_model_name_or_path={tiny_sdxl_folder}", f"--train_data_dir={small_shard}", "--resolution=64",
             "--enable_bucket", "--min_bucket_reso=32", "--max_bucket_reso=128", "--bucket_reso_steps=16",
             "--caption_extension=.txt", "--max_data_loader_n_workers=0", "--seed=1", f"--max_train_steps={STEPS}",
             "--learning_rate=1e-3", "--train_text_encoder", "--learning_rate_te1=1e-3", "--learning_rate_te2=1e-3",
@@ -143,12 +125,17 @@ def test_fp16_with_oss_goes_on_from_a_state_as_if_it_had_not_stopped(train):
     assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
 
 
-def test_a_torch_npu_that_cannot_be_imported_is_an_error_that_says_what_to_do(tiny_sdxl_folder, shard, tmp_path):
+def test_a_torch_npu_that_cannot_be_imported_is_an_error_that_says_what_to_do(tiny_sdxl_folder, small_shard, tmp_path):
     """As where CANN's environment is not set: the package is there, its import fails."""
     env = environment()
     del env["NPU_SIM_LIBRARY"]
     command = [sys.executable, "sdxl_pretrain.py", f"--pretrained_model_name_or_path={tiny_sdxl_folder}"]
-    arguments = [f"--train_data_dir={shard}", "--resolution=64", "--max_train_steps=1", f"--output_dir={tmp_path}"]
+    arguments = [
+        f"--train_data_dir={small_shard}",
+        "--resolution=64",
+        "--max_train_steps=1",
+        f"--output_dir={tmp_path}",
+    ]
     done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "error: torch_npu is installed but cannot be imported" in done.stderr and "set_env.sh" in done.stderr

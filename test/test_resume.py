@@ -20,33 +20,10 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """The first shard of a data set like emoji-laion, made as test_npu_sim_pretrain.py makes it: two aspect ratios."""
-    import io
-    import tarfile
-
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("shards")
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for number in range(16):
-            picture = io.BytesIO()
-            Image.new("RGB", ((64, 64), (96, 48))[number % 2], ("red", "green", "blue")[number % 3]).save(
-                picture, "JPEG"
-            )
-            caption = f"red, photo, of, number {number}".encode()
-            for extension, content in (("jpg", picture.getvalue()), ("txt", caption)):
-                member = tarfile.TarInfo(f"{number:08d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def train(tiny_sdxl_folder, shards):
+def train(tiny_sdxl_folder, small_shard):
     """Runs the script in this process; returns its exit status."""
 
-    def run(out, *arguments, data=shards):
+    def run(out, *arguments, data=small_shard):
         AcceleratorState._reset_state(reset_partial_state=True)
         return sdxl_pretrain.main(
             [
@@ -187,7 +164,7 @@ def test_a_folder_that_is_no_state_is_an_error(train, tmp_path, capfd):
 
 
 @pytest.mark.all
-def test_a_run_goes_on_on_any_number_of_processes_with_any_sharding(tiny_sdxl_folder, shards, tmp_path):
+def test_a_run_goes_on_on_any_number_of_processes_with_any_sharding(tiny_sdxl_folder, small_shard, tmp_path):
     """1 -> 2 with OSS -> 4 with FSDP2 -> 2 with ZeRO -> 1, a step each, against one process from start to end."""
     chain = [(1, "none", 1), (2, "oss", 2), (4, "fsdp", 3), (2, "zero1", 4), (1, "none", STEPS)]
 
@@ -196,7 +173,7 @@ def test_a_run_goes_on_on_any_number_of_processes_with_any_sharding(tiny_sdxl_fo
         done = subprocess.run(
             [
                 *command, ROOT / "sdxl_pretrain.py", f"--pretrained_model_name_or_path={tiny_sdxl_folder}",
-                f"--train_data_dir={shards}", "--resolution=64", "--enable_bucket", "--min_bucket_reso=32",
+                f"--train_data_dir={small_shard}", "--resolution=64", "--enable_bucket", "--min_bucket_reso=32",
                 "--max_bucket_reso=128", "--bucket_reso_steps=16", "--caption_extension=.txt", f"--output_dir={out}",
                 "--max_data_loader_n_workers=0", "--seed=1", "--learning_rate=1e-3", "--train_text_encoder",
                 f"--train_batch_size={4 // processes}", "--shuffle_caption", "--save_model_as=safetensors", *arguments,

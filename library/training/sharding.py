@@ -75,10 +75,17 @@ class Replicated:
         """
         self.accelerator, self.bare_module = accelerator, module
         self.named = _named(module, groups)
+        self._prepare(groups, make_optimizer, make_schedule)
+
+    def _prepare(
+        self, groups: Sequence[ParameterGroup], make_optimizer: MakeOptimizer, make_schedule: MakeSchedule
+    ) -> None:
         self.bare_optimizer = make_optimizer(groups)
         # The schedule is made first: torch would take accelerate's wrapped step for a mistake of the user.
         schedule = make_schedule(self.bare_optimizer)
-        self.module, self.optimizer, self.schedule = accelerator.prepare(module, self.bare_optimizer, schedule)
+        self.module, self.optimizer, self.schedule = self.accelerator.prepare(
+            self.bare_module, self.bare_optimizer, schedule
+        )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -168,17 +175,11 @@ class _ByParameter(Replicated):
 class OptimizerSharded(_ByParameter):
     """fairscale's OSS: through accelerate, as third_patch has it."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        module: nn.Module,
-        groups: Sequence[ParameterGroup],
-        make_optimizer: MakeOptimizer,
-        make_schedule: MakeSchedule,
+    def _prepare(
+        self, groups: Sequence[ParameterGroup], make_optimizer: MakeOptimizer, make_schedule: MakeSchedule
     ) -> None:
-        agree_on_overflow(accelerator.scaler)
-        made = partial(make_optimizer, construct=_oss)
-        super().__init__(accelerator, module, groups, made, make_schedule)
+        agree_on_overflow(self.accelerator.scaler)
+        super()._prepare(groups, partial(make_optimizer, construct=_oss), make_schedule)
 
     def clip(self, max_norm: float) -> float:
         """A process has the gradients of its own share alone: OSS adds the shares up even where nothing is clipped."""
@@ -188,23 +189,16 @@ class OptimizerSharded(_ByParameter):
 class ZeroRedundancy(_ByParameter):
     """torch's ZeroRedundancyOptimizer beside DistributedDataParallel."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        module: nn.Module,
-        groups: Sequence[ParameterGroup],
-        make_optimizer: MakeOptimizer,
-        make_schedule: MakeSchedule,
+    def _prepare(
+        self, groups: Sequence[ParameterGroup], make_optimizer: MakeOptimizer, make_schedule: MakeSchedule
     ) -> None:
-        self.accelerator, self.bare_module = accelerator, module
-        self.named = _named(module, groups)
         # Placed before the optimizer makes the weights views of its buckets: moved afterwards, they would leave them.
-        self.module = accelerator.prepare_model(module)
+        self.module = self.accelerator.prepare_model(self.bare_module)
         self.bare_optimizer = make_optimizer(groups, construct=_zero1)
         schedule = make_schedule(self.bare_optimizer)
         # Without device placement: accelerate would ask for the state dict, which takes a collective of its own.
-        self.optimizer = accelerator.prepare_optimizer(self.bare_optimizer, device_placement=False)
-        self.schedule = accelerator.prepare_scheduler(schedule)
+        self.optimizer = self.accelerator.prepare_optimizer(self.bare_optimizer, device_placement=False)
+        self.schedule = self.accelerator.prepare_scheduler(schedule)
 
 
 class FullySharded(Replicated):
@@ -214,21 +208,15 @@ class FullySharded(Replicated):
     (docs/measurements/sharding.md).
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        module: nn.Module,
-        groups: Sequence[ParameterGroup],
-        make_optimizer: MakeOptimizer,
-        make_schedule: MakeSchedule,
+    def _prepare(
+        self, groups: Sequence[ParameterGroup], make_optimizer: MakeOptimizer, make_schedule: MakeSchedule
     ) -> None:
+        accelerator, module = self.accelerator, self.bare_module
         agree_on_overflow(accelerator.scaler)
-        self.accelerator, self.bare_module = accelerator, module
-        names = list(_named(module, groups))
         self._skeleton = without_data(module, share=lambda tensor: not tensor.requires_grad)
         self.module = accelerator.prepare_model(module, evaluation_mode=True)  # autocast, without a wrapper
         _fully_shard(self.module, accelerator)
-        self._sharded: dict[str, Any] = {name: module.get_parameter(name) for name in names}
+        self._sharded: dict[str, Any] = {name: module.get_parameter(name) for name in self.named}
         self.named = {name: nn.Parameter(whole.detach().to_local()) for name, whole in self._sharded.items()}
         shards = iter(self.named.values())
         self.bare_optimizer = make_optimizer(

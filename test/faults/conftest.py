@@ -1,15 +1,12 @@
 """A tiny training run to disturb, its undisturbed twin, and the report of what the long tests measured."""
 
-import io
 import socket
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from library.models.checkpoint import save_sdxl
 from library.models.metadata import modelspec
@@ -26,22 +23,6 @@ def server() -> Iterator[Server]:
     server = Server()
     yield server
     server.close()
-
-
-@pytest.fixture(scope="session")
-def shard(tmp_path_factory) -> Path:
-    """One shard of 16 pictures of two aspect ratios."""
-    folder = tmp_path_factory.mktemp("shards")
-    with tarfile.open(folder / "00000.tar", "w") as tar:
-        for number in range(16):
-            colour = ("red", "green", "blue")[number % 3]
-            picture = io.BytesIO()
-            Image.new("RGB", ((64, 64), (96, 48))[number % 2], colour).save(picture, "JPEG")
-            for extension, content in (("jpg", picture.getvalue()), ("txt", f"a {colour} photo, of a cat".encode())):
-                member = tarfile.TarInfo(f"{number:08d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -66,13 +47,14 @@ def smallest_sdxl_folder(sdxl, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def arguments(smallest_sdxl_folder, shard) -> Callable[..., list[str]]:
+def arguments(smallest_sdxl_folder, small_shard) -> Callable[..., list[str]]:
     """The command line of a run into `out`; what follows overrides what is said here."""
 
     def make(out: Path, *more: str) -> list[str]:
         return [
-            f"--pretrained_model_name_or_path={smallest_sdxl_folder}", f"--train_data_dir={shard}", "--resolution=32",
-            "--enable_bucket", "--min_bucket_reso=16", "--max_bucket_reso=64", "--bucket_reso_steps=8",
+            f"--pretrained_model_name_or_path={smallest_sdxl_folder}", f"--train_data_dir={small_shard}",
+            "--resolution=32", "--enable_bucket", "--min_bucket_reso=16", "--max_bucket_reso=64",
+            "--bucket_reso_steps=8",
             "--caption_extension=.txt", "--max_data_loader_n_workers=1", "--seed=1", f"--max_train_steps={STEPS}",
             "--learning_rate=1e-3", "--train_text_encoder", "--learning_rate_te1=1e-3", "--learning_rate_te2=0",
             "--shuffle_caption", "--caption_dropout_rate=0.3", "--train_batch_size=1",
