@@ -53,7 +53,9 @@ def options(data: Path) -> DataOptions:
         keep_tokens=0,
         caption_dropout_rate=0.0,
     )
-    return DataOptions((subset,), None, GLOBAL_BATCH, shuffle_window_shards=0, max_data_loader_n_workers=0)
+    return DataOptions(
+        (subset,), None, GLOBAL_BATCH, shuffle_window_shards=0, max_data_loader_n_workers=0, max_bad_samples=1.0
+    )
 
 
 def prepared(data: Path) -> TrainingData:

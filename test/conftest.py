@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import tarfile
 
 import pytest
@@ -11,14 +12,20 @@ from PIL import Image
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other, above all beside loader workers
 
 
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # library.cli.main sets it, so that torch does not import torch_npu
+
+
 @pytest.fixture(autouse=True)
-def logging_as_it_was():
-    """A script that runs within a test sets up logging for itself; the next test is to know nothing of it."""
+def nothing_left_by_a_script():
+    """A script that runs within a test sets up logging and a variable; the next test is to know nothing of it."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    before = os.environ.get(AUTOLOAD)
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    if before is None:
+        os.environ.pop(AUTOLOAD, None)
 
 
 WORDS = ["cat", "dog", "red", "blue", "photo", "of", "a"]

@@ -121,6 +121,8 @@ def log_of_rank(log: str, rank: int) -> Path:
 
 def _silent(machine: int, rank: int, exit_code: int, time: float, log: Path) -> Failure:
     certain = exit_code != -signal.SIGTERM  # with that torchrun ends the processes beside one that failed
+    if not certain:
+        time += 1  # torch rounds down: the failure that this follows may have written a later time
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         what = f"was killed by {name}"

@@ -110,3 +110,14 @@ def test_the_record_is_one_that_torchrun_reads(tmp_path, monkeypatch):
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
     assert failure.message == "error: --x is wrong"
     assert failure.timestamp == int(json.loads(file.read_text())["time"])
+
+
+def test_a_process_that_torchrun_ended_is_not_why_the_one_before_it_failed(tmp_path):
+    """torch gives the end of a process in whole seconds, rounded down: before the time that the first one wrote."""
+    (tmp_path / "error.json").write_text(
+        json.dumps({"rank": 0, "status": 1, "expected": False, "message": "Timed out waiting 3000ms", "time": 10.7})
+    )
+    known = recorded_failures(0, tmp_path)
+    ended = SimpleNamespace(exitcode=-signal.SIGTERM, timestamp=10)
+    failures = [*known, *silent_failures(0, {1: ended}, known, str(tmp_path / "log"))]
+    assert root_cause(failures).rank == 0

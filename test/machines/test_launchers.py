@@ -123,8 +123,9 @@ def test_a_launcher_hands_a_signal_on_once_and_waits_for_what_the_trainer_does_t
     log = tmp_path / "log"
     script = f"source test/launch_sdxl.sh; run_logged {log} {sys.executable} {tmp_path}/trainer.py || exit $?"
     launcher = subprocess.Popen(
-        ["bash", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+        ["bash", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job's shell ignores SIGINT
+    )  # fmt: skip
     deadline = time.monotonic() + 30
     while not (log.exists() and "training\n" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
