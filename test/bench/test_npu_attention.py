@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,10 @@ def test_on_the_cpu_sdpa_is_measured_against_math(bench, capsys):
 @pytest.mark.skipif(reason_to_skip() is not None, reason=str(reason_to_skip()))
 def test_on_the_simulated_npu_the_fused_operator_is_measured_against_sdpa():
     command = [sys.executable, str(PATH), "--resolution=64", "--batch=1", "--steps=1", "--every=5"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    for _ in range(3):  # seen once in some twenty: the simulation aborts as the interpreter exits, all being printed
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        if not (done.returncode == -signal.SIGABRT and "terminate called" in done.stderr):
+            break
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["measured"], result["against"], result["dtype"]) == ("npu", "sdpa", "fp16")
