@@ -133,7 +133,8 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Si
         if resumed is not None:
             _check_resumed(resumed, options, data, surroundings.seed, steps)
         task = make_task(surroundings)
-        check_agreement(accelerator, describe_run(options, surroundings.seed, data, task.module))
+        if accelerator.num_processes > 1:  # describing reads all code and some of every weight
+            check_agreement(accelerator, describe_run(options, surroundings.seed, data, task.module))
         groups = task.parameter_groups()
         logger.info("seed: %d", surroundings.seed)
         resolved = plan_lines(options, data, steps, epochs, groups, accelerator, _sharding(options))
@@ -221,10 +222,10 @@ def _states(options: Options, parallel: Replicated, data: TrainingData, surround
         device=accelerator.device,
     )
     cadence = StateCadence(saving.save_state_every_n_steps, saving.save_state_every_n_minutes, saving.save_state)
-    plan, plain = data.fingerprint(), _plain_options(options)
+    plan, plain, software = data.fingerprint(), _plain_options(options), versions()
 
     def info(step: int, metrics: Mapping[str, Any]) -> StateInfo:
-        return StateInfo(step, surroundings.seed, plan, plain, versions(), metrics)
+        return StateInfo(step, surroundings.seed, plan, plain, software, metrics)
 
     return States(writer, parallel, cadence, info, partial(step_name, saving.output_name))
 
