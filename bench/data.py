@@ -43,11 +43,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.data.bucket_rows import bucket_rows
 from library.data.buckets import BucketOptions, assign_buckets, fit
-from library.data.captions import CaptionOptions
 from library.data.decode import DRAFT_MARGIN, Fit, decode
 from library.data.index import build_index
 from library.data.loader import Share, make_loader
 from library.data.plan import Plan
+from library.data.sample import Treatment
 from library.data.sources import Subset
 
 SIZES = ((1024, 1024), (1440, 1080), (1200, 1800), (1600, 1600), (2048, 1536), (2000, 2000))  # 1.0 to 4.0 megapixels
@@ -202,7 +202,7 @@ def loader_speed(folder: Path, target: int, workers: int, batches: int) -> float
     index = build_index([Subset(folder, ".txt")], use_cache=False)
     buckets = bucket_rows(index, [bucket_options(target)])
     plan = Plan(buckets, index.repeats_S, 0, BATCH)
-    options = [CaptionOptions()]
+    options = [Treatment()]
     loader = make_loader(
         index, buckets, plan, Share(BATCH), options, end_step=WARMUP_BATCHES + batches, workers=workers
     )

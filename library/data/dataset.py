@@ -19,6 +19,7 @@ from library.data.index import Index, build_index
 from library.data.loader import Loader, Share, Tokenize, make_loader
 from library.data.plan import Plan
 from library.data.report import data_report
+from library.data.sample import Treatment
 from library.data.sources import Subset
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class TrainingData:
             self.buckets,
             self.plan,
             self.share,
-            [_caption_options(subset) for subset in self.options.subsets],
+            [_treatment(subset) for subset in self.options.subsets],
             start_step=start_step,
             end_step=end_step,
             tokenize=tokenize,
@@ -121,13 +122,14 @@ def _bucket_options(options: SubsetOptions) -> BucketOptions:
     )
 
 
-def _caption_options(options: SubsetOptions) -> CaptionOptions:
-    return CaptionOptions(
+def _treatment(options: SubsetOptions) -> Treatment:
+    captions = CaptionOptions(
         shuffle_caption=options.shuffle_caption,
         keep_tokens=options.keep_tokens,
         caption_separator=options.caption_separator,
         caption_dropout_rate=options.caption_dropout_rate,
     )
+    return Treatment(captions)
 
 
 def _index_bar(subset: Subset) -> Callable[[int, int], None]:

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from library.data.bucket_rows import Buckets
-from library.data.captions import CaptionOptions, process_caption
-from library.data.decode import Fit, SampleError, decode
+from library.data.decode import Fit, SampleError
 from library.data.index import Index
 from library.data.permutation import ROUNDS, permute
 from library.data.plan import Plan
 from library.data.reader import Reader
+from library.data.sample import Place, Sample, Treatment, prepare_sample
 from library.errors import InputError, TrainingError
 from library.keyed_random import Stream, generator
 from library.signals import leave_signals_to_parent
@@ -98,14 +98,6 @@ class _Failure:
     error: InputError | TrainingError
 
 
-@dataclass(frozen=True)
-class _Sample:
-    pixels_HWC: np.ndarray
-    size_ids: tuple[int, int, int, int, int, int]
-    caption: str
-    name: str
-
-
 class MicroBatchDataset(Dataset):
     """Item i is micro-batch i % accumulation of step i // accumulation: a pure function, so any worker can make it."""
 
@@ -115,14 +107,14 @@ class MicroBatchDataset(Dataset):
         buckets: Buckets,
         plan: Plan,
         share: Share,
-        captions: Sequence[CaptionOptions],
+        treatments: Sequence[Treatment],
         tokenize: Tokenize | None = None,
     ) -> None:
         if plan.global_batch != share.global_batch:
             raise ValueError(f"the plan's global batch is {plan.global_batch}, the share's {share.global_batch}")
         self._reader = Reader(index)
         self._index, self._buckets, self._plan, self._share = index, buckets, plan, share
-        self._captions, self._tokenize = captions, tokenize
+        self._treatments, self._tokenize = treatments, tokenize
 
     def __getitem__(self, item: int) -> MicroBatch:
         """One micro-batch.
@@ -161,7 +153,7 @@ class MicroBatchDataset(Dataset):
             replaced,
         )
 
-    def _readable(self, row: int, bucket: int, step: int, place: int, quarantined: list[tuple[str, str]]) -> _Sample:
+    def _readable(self, row: int, bucket: int, step: int, place: int, quarantined: list[tuple[str, str]]) -> Sample:
         """The planned sample, or the first that can be read in an order of its bucket keyed by step and place."""
         failed: list[tuple[str, str]] = []
         for candidate in self._candidates(row, bucket, step, place):
@@ -187,17 +179,18 @@ class MicroBatchDataset(Dataset):
         order = permute(np.arange(min(MAX_REPLACEMENTS, len(rows))), len(rows), keys)
         yield from (int(other) for other in rows[order] if other != row)
 
-    def _sample(self, row: int, bucket: int, step: int, place: int) -> _Sample:
+    def _sample(self, row: int, bucket: int, step: int, place: int) -> Sample:
         """Read, decode and caption one row.
 
         Raises:
             SampleError: it cannot be read or decoded.
         """
         text = self._reader.caption(row)
-        pixels, size_ids = decode(self._reader.image(row), self._buckets.size(bucket), partial(self._fit, row, bucket))
-        options = self._captions[self._index.source(row).subset]
-        caption = process_caption(text, options, generator(self._plan.seed, Stream.CAPTION, step, place))
-        return _Sample(pixels, size_ids, caption, self._index.name(row))
+        treatment = self._treatments[self._index.source(row).subset]
+        fit = partial(self._fit, row, bucket)
+        at = Place(self._plan.seed, step, place)
+        image = self._reader.image(row)
+        return prepare_sample(self._index.name(row), image, text, treatment, self._buckets.size(bucket), fit, at)
 
     def _fit(self, row: int, bucket: int, width: int, height: int) -> Fit:
         """How the image meets its bucket, for which it was chosen by the size that the index has.
@@ -294,7 +287,7 @@ def make_loader(
     buckets: Buckets,
     plan: Plan,
     share: Share,
-    captions: Sequence[CaptionOptions],
+    treatments: Sequence[Treatment],
     *,
     end_step: int,
     start_step: int = 0,
@@ -305,10 +298,10 @@ def make_loader(
 
     Args:
         plan: its global batch must be the share's.
-        captions: options of each subset of the index.
+        treatments: one for each subset of the index.
         end_step: the first step that is not loaded any more.
         tokenize: captions to the token ids of each text encoder; called in the workers.
         workers: processes that read and decode; 0 does it in this one.
     """
-    dataset = MicroBatchDataset(index, buckets, plan, share, captions, tokenize)
+    dataset = MicroBatchDataset(index, buckets, plan, share, treatments, tokenize)
     return Loader(dataset, share.accumulation, start_step, end_step, workers)

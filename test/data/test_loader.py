@@ -15,12 +15,13 @@ from library.data.index import build_index
 from library.data.loader import Share, make_loader
 from library.data.plan import Plan
 from library.data.report import data_report
+from library.data.sample import Treatment
 from library.data.sources import Subset
 from library.errors import InputError
 
 OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)
 SHAPES = [(40, 30), (30, 40), (32, 32), (64, 24), (50, 50), (31, 42)]
-CAPTIONS = CaptionOptions(shuffle_caption=True, caption_dropout_rate=0.2)
+TREATMENT = Treatment(CaptionOptions(shuffle_caption=True, caption_dropout_rate=0.2))
 
 
 class Set:
@@ -36,7 +37,7 @@ class Set:
 
     def loader(self, share, end_step, **options):
         plan = self.plan(share.global_batch)
-        return make_loader(self.index, self.buckets, plan, share, [CAPTIONS], end_step=end_step, **options)
+        return make_loader(self.index, self.buckets, plan, share, [TREATMENT], end_step=end_step, **options)
 
     def samples(self, share, end_step, **options):
         """What every place of every step holds, over all ranks: {(step, place): (name, caption, size ids, pixels)}."""
