@@ -116,7 +116,7 @@ def default_is_told(action, cell):
         return cell in REQUIRED
     if action.nargs == 0:
         return cell in OFF
-    if action.default in (None, []):
+    if action.default in (None, [], ""):
         return cell in NOTHING
     return cell == f"`{action.default}`"
 

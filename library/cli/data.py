@@ -1,10 +1,10 @@
 """Options of the data set: where it is, how images meet buckets and captions are prepared."""
 
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, _ArgumentGroup
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.cli.parser import non_negative_int, positive_int, rate
+from library.cli.parser import non_negative_float, non_negative_int, positive_int, rate
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,18 @@ class SubsetOptions:
     bucket_no_upscale: bool
     caption_extension: str
     caption_separator: str
+    secondary_separator: str
+    caption_prefix: str
+    caption_suffix: str
+    enable_wildcard: bool
     shuffle_caption: bool
     keep_tokens: int
+    keep_tokens_separator: str
+    token_warmup_min: int  # tags
+    token_warmup_step: float  # steps, or below 1 a share of the run's
     caption_dropout_rate: float
+    caption_dropout_every_n_epochs: int
+    caption_tag_dropout_rate: float
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,13 @@ def resolution(text: str) -> tuple[int, int]:
     if len(parts) not in (1, 2) or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ArgumentTypeError(f"must be 'width,height' or one number in px, such as 1024,1024; got {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def separator(text: str) -> str:
+    """An argparse type: a text that is not empty."""
+    if not text:
+        raise ArgumentTypeError("must not be empty: it is what separates a caption's tags")
+    return text
 
 
 def extension(text: str) -> str:
@@ -94,22 +110,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--bucket_no_upscale", action="store_true", help="never scale an image up; buckets follow the images"
     )
-    group.add_argument(
-        "--caption_extension", type=extension, default=".caption", help="extension of caption files (%(default)s)"
-    )
-    group.add_argument("--caption_separator", default=",", help="what separates a caption's tags (%(default)s)")
-    group.add_argument(
-        "--shuffle_caption", action="store_true", help="shuffle the tags of a caption, anew at each step"
-    )
-    group.add_argument(
-        "--keep_tokens", type=non_negative_int, default=0, help="leave that many first tags in place (%(default)s)"
-    )
-    group.add_argument(
-        "--caption_dropout_rate",
-        type=rate,
-        default=0.0,
-        help="share of samples trained with an empty caption (%(default)s)",
-    )
+    _add_caption_arguments(group)
     group.add_argument(
         "--train_batch_size", type=positive_int, default=1, help="images per device and pass (%(default)s)"
     )
@@ -130,4 +131,68 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=rate,
         default=0.01,
         help="share of samples that may be unusable before the run stops; 0: none, 1: all (%(default)s)",
+    )
+
+
+def _add_caption_arguments(group: _ArgumentGroup) -> None:
+    group.add_argument(
+        "--caption_extension",
+        "--caption_extention",
+        type=extension,
+        default=".caption",
+        help="extension of caption files (%(default)s)",
+    )
+    group.add_argument(
+        "--caption_separator", type=separator, default=",", help="what separates a caption's tags (%(default)s)"
+    )
+    group.add_argument(
+        "--secondary_separator", default="", help="separates tags that stay together when the others are shuffled"
+    )
+    group.add_argument("--caption_prefix", default="", help="put before every caption, with a space between")
+    group.add_argument("--caption_suffix", default="", help="put behind every caption, with a space between")
+    group.add_argument(
+        "--enable_wildcard",
+        action="store_true",
+        help="take one of {a|b|c} in a caption, and one line of a caption file, anew at each step",
+    )
+    group.add_argument(
+        "--shuffle_caption", action="store_true", help="shuffle the tags of a caption, anew at each step"
+    )
+    group.add_argument(
+        "--keep_tokens", type=non_negative_int, default=0, help="leave that many first tags in place (%(default)s)"
+    )
+    group.add_argument(
+        "--keep_tokens_separator",
+        default="",
+        help="where a caption has it, leave the tags before it in place, and those behind it where it comes again",
+    )
+    group.add_argument(
+        "--token_warmup_min",
+        type=non_negative_int,
+        default=1,
+        help="tags shown at the first step of --token_warmup_step (%(default)s)",
+    )
+    group.add_argument(
+        "--token_warmup_step",
+        type=non_negative_float,
+        default=0.0,
+        help="show more tags step by step, and all from this one on; below 1: a share of the run (%(default)s)",
+    )
+    group.add_argument(
+        "--caption_dropout_rate",
+        type=rate,
+        default=0.0,
+        help="share of samples trained with an empty caption (%(default)s)",
+    )
+    group.add_argument(
+        "--caption_dropout_every_n_epochs",
+        type=non_negative_int,
+        default=0,
+        help="train each n-th epoch with empty captions; 0: none (%(default)s)",
+    )
+    group.add_argument(
+        "--caption_tag_dropout_rate",
+        type=rate,
+        default=0.0,
+        help="share of tags left out, other than kept ones (%(default)s)",
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import toml
 
-from library.cli.data import DataOptions, SubsetOptions, extension
+from library.cli.data import DataOptions, SubsetOptions, extension, separator
 from library.cli.parser import fill
 from library.errors import InputError
 
@@ -37,6 +37,12 @@ def _of(kind: type, what: str) -> Convert:
         return value
 
     return convert
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError("must be a number of at least 0")
+    return float(value)
 
 
 def _share(value: Any) -> float:
@@ -66,8 +72,17 @@ _INHERITED: dict[str, tuple[str, Convert]] = {
     "caption_extension": ("caption_extension", lambda value: extension(_text(value))),
     "shuffle_caption": ("shuffle_caption", _flag),
     "keep_tokens": ("keep_tokens", _whole(0)),
-    "caption_separator": ("caption_separator", _text),
+    "keep_tokens_separator": ("keep_tokens_separator", _text),
+    "caption_separator": ("caption_separator", lambda value: separator(_text(value))),
+    "secondary_separator": ("secondary_separator", _text),
+    "caption_prefix": ("caption_prefix", _text),
+    "caption_suffix": ("caption_suffix", _text),
+    "enable_wildcard": ("enable_wildcard", _flag),
+    "token_warmup_min": ("token_warmup_min", _whole(0)),
+    "token_warmup_step": ("token_warmup_step", _number),
     "caption_dropout_rate": ("caption_dropout_rate", _share),
+    "caption_dropout_every_n_epochs": ("caption_dropout_every_n_epochs", _whole(0)),
+    "caption_tag_dropout_rate": ("caption_tag_dropout_rate", _share),
 }
 _DATASET: dict[str, tuple[str, Convert]] = {
     "batch_size": ("train_batch_size", _whole(1)),
@@ -82,19 +97,10 @@ _DATASET: dict[str, tuple[str, Convert]] = {
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "is_reg": (False,),
     "conditioning_data_dir": (),
-    "caption_prefix": ("",),
-    "caption_suffix": ("",),
-    "caption_dropout_every_n_epochs": (0,),
-    "caption_tag_dropout_rate": (0,),
     "color_aug": (False,),
     "flip_aug": (False,),
     "random_crop": (False,),
     "face_crop_aug_range": (),
-    "token_warmup_min": (1,),
-    "token_warmup_step": (0,),
-    "keep_tokens_separator": ("",),
-    "secondary_separator": ("",),
-    "enable_wildcard": (False,),
     "alpha_mask": (False,),
     "cache_info": (False,),
     "validation_split": (0,),

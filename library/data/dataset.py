@@ -54,13 +54,13 @@ class TrainingData:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def loader(self, tokenize: Tokenize, end_step: int, start_step: int = 0) -> Loader:
-        """This process's micro-batches of the steps `start_step` to `end_step` - 1."""
+        """This process's micro-batches of the steps `start_step` to `end_step` - 1, the last one of the run."""
         return make_loader(
             self.index,
             self.buckets,
             self.plan,
             self.share,
-            [_treatment(subset) for subset in self.options.subsets],
+            [_treatment(subset, end_step) for subset in self.options.subsets],
             start_step=start_step,
             end_step=end_step,
             tokenize=tokenize,
@@ -122,12 +122,23 @@ def _bucket_options(options: SubsetOptions) -> BucketOptions:
     )
 
 
-def _treatment(options: SubsetOptions) -> Treatment:
+def _treatment(options: SubsetOptions, run_steps: int) -> Treatment:
+    """How a subset's samples are prepared in a run of that many steps."""
+    warmup = options.token_warmup_step
     captions = CaptionOptions(
+        caption_prefix=options.caption_prefix,
+        caption_suffix=options.caption_suffix,
         shuffle_caption=options.shuffle_caption,
         keep_tokens=options.keep_tokens,
+        keep_tokens_separator=options.keep_tokens_separator,
         caption_separator=options.caption_separator,
+        secondary_separator=options.secondary_separator,
+        enable_wildcard=options.enable_wildcard,
         caption_dropout_rate=options.caption_dropout_rate,
+        caption_dropout_every_n_epochs=options.caption_dropout_every_n_epochs,
+        caption_tag_dropout_rate=options.caption_tag_dropout_rate,
+        token_warmup_min=options.token_warmup_min,
+        token_warmup_steps=warmup if warmup >= 1 else int(warmup * run_steps),
     )
     return Treatment(captions)
 

@@ -134,7 +134,8 @@ class MicroBatchDataset(Dataset):
         replaced = 0
         for number, (place, row) in enumerate(zip(places.tolist(), batch.rows_G.tolist(), strict=True)):
             listed = len(quarantined)
-            sample = self._readable(row, batch.bucket, step, place, quarantined)
+            at = Place(self._plan.seed, step, place, batch.epoch)
+            sample = self._readable(row, batch.bucket, at, quarantined)
             replaced += len(quarantined) > listed
             images_BHWC[number], size_ids_B6[number] = sample.pixels_HWC, sample.size_ids
             captions.append(sample.caption)
@@ -153,12 +154,12 @@ class MicroBatchDataset(Dataset):
             replaced,
         )
 
-    def _readable(self, row: int, bucket: int, step: int, place: int, quarantined: list[tuple[str, str]]) -> Sample:
+    def _readable(self, row: int, bucket: int, at: Place, quarantined: list[tuple[str, str]]) -> Sample:
         """The planned sample, or the first that can be read in an order of its bucket keyed by step and place."""
         failed: list[tuple[str, str]] = []
-        for candidate in self._candidates(row, bucket, step, place):
+        for candidate in self._candidates(row, bucket, at):
             try:
-                sample = self._sample(candidate, bucket, step, place)
+                sample = self._sample(candidate, bucket, at)
             except SampleError as error:
                 failed.append((self._index.name(candidate), str(error)))
                 continue
@@ -168,18 +169,18 @@ class MicroBatchDataset(Dataset):
         listed = "; ".join(f"{name}: {reason}" for name, reason in failed[:3])
         raise InputError(
             f"--train_data_dir: {len(failed)} samples of bucket {width}×{height}, tried one after the other for step "
-            f"{step}, cannot be read, so the data set is damaged or gone. The first: {listed}"
+            f"{at.step}, cannot be read, so the data set is damaged or gone. The first: {listed}"
         )
 
-    def _candidates(self, row: int, bucket: int, step: int, place: int) -> Iterator[int]:
+    def _candidates(self, row: int, bucket: int, at: Place) -> Iterator[int]:
         """The planned row, then others of its bucket; those are only thought up when asked for."""
         yield row
         rows = self._plan.rows_of_bucket(bucket)
-        keys = generator(self._plan.seed, Stream.REPLACEMENT, step, place).integers(0, 2**64, ROUNDS, np.uint64)
+        keys = generator(at.seed, Stream.REPLACEMENT, at.step, at.place).integers(0, 2**64, ROUNDS, np.uint64)
         order = permute(np.arange(min(MAX_REPLACEMENTS, len(rows))), len(rows), keys)
         yield from (int(other) for other in rows[order] if other != row)
 
-    def _sample(self, row: int, bucket: int, step: int, place: int) -> Sample:
+    def _sample(self, row: int, bucket: int, at: Place) -> Sample:
         """Read, decode and caption one row.
 
         Raises:
@@ -188,7 +189,6 @@ class MicroBatchDataset(Dataset):
         text = self._reader.caption(row)
         treatment = self._treatments[self._index.source(row).subset]
         fit = partial(self._fit, row, bucket)
-        at = Place(self._plan.seed, step, place)
         image = self._reader.image(row)
         return prepare_sample(self._index.name(row), image, text, treatment, self._buckets.size(bucket), fit, at)
 

@@ -34,7 +34,7 @@ class Reader:
     def caption(self, row: int) -> str:
         """The caption as the data set gives it, "" where there is none.
 
-        Of a caption file it is the first line that is not empty; a caption from JSON or parquet is one line.
+        Of a caption file it is the lines that are not empty; a caption from JSON or parquet is one line.
 
         Raises:
             SampleError: it cannot be read, or is not UTF-8.
@@ -58,7 +58,7 @@ class Reader:
                 text.encode()  # JSON can write halves of characters, which are no text
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SampleError(f"caption: {error}") from error
-        return next((line.strip() for line in text.splitlines() if line.strip()), "")
+        return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
     def close(self) -> None:
         """Close the shards; the next read opens them again."""

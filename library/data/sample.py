@@ -22,11 +22,12 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a run a sample is trained: the key of its random numbers."""
+    """Where in a run a sample is trained: the key of its random numbers, and the epoch."""
 
     seed: int
     step: int
     place: int
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,13 @@ def prepare_sample(
 
     Args:
         image: the encoded file.
-        text: the caption as the data set gives it.
+        text: the caption as the data set gives it, with all its lines.
         fit: from the upright image's (width, height) to how it meets the bucket.
 
     Raises:
         SampleError: it cannot be decoded.
     """
     pixels_HWC, size_ids = decode(image, bucket_wh_px, fit)
-    caption = process_caption(text, treatment.captions, generator(at.seed, Stream.CAPTION, at.step, at.place))
+    rng = generator(at.seed, Stream.CAPTION, at.step, at.place)
+    caption = process_caption(text, treatment.captions, rng, at.step, at.epoch)
     return Sample(pixels_HWC, size_ids, caption, name)

@@ -85,6 +85,25 @@ def test_json_is_read_the_same(tmp_path):
     assert options(path).subsets == options(written(tmp_path, EXAMPLE)).subsets
 
 
+CAPTIONS = {
+    "caption_prefix": "photo of",
+    "caption_suffix": "outside",
+    "keep_tokens_separator": "|||",
+    "secondary_separator": ";;;",
+    "enable_wildcard": True,
+    "token_warmup_min": 0,
+    "token_warmup_step": 0.5,
+    "caption_dropout_every_n_epochs": 2,
+    "caption_tag_dropout_rate": 0.25,
+}
+
+
+@pytest.mark.parametrize("level", ["general", "dataset", "subset"])
+def test_every_caption_option_is_taken_at_every_level(tmp_path, level):
+    (subset,) = options(written(tmp_path, config(**{level: CAPTIONS})), "--caption_prefix=outer").subsets
+    assert {name: getattr(subset, name) for name in CAPTIONS} == CAPTIONS
+
+
 def config(general=None, dataset=None, subset=None):
     datasets = [{"resolution": 64, **(dataset or {}), "subsets": [{"image_dir": "a", **(subset or {})}]}]
     return {"general": general or {}, "datasets": datasets}
@@ -107,6 +126,8 @@ def test_what_is_not_there_yet_is_refused_where_it_is_asked_for(tmp_path, value)
         (config(subset={"num_repeats": True}), r"num_repeats .* whole number"),
         (config(subset={"shuffle_caption": 1}), r"shuffle_caption .* true or false, got 1"),
         (config(subset={"caption_dropout_rate": 1.5}), r"caption_dropout_rate .* 0 to 1, got 1\.5"),
+        (config(subset={"caption_separator": ""}), r"caption_separator .* must not be empty"),
+        (config(subset={"token_warmup_step": -1}), r"token_warmup_step .* at least 0, got -1"),
         (config(subset={"image_dir": 3}), r"image_dir .* a text, got 3"),
         (config(dataset={"resolution": [1, 2, 3]}), r"resolution in \[\[datasets\]\] 1 .*\[width, height\]"),
         (

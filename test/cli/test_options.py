@@ -48,6 +48,7 @@ def test_resolution_is_width_then_height():
 
 def test_an_extension_without_its_dot_gets_one():
     assert parse("--caption_extension=txt").caption_extension == ".txt"
+    assert parse("--caption_extention=txt").caption_extension == ".txt"
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,8 @@ def test_an_extension_without_its_dot_gets_one():
         (["--learning_rate=-1"], "--learning_rate.*at least 0"),
         (["--learning_rate=nan"], "--learning_rate.*at least 0"),
         (["--caption_dropout_rate=1.5"], "--caption_dropout_rate.*0 .. 1"),
+        (["--caption_separator="], "--caption_separator.*not be empty"),
+        (["--token_warmup_step=-1"], "--token_warmup_step.*at least 0"),
         (["--max_token_length=100"], "--max_token_length.*invalid choice"),
         (["--seed=-1"], "--seed.*not be negative"),
         ([f"--seed={2**64}"], "--seed.*less than 2"),

@@ -33,6 +33,12 @@ def prepared(data, *more, seed=1, batch=4, rank=0, world_size=1, accumulation=1)
     return prepare_data(options, seed, rank=rank, world_size=world_size, accumulation=accumulation)
 
 
+@pytest.mark.parametrize(("given", "shown"), [("0.5", [1, 2, 3, 3]), ("3", [1, 1, 2, 3]), ("0.1", [3, 3, 3, 3])])
+def test_token_warm_up_takes_steps_or_a_share_of_the_run(shards, given, shown):
+    data = prepared(shards, f"--token_warmup_step={given}", "--token_warmup_min=1")
+    assert [batch.captions[0].count(",") + 1 for batch in data.loader(lambda captions: (), 4)] == shown
+
+
 @pytest.mark.parametrize("window", [0, 2])
 def test_all_world_sizes_train_the_same_global_batches(shards, window):
     """24 places a step, dealt to 1, 2, 3, 4 and 8 ranks, with and without accumulation."""

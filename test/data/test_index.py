@@ -129,7 +129,7 @@ class TestShards:
         rows = [{"key": key, "status": "success", "caption": "of parquet"} for key in "abc"]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
         index = build(tmp_path)
-        assert captions(index) == ["of text", "of json", "of parquet", ""]
+        assert captions(index) == ["of text\nsecond line", "of json", "of parquet", ""]
         (warning,) = index.warnings
         assert "1 of 4 images have no caption" in warning
         assert "0.tar:d" in warning

@@ -35,9 +35,10 @@ class Set:
     def plan(self, global_batch):
         return Plan(self.buckets, self.index.repeats_S, self.seed, global_batch)
 
-    def loader(self, share, end_step, **options):
+    def loader(self, share, end_step, captions=TREATMENT.captions, **options):
         plan = self.plan(share.global_batch)
-        return make_loader(self.index, self.buckets, plan, share, [TREATMENT], end_step=end_step, **options)
+        treatments = [Treatment(captions)]
+        return make_loader(self.index, self.buckets, plan, share, treatments, end_step=end_step, **options)
 
     def samples(self, share, end_step, **options):
         """What every place of every step holds, over all ranks: {(step, place): (name, caption, size ids, pixels)}."""
@@ -125,6 +126,38 @@ def test_captions_differ_between_passes(shards):
         for name, caption in zip(batch.names, batch.captions, strict=True):
             by_name.setdefault(name, set()).add(caption)
     assert max(len(captions) for captions in by_name.values()) > 3
+
+
+def test_epoch_and_step_that_captions_depend_on_are_those_of_the_plan(shards):
+    """27 images of a bucket, batches of 6: epochs of 4 and 5 steps, which no count of steps alone would find."""
+    data = Set(shards, BucketOptions((32, 32), False))
+    captions = CaptionOptions(caption_dropout_every_n_epochs=2, token_warmup_min=1, token_warmup_steps=4)
+    batches = list(data.loader(Share(6), 20, captions, start_step=1, workers=1))
+    epochs = [data.plan(6).epoch_of_step(batch.step) for batch in batches]
+    assert len(set(epochs)) > 2
+    assert [set(batch.captions) == {""} for batch in batches] == [epoch % 2 == 1 for epoch in epochs]
+    tags = [{len(caption.split(", ")) for caption in batch.captions} for batch in batches if "" not in batch.captions]
+    assert tags[:4] == [{1}, {2}, {2}, {3}]  # steps 1, 2, 3 and beyond, of captions of three tags
+    assert set.union(*tags[3:]) == {3}
+
+
+def test_one_line_of_a_caption_file_is_taken_by_wildcards_and_the_first_one_without(tmp_path, make_tar, make_picture):
+    names = [f"{number}" for number in range(8)]
+    make_tar(
+        tmp_path / "0.tar",
+        [
+            member
+            for name in names
+            for member in ((f"{name}.jpg", make_picture(32, 32)), (f"{name}.txt", b"\r\none\n\n {two|three}\r\n"))
+        ],
+    )
+    data = Set(tmp_path)
+
+    def found(**options):
+        return {text for batch in data.loader(Share(8), 6, CaptionOptions(**options)) for text in batch.captions}
+
+    assert found() == {"one"}
+    assert found(enable_wildcard=True) == {"one", "two", "three"}
 
 
 def fake_tokenize(captions):
