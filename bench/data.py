@@ -46,7 +46,7 @@ from library.data.buckets import BucketOptions, assign_buckets, fit
 from library.data.decode import DRAFT_MARGIN, Fit, decode
 from library.data.index import build_index
 from library.data.loader import Share, make_loader
-from library.data.plan import Plan
+from library.data.plan import Plan, repeated
 from library.data.sample import Treatment
 from library.data.sources import Subset
 
@@ -201,7 +201,7 @@ def loader_speed(folder: Path, target: int, workers: int, batches: int) -> float
     """Samples per second of wall-clock time that the loader gives, tokens left out."""
     index = build_index([Subset(folder, ".txt")], use_cache=False)
     buckets = bucket_rows(index, [bucket_options(target)])
-    plan = Plan(buckets, index.repeats_S, 0, BATCH)
+    plan = Plan(buckets, repeated(buckets.images_SK, index.repeats_S), 0, BATCH)
     options = [Treatment()]
     loader = make_loader(
         index, buckets, plan, Share(BATCH), options, end_step=WARMUP_BATCHES + batches, workers=workers

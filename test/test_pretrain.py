@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +108,29 @@ def test_a_run_leaves_weights_samples_metrics_and_the_final_block(train, tmp_pat
     assert [Image.open(path).size for path in samples] == [(64, 48), (64, 64)] * 2
     assert samples[0].name.startswith("tiny_") and samples[0].name.endswith("_000000_00_7.png")
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_regularisation_images_train_with_their_weight(train, shards, monkeypatch):
+    """The loss of a batch is the mean of its samples' own, each times its weight."""
+    compared = []
+    real = SDXLPretraining.loss
+
+    def loss(self, module, batch):
+        found = real(self, module, batch)
+        with torch.no_grad():
+            alone = [real(self, module, replace(batch, loss_weights_B=one)) for one in torch.eye(len(batch))]
+        weights = [0.5 if "/reg/" in name else 1.0 for name in batch.names]
+        compared.append((weights, found.item(), sum(w * float(one) for w, one in zip(weights, alone, strict=True))))
+        return found
+
+    monkeypatch.setattr(SDXLPretraining, "loss", loss)
+    reg = shards.parent / "reg"
+    shutil.copytree(shards, reg, dirs_exist_ok=True)
+    arguments = ("--train_batch_size=3", "--max_train_steps=2", f"--reg_data_dir={reg}", "--prior_loss_weight=0.5")
+    status, _, printed = train(*arguments)
+    assert status == 0, printed
+    assert any(len(set(weights)) == 2 for weights, _, _ in compared)
+    assert all(found == pytest.approx(expected, rel=1e-5) for _, found, expected in compared)
 
 
 def test_what_is_asked_to_train_trains_and_nothing_else_does(train, tiny_sdxl_folder):

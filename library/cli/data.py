@@ -14,6 +14,8 @@ class SubsetOptions:
     train_data_dir: Path
     in_json: Path | None
     dataset_repeats: int
+    is_reg: bool  # regularisation images
+    dataset: int  # number of the data set that it belongs to
     class_tokens: str  # caption of images without one; "": as `N_class words` say
     resolution: tuple[int, int]  # width, height in px
     enable_bucket: bool
@@ -47,6 +49,7 @@ class DataOptions:
     shuffle_window_shards: int
     max_data_loader_n_workers: int
     max_bad_samples: float  # share of all samples
+    prior_loss_weight: float  # of regularisation images
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -92,6 +95,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--dataset_repeats", type=positive_int, default=1, help="how often an epoch shows each image (%(default)s)"
+    )
+    group.add_argument(
+        "--reg_data_dir",
+        type=Path,
+        help="regularisation (class) images, laid out as --train_data_dir; an epoch shows as many of them as of those",
+    )
+    group.add_argument(
+        "--prior_loss_weight",
+        type=non_negative_float,
+        default=1.0,
+        help="weight of the loss of regularisation images (%(default)s)",
     )
     group.add_argument("--resolution", type=resolution, help="'width,height' or one number, in px")
     group.add_argument("--enable_bucket", action="store_true", help="sort images into buckets of like aspect ratio")

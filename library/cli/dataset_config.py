@@ -65,6 +65,7 @@ _flag, _text = _of(bool, "true or false"), _of(str, "a text")
 _SUBSET: dict[str, tuple[str, Convert]] = {
     "image_dir": ("train_data_dir", lambda value: Path(_text(value))),
     "metadata_file": ("in_json", lambda value: Path(_text(value))),
+    "is_reg": ("is_reg", _flag),
 }
 _INHERITED: dict[str, tuple[str, Convert]] = {
     "num_repeats": ("dataset_repeats", _whole(1)),
@@ -95,7 +96,6 @@ _DATASET: dict[str, tuple[str, Convert]] = {
 }
 # What sd-scripts takes and this project does not do yet: only the value that leaves it off.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
-    "is_reg": (False,),
     "conditioning_data_dir": (),
     "color_aug": (False,),
     "flip_aug": (False,),
@@ -117,18 +117,19 @@ def data_options(args: Namespace) -> DataOptions:
         InputError: no data is named, or it is named twice; or as read_dataset_config.
     """
     names = [field.name for field in fields(SubsetOptions)]
-    base = {name: getattr(args, name) for name in names if name != "class_tokens"} | {
-        "class_tokens": "",
-        "train_batch_size": args.train_batch_size,
-    }
+    no_flags: dict[str, Any] = {"class_tokens": "", "is_reg": False, "dataset": 0}
+    base = {name: getattr(args, name) for name in names if name not in no_flags} | no_flags
+    base["train_batch_size"] = args.train_batch_size
     if args.dataset_config is None:
         for name in ("train_data_dir", "resolution"):
             if base[name] is None:
                 raise InputError(f"--{name} is missing; give it, or --dataset_config.")
         found = [base]
+        if args.reg_data_dir is not None:
+            found.append(base | {"train_data_dir": args.reg_data_dir, "in_json": None, "is_reg": True})
     else:
-        for name in ("train_data_dir", "in_json"):
-            if base[name] is not None:
+        for name in ("train_data_dir", "in_json", "reg_data_dir"):
+            if getattr(args, name) is not None:
                 raise InputError(f"--{name} and --dataset_config are two places of the data: give one of them.")
         found = read_dataset_config(args.dataset_config, base)
     subsets = tuple(SubsetOptions(**{name: values[name] for name in names}) for values in found)
@@ -159,7 +160,12 @@ def read_dataset_config(path: Path, base: dict[str, Any]) -> list[dict[str, Any]
             inner = f"[[datasets.subsets]] {place} of {where}"
             if "image_dir" not in subset:
                 raise InputError(f"{path}: {inner} lacks image_dir, the folder of its images or shards.")
-            found.append(outer | _values(path, inner, subset, _SUBSET | _INHERITED))
+            found.append(outer | _values(path, inner, subset, _SUBSET | _INHERITED) | {"dataset": number - 1})
+        if all(values["is_reg"] for values in found if values["dataset"] == number - 1):
+            raise InputError(
+                f"{path}: {where} has only subsets of is_reg = true. Regularisation images are shown as often as the "
+                "others of their data set: add a subset to train on, or take is_reg out."
+            )
     if len(sizes := {values["train_batch_size"] for values in found}) > 1:
         raise InputError(
             f"{path}: batch_size differs between the data sets ({', '.join(map(str, sorted(sizes)))}). A run has one "

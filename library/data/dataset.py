@@ -4,10 +4,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from library.cli.data import DataOptions, SubsetOptions
@@ -17,7 +19,8 @@ from library.data.buckets import BucketOptions, check_options
 from library.data.captions import CaptionOptions
 from library.data.index import Index, build_index
 from library.data.loader import Loader, Share, Tokenize, make_loader
-from library.data.plan import Plan
+from library.data.plan import Plan, repeated
+from library.data.regularisation import balanced, regularisation_lines
 from library.data.report import data_report
 from library.data.sample import Treatment
 from library.data.sources import Subset
@@ -37,7 +40,15 @@ class TrainingData:
 
     def report(self) -> list[str]:
         """What was found and how it becomes batches."""
-        return data_report(self.index, self.buckets, self.plan)
+        first, second, *others = data_report(self.index, self.buckets, self.plan)
+        images_SK, samples_SK, is_reg_S = self.buckets.images_SK, self.plan.samples_SK, self.is_reg_S
+        reg = regularisation_lines(images_SK, samples_SK, is_reg_S, self.options.prior_loss_weight)
+        return [first, second, *reg, *others]
+
+    @property
+    def is_reg_S(self) -> np.ndarray:
+        """(sources,) bool: which sources are of regularisation images."""
+        return _of_sources(self.index, [subset.is_reg for subset in self.options.subsets])
 
     @property
     def largest_bucket(self) -> tuple[int, int]:
@@ -47,10 +58,12 @@ class TrainingData:
     def fingerprint(self) -> str:
         """A digest of all that the order of samples depends on, but for seed and global batch.
 
-        It stays when the data is moved, and changes with the images, captions' sources, buckets and windows.
+        It stays when the data is moved, and changes with the images, captions' sources, buckets, windows and what
+        regularisation images are balanced with.
         """
         buckets = [asdict(_bucket_options(subset)) for subset in self.options.subsets]
-        content = [self.index.fingerprint, buckets, self.plan.window_sources]
+        balance = [(subset.is_reg, subset.dataset) for subset in self.options.subsets if self.is_reg_S.any()]
+        content = [self.index.fingerprint, buckets, self.plan.window_sources, *balance]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def loader(self, tokenize: Tokenize, end_step: int, start_step: int = 0) -> Loader:
@@ -60,7 +73,7 @@ class TrainingData:
             self.buckets,
             self.plan,
             self.share,
-            [_treatment(subset, end_step) for subset in self.options.subsets],
+            [_treatment(subset, end_step, self.options.prior_loss_weight) for subset in self.options.subsets],
             start_step=start_step,
             end_step=end_step,
             tokenize=tokenize,
@@ -94,7 +107,12 @@ def prepare_data(
     check_left_out(index.bad, len(index), options.max_bad_samples)
     buckets = bucket_rows(index, bucket_options, _bar("buckets"), between)
     share = Share(options.train_batch_size, rank, world_size, accumulation)
-    plan = Plan(buckets, index.repeats_S, seed, share.global_batch, options.shuffle_window_shards)
+    samples_SK = balanced(
+        repeated(buckets.images_SK, index.repeats_S),
+        _of_sources(index, [subset.is_reg for subset in options.subsets]),
+        _of_sources(index, [subset.dataset for subset in options.subsets]),
+    )
+    plan = Plan(buckets, samples_SK, seed, share.global_batch, options.shuffle_window_shards)
     return TrainingData(options, index, buckets, plan, share)
 
 
@@ -107,8 +125,13 @@ def _subset(options: SubsetOptions, config: Path | None) -> Subset:
         repeats=options.dataset_repeats,
         class_words=options.class_tokens,
         class_folders=config is None,
-        flag="--train_data_dir" if config is None else f"{config}: image_dir",
+        flag=f"{config}: image_dir" if config else "--reg_data_dir" if options.is_reg else "--train_data_dir",
     )
+
+
+def _of_sources(index: Index, of_subsets: Sequence[Any]) -> np.ndarray:
+    """What is known of subsets, for each source."""
+    return np.array(of_subsets)[[source.subset for source in index.sources]]
 
 
 def _bucket_options(options: SubsetOptions) -> BucketOptions:
@@ -122,7 +145,7 @@ def _bucket_options(options: SubsetOptions) -> BucketOptions:
     )
 
 
-def _treatment(options: SubsetOptions, run_steps: int) -> Treatment:
+def _treatment(options: SubsetOptions, run_steps: int, prior_loss_weight: float) -> Treatment:
     """How a subset's samples are prepared in a run of that many steps."""
     warmup = options.token_warmup_step
     captions = CaptionOptions(
@@ -140,7 +163,7 @@ def _treatment(options: SubsetOptions, run_steps: int) -> Treatment:
         token_warmup_min=options.token_warmup_min,
         token_warmup_steps=warmup if warmup >= 1 else int(warmup * run_steps),
     )
-    return Treatment(captions)
+    return Treatment(captions, prior_loss_weight if options.is_reg else 1.0)
 
 
 def _index_bar(subset: Subset) -> Callable[[int, int], None]:

@@ -54,6 +54,7 @@ class MicroBatch:
         ids: int64 (B, K, 77) token ids, one tensor a text encoder; none without a tokenizer.
         quarantined: (name, reason) of samples that could not be used, replacements that could not either among them.
         replaced: places where another sample than the planned one stands.
+        loss_weights_B: float32, what the samples' losses are multiplied by; without it 1.
     """
 
     images_BHWC: Tensor
@@ -66,6 +67,7 @@ class MicroBatch:
     ids: tuple[Tensor, ...] = ()
     quarantined: list[tuple[str, str]] = field(default_factory=list)
     replaced: int = 0
+    loss_weights_B: Tensor = field(default_factory=lambda: torch.ones(()))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -128,6 +130,7 @@ class MicroBatchDataset(Dataset):
         width, height = self._buckets.size(batch.bucket)
         images_BHWC = np.empty((len(places), height, width, 3), np.uint8)
         size_ids_B6 = np.empty((len(places), 6), np.float32)
+        loss_weights_B = np.empty(len(places), np.float32)
         captions: list[str] = []
         names: list[str] = []
         quarantined: list[tuple[str, str]] = []
@@ -138,6 +141,7 @@ class MicroBatchDataset(Dataset):
             sample = self._readable(row, batch.bucket, at, quarantined)
             replaced += len(quarantined) > listed
             images_BHWC[number], size_ids_B6[number] = sample.pixels_HWC, sample.size_ids
+            loss_weights_B[number] = sample.loss_weight
             captions.append(sample.caption)
             names.append(sample.name)
         ids = self._tokenize(captions) if self._tokenize is not None else ()
@@ -152,6 +156,7 @@ class MicroBatchDataset(Dataset):
             ids,
             quarantined,
             replaced,
+            torch.from_numpy(loss_weights_B),
         )
 
     def _readable(self, row: int, bucket: int, at: Place, quarantined: list[tuple[str, str]]) -> Sample:

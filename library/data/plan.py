@@ -62,8 +62,14 @@ class BucketImages:
     def __getitem__(self, places_n: np.ndarray) -> np.ndarray:
         """Rows at some places, each in 0 … len - 1, in the order of the index."""
         images_S = self.rows.images_SK[:, self.bucket].astype(np.int64)
-        rows_n, _ = _located(self.rows, self.bucket, np.arange(len(images_S)), images_S, 1, np.asarray(places_n))
+        rows_n, _ = _located(self.rows, self.bucket, np.arange(len(images_S)), images_S, np.asarray(places_n))
         return rows_n
+
+
+def repeated(images_SK: np.ndarray, repeats_S: np.ndarray | int) -> np.ndarray:
+    """(S, K) samples of a pass that shows each image of a source so often; the images' own array where that is once."""
+    repeats = np.asarray(repeats_S, np.int64)
+    return images_SK if (repeats == 1).all() else images_SK * np.expand_dims(repeats, -1)
 
 
 class Plan:
@@ -72,14 +78,15 @@ class Plan:
     def __init__(
         self,
         rows: BucketedRows,
-        repeats_S: np.ndarray | int,
+        samples_SK: np.ndarray,
         seed: int,
         global_batch: int,
         window_sources: int = 0,
     ) -> None:
         """
         Args:
-            repeats_S: how often a pass shows each row of a source, at least once; one number, or one a source.
+            samples_SK: how many samples a pass takes of each source in each bucket, spread evenly over its images
+                there: `repeated` makes them of repeats.
             seed: 0 <= seed < 2**64.
             global_batch: samples in a step: batch size × ranks × accumulation.
             window_sources: sources in a window; 0: all.
@@ -91,16 +98,16 @@ class Plan:
         self.global_batch = global_batch
         self._rows = rows
         sources = len(rows.images_SK)
-        self._repeats_S = np.broadcast_to(np.asarray(repeats_S, np.int64), sources)
+        self.samples_SK = samples_SK
         self.window_sources = window_sources if 0 < window_sources < sources else sources
-        self.samples_K = self._repeats_S @ rows.images_SK
+        self.samples_K = samples_SK.sum(axis=0, dtype=np.int64)
         self._passes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._check_size()
 
     @property
     def source_count(self) -> int:
         """Sources of the data."""
-        return len(self._repeats_S)
+        return len(self.samples_SK)
 
     def steps_before_epoch(self, epoch: int) -> int:
         """Steps in the epochs 0 … epoch-1."""
@@ -179,10 +186,8 @@ class Plan:
                 shuffled_n = permute(start_n[here] - first, int(ends_W[window]) - first, keys)
                 span = slice(window * self.window_sources, (window + 1) * self.window_sources)
                 sources = order_S[span]
-                images = self._rows.images_SK[sources, bucket].astype(np.int64)
-                rows_n[here], sources_n[here] = _located(
-                    self._rows, bucket, sources, images, self._repeats_S[sources], shuffled_n, look_up
-                )
+                samples = self.samples_SK[sources, bucket].astype(np.int64)
+                rows_n[here], sources_n[here] = _located(self._rows, bucket, sources, samples, shuffled_n, look_up)
         return rows_n, sources_n
 
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,15 +199,13 @@ class Plan:
         return self._passes[number]
 
     def _make_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        sources = len(self._repeats_S)
+        sources = self.source_count
         if self.window_sources == sources:
             return np.arange(sources), self.samples_K[None]
         keys = generator(self.seed, Stream.SOURCES, number).integers(0, 2**64, ROUNDS, np.uint64)
         order_S = permute(np.arange(sources), sources, keys)
         windows = [order_S[start : start + self.window_sources] for start in range(0, sources, self.window_sources)]
-        return order_S, np.cumsum(
-            [self._repeats_S[window] @ self._rows.images_SK[window] for window in windows], axis=0
-        )
+        return order_S, np.cumsum([self.samples_SK[window].sum(axis=0, dtype=np.int64) for window in windows], axis=0)
 
     def _check_size(self) -> None:
         samples = int(self.samples_K.sum())
@@ -229,15 +232,19 @@ def _located(
     rows: BucketedRows,
     bucket: int,
     sources: np.ndarray,
-    images: np.ndarray,
-    repeats: np.ndarray | int,
+    samples: np.ndarray,
     places_n: np.ndarray,
     look_up: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and sources at some places of the images of some sources laid end to end, each repeated in its place."""
-    ends = np.cumsum(images * repeats)
+    """Rows and sources at some places of the samples of some sources laid end to end.
+
+    Of a source's n samples over its m images in the bucket number i is the image i·m // n: each comes n / m times,
+    rounded down or up, and one after the other.
+    """
+    ends = np.cumsum(samples)
     which_n = np.searchsorted(ends, places_n, side="right")
-    inside_n = (places_n - np.concatenate([[0], ends])[which_n]) // np.broadcast_to(repeats, ends.shape)[which_n]
+    images_n = rows.images_SK[sources[which_n], bucket].astype(np.int64)
+    inside_n = (places_n - (ends - samples)[which_n]) * images_n // samples[which_n]
     rows_n = np.empty(len(places_n), np.int64)
     if look_up:
         for place in np.unique(which_n).tolist():

@@ -15,9 +15,14 @@ from library.keyed_random import Stream, generator
 
 @dataclass(frozen=True)
 class Treatment:
-    """How the samples of one subset are prepared."""
+    """How the samples of one subset are prepared, and how much they count.
+
+    Attributes:
+        loss_weight: of each sample; that of regularisation images is --prior_loss_weight.
+    """
 
     captions: CaptionOptions = field(default_factory=CaptionOptions)
+    loss_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,14 @@ class Sample:
         size_ids: original height and width, crop top and left, target height and width, in px.
         caption: as trained.
         name: where it comes from.
+        loss_weight: what its loss is multiplied by.
     """
 
     pixels_HWC: np.ndarray
     size_ids: tuple[int, int, int, int, int, int]
     caption: str
     name: str
+    loss_weight: float
 
 
 def prepare_sample(
@@ -69,4 +76,4 @@ def prepare_sample(
     pixels_HWC, size_ids = decode(image, bucket_wh_px, fit)
     rng = generator(at.seed, Stream.CAPTION, at.step, at.place)
     caption = process_caption(text, treatment.captions, rng, at.step, at.epoch)
-    return Sample(pixels_HWC, size_ids, caption, name)
+    return Sample(pixels_HWC, size_ids, caption, name, treatment.loss_weight)

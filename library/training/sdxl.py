@@ -128,7 +128,11 @@ class SDXLPretraining:
         return tokenize(self.model.tokenizer1, captions, length), tokenize(self.model.tokenizer2, captions, length)
 
     def loss(self, module: nn.Module, batch: MicroBatch) -> Tensor:
-        """Mean squared error of the prediction (Ho et al., 2006.11239, equation 14, on latents)."""
+        """Mean squared error of the prediction (Ho et al., 2006.11239, equation 14, on latents), times the weights.
+
+        With a weight w for each of B samples: Σ w·mean((prediction - target)²) / B, as DreamBooth (Ruiz et al.,
+        2208.12242, equation 2) weighs the prior-preservation term by λ.
+        """
         places = batch.places_B.tolist()
         latents_BCHW = self._latents(batch, places)
         shape_CHW = (latents_BCHW.shape[1], latents_BCHW.shape[2], latents_BCHW.shape[3])
@@ -138,7 +142,8 @@ class SDXLPretraining:
         ids1_BK77, ids2_BK77 = (ids_BK77.to(self.device) for ids_BK77 in batch.ids)
         predicted_BCHW = module(noisy_BCHW, t_B, ids1_BK77, ids2_BK77, batch.size_ids_B6.to(self.device))
         target_BCHW = self.prediction.target(self.schedule, latents_BCHW, noise_BCHW, t_B)
-        return nn.functional.mse_loss(predicted_BCHW.float(), target_BCHW)
+        loss_B = nn.functional.mse_loss(predicted_BCHW.float(), target_BCHW, reduction="none").mean(dim=(1, 2, 3))
+        return (loss_B * batch.loss_weights_B.to(self.device)).mean()
 
     def _latents(self, batch: MicroBatch, places: Sequence[int]) -> Tensor:
         """The images' latents (B, C, H, W), drawn from the VAE's posterior."""

@@ -109,7 +109,7 @@ def config(general=None, dataset=None, subset=None):
     return {"general": general or {}, "datasets": datasets}
 
 
-@pytest.mark.parametrize("value", ["flip_aug", "color_aug", "random_crop", "is_reg"])
+@pytest.mark.parametrize("value", ["flip_aug", "color_aug", "random_crop"])
 def test_what_is_not_there_yet_is_refused_where_it_is_asked_for(tmp_path, value):
     with pytest.raises(InputError, match=rf"data\.toml: {value} in \[\[datasets\.subsets\]\] 1 .*not available.*false"):
         options(written(tmp_path, config(subset={value: True})))
@@ -128,6 +128,8 @@ def test_what_is_not_there_yet_is_refused_where_it_is_asked_for(tmp_path, value)
         (config(subset={"caption_dropout_rate": 1.5}), r"caption_dropout_rate .* 0 to 1, got 1\.5"),
         (config(subset={"caption_separator": ""}), r"caption_separator .* must not be empty"),
         (config(subset={"token_warmup_step": -1}), r"token_warmup_step .* at least 0, got -1"),
+        (config(subset={"is_reg": True}), r"\[\[datasets\]\] 1 has only subsets of is_reg = true"),
+        (config(general={"is_reg": True}), r"is_reg does not belong in \[general\].*\[\[datasets\.subsets\]\]"),
         (config(subset={"image_dir": 3}), r"image_dir .* a text, got 3"),
         (config(dataset={"resolution": [1, 2, 3]}), r"resolution in \[\[datasets\]\] 1 .*\[width, height\]"),
         (
@@ -155,10 +157,23 @@ def test_batch_sizes_that_differ_are_an_error(tmp_path):
         options(written(tmp_path, content))
 
 
-@pytest.mark.parametrize("flag", ["--train_data_dir=d", "--in_json=x.json"])
+@pytest.mark.parametrize("flag", ["--train_data_dir=d", "--in_json=x.json", "--reg_data_dir=r"])
 def test_the_data_is_named_in_one_place(tmp_path, flag):
     with pytest.raises(InputError, match=rf"{flag.partition('=')[0]} and --dataset_config"):
         options(written(tmp_path, config()), flag)
+
+
+def test_regularisation_images_are_a_subset_of_their_own(tmp_path):
+    given = ["--train_data_dir=d", "--resolution=64", "--in_json=x.json", "--shuffle_caption"]
+    (only,) = data_options(sdxl_pretrain.build_parser().parse_args([*REQUIRED, *given])).subsets
+    train, reg = data_options(sdxl_pretrain.build_parser().parse_args([*REQUIRED, *given, "--reg_data_dir=r"])).subsets
+    assert train == only and not train.is_reg
+    assert (reg.train_data_dir, reg.in_json, reg.is_reg, reg.shuffle_caption) == (Path("r"), None, True, True)
+    content = config()
+    content["datasets"] += config()["datasets"]
+    content["datasets"][1]["subsets"].append({"image_dir": "r", "is_reg": True})
+    found = options(written(tmp_path, content)).subsets
+    assert [(subset.dataset, subset.is_reg) for subset in found] == [(0, False), (1, False), (1, True)]
 
 
 def test_no_data_at_all_is_an_error():

@@ -150,6 +150,67 @@ def test_repeats_multiply_those_of_the_folders_names(tmp_path, make_picture):
     assert prepared(tmp_path, "--dataset_repeats=2", batch=6).plan.samples_K.sum() == 6
 
 
+class TestRegularisation:
+    """Three images of a class shown twice, beside regularisation images."""
+
+    @pytest.fixture
+    def folders(self, tmp_path, make_picture):
+        def make(reg_images, reg_name="1_dog"):
+            for folder, count in ((tmp_path / "train" / "2_sks dog", 3), (tmp_path / "reg" / reg_name, reg_images)):
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    (folder / f"{number}.jpg").write_bytes(make_picture(32, 32, seed=number))
+            return tmp_path / "train", f"--reg_data_dir={tmp_path / 'reg'}"
+
+        return make
+
+    def shown(self, data, epochs):
+        """How often each image came, the training images first, and the weights by folder."""
+        counts, weights = Counter(), {}
+        for batch in data.loader(lambda captions: (), data.plan.steps_before_epoch(epochs)):
+            for name, caption, weight in zip(batch.names, batch.captions, batch.loss_weights_B.tolist(), strict=True):
+                counts[name] += 1
+                weights.setdefault(caption, set()).add(weight)
+        reg = [count for name, count in counts.items() if "/reg/" in name]
+        return sorted(count for name, count in counts.items() if "/train/" in name), sorted(reg), weights
+
+    def test_few_are_repeated_and_weighted(self, folders):
+        data = prepared(*folders(4), "--prior_loss_weight=0.25", batch=6)
+        trained, reg, weights = self.shown(data, 1)
+        assert (trained, reg) == ([2, 2, 2], [1, 1, 2, 2])
+        assert weights == {"sks dog": {1.0}, "dog": {0.25}}
+        (line,) = [line for line in data.report() if "reg images" in line]
+        assert line.startswith("4 reg images, of which an epoch uses 4, 6 with repeats; their loss counts 0.25 times")
+        assert "6 train images with repeats." in data.report()
+
+    def test_many_are_cut_and_come_in_the_same_batches(self, folders):
+        data = prepared(*folders(40, "3_dog"), batch=6)
+        trained, reg, weights = self.shown(data, 3)
+        assert (trained, reg) == ([6, 6, 6], [3] * 6)
+        assert weights == {"sks dog": {1.0}, "dog": {1.0}}
+        batches = [data.plan.sources_of_batch(step).tolist() for step in range(6)]
+        assert any(len(set(sources)) == 2 for sources in batches)
+        assert any("40 reg images, of which an epoch uses 6, 6 with repeats" in line for line in data.report())
+
+    def test_the_fingerprint_tells_them_from_images_to_train_on(self, folders, tmp_path):
+        train, reg = folders(3, "2_dog")
+        found = set()
+        for is_reg in (True, False):
+            subsets = [{"image_dir": str(train)}, {"image_dir": reg.partition("=")[2], "is_reg": is_reg}]
+            for subset in subsets:
+                subset["class_tokens"] = "dog"
+            (tmp_path / "data.toml").write_text(toml.dumps({"datasets": [{"resolution": 32, "subsets": subsets}]}))
+            arguments = ["--pretrained_model_name_or_path=m", "--output_dir=o"]
+            arguments.append(f"--dataset_config={tmp_path / 'data.toml'}")
+            options = data_options(sdxl_pretrain.build_parser().parse_args(arguments))
+            found.add(prepare_data(options, 1, rank=0, world_size=1, accumulation=1).fingerprint())
+        assert len(found) == 2
+
+    def test_a_folder_that_is_not_there_is_named_with_its_flag(self, shards):
+        with pytest.raises(InputError, match=r"--reg_data_dir .*nowhere: there is no such folder"):
+            prepared(shards, "--reg_data_dir=/nowhere")
+
+
 def test_windows_are_reported_with_how_well_they_shuffle(shards):
     lines = prepared(shards, "--shuffle_window_shards=2").report()
     (line,) = [line for line in lines if line.startswith("shuffle: ")]

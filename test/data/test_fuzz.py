@@ -27,7 +27,7 @@ from library.data.bucket_rows import bucket_rows
 from library.data.buckets import BucketOptions
 from library.data.index import build_index
 from library.data.loader import Share, make_loader
-from library.data.plan import Plan
+from library.data.plan import Plan, repeated
 from library.data.sample import Treatment
 from library.data.sources import Subset
 from library.errors import InputError
@@ -147,7 +147,7 @@ def run_case(folder, seed):
         index = build_index([Subset(folder, ".txt")], use_cache=False)
         options = BucketOptions((32, 32), True, 16, 64, 8, bucket_no_upscale=upscale)
         buckets = bucket_rows(index, [options])
-        plan = Plan(buckets, index.repeats_S, seed, 1)
+        plan = Plan(buckets, repeated(buckets.images_SK, index.repeats_S), seed, 1)
         batches = list(make_loader(index, buckets, plan, Share(1), [Treatment()], end_step=STEPS))
         check_left_out(index.bad, len(index), 1.0)
     except InputError as error:

@@ -13,7 +13,7 @@ from library.data.buckets import BucketOptions
 from library.data.captions import CaptionOptions
 from library.data.index import build_index
 from library.data.loader import Share, make_loader
-from library.data.plan import Plan
+from library.data.plan import Plan, repeated
 from library.data.report import data_report
 from library.data.sample import Treatment
 from library.data.sources import Subset
@@ -33,7 +33,7 @@ class Set:
         self.seed = seed
 
     def plan(self, global_batch):
-        return Plan(self.buckets, self.index.repeats_S, self.seed, global_batch)
+        return Plan(self.buckets, repeated(self.buckets.images_SK, self.index.repeats_S), self.seed, global_batch)
 
     def loader(self, share, end_step, captions=TREATMENT.captions, **options):
         plan = self.plan(share.global_batch)

@@ -3,10 +3,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from library.data.plan import Plan
+from library.data.plan import Plan, repeated
 from library.errors import InputError
 
 
@@ -25,8 +25,12 @@ class Rows:
         return np.flatnonzero((self.buckets == bucket) & (self.sources == source))[places_n]
 
 
+def make_plan(rows, repeats, *others, **options):
+    return Plan(rows, repeated(rows.images_SK, repeats), *others, **options)
+
+
 def plan_of(buckets, repeats, seed, global_batch):
-    return Plan(Rows(buckets), repeats, seed, global_batch)
+    return make_plan(Rows(buckets), repeats, seed, global_batch)
 
 
 @st.composite
@@ -40,7 +44,7 @@ def plans(draw):
     repeats = repeats_S[sources]
     largest = int(np.bincount(buckets, repeats).max())
     seed, batch, window = draw(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, largest), st.integers(0, 8)))
-    return Plan(Rows(buckets, sources), repeats_S, seed, batch, window), buckets, repeats
+    return make_plan(Rows(buckets, sources), repeats_S, seed, batch, window), buckets, repeats
 
 
 @settings(max_examples=100, deadline=None)
@@ -65,6 +69,21 @@ def test_every_pass_shows_each_sample_as_often_as_it_is_repeated(drawn):
         for row in rows:  # what is left over is the end of the last pass or passes
             whole_passes = epochs - -(-left // int(repeats[rows].sum()))
             assert whole_passes * repeats[row] <= seen[row] <= epochs * repeats[row]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12)), min_size=1, max_size=5), st.integers(0, 3))
+def test_samples_of_a_source_are_spread_evenly_over_its_images(cells, window):
+    """Sources of so many images and samples in one bucket: in a pass each image comes n / m times, down or up."""
+    images, samples = (np.array(numbers) for numbers in zip(*((m, n if m else 0) for m, n in cells), strict=True))
+    assume(samples.sum())
+    sources = np.repeat(np.arange(len(images)), images)
+    plan = Plan(Rows(np.zeros(len(sources), int), sources), samples[: sources.max() + 1, None], 1, 1, window)
+    shown = Counter(int(plan.batch(step)[0]) for step in range(plan.steps_before_epoch(1)))
+    for source, (m, n) in enumerate(zip(images.tolist(), samples.tolist(), strict=True)):
+        counts = [shown[row] for row in np.flatnonzero(sources == source).tolist()]
+        assert sum(counts) == n
+        assert all(n // m <= count <= -(-n // m) for count in counts)
 
 
 @settings(max_examples=60, deadline=None)
@@ -135,11 +154,11 @@ def test_a_batch_larger_than_a_bucket_comes_every_few_epochs():
 def test_the_seed_and_nothing_else_chooses_the_order():
     buckets, sources = np.arange(100) % 3, np.arange(100) // 9
     for window in (0, 2):
-        one, same, other = (Plan(Rows(buckets, sources), 1, seed, 8, window) for seed in (1, 1, 2))
+        one, same, other = (make_plan(Rows(buckets, sources), 1, seed, 8, window) for seed in (1, 1, 2))
         assert all((one.batch(step) == same.batch(step)).all() for step in (0, 1, 37, 5_000))
         assert any((one.batch(step) != other.batch(step)).any() for step in range(3))
         # Asking for a step does not depend on what was asked before.
-        assert (Plan(Rows(buckets, sources), 1, 1, 8, window).batch(5_000) == one.batch(5_000)).all()
+        assert (make_plan(Rows(buckets, sources), 1, 1, 8, window).batch(5_000) == one.batch(5_000)).all()
 
 
 def test_the_order_without_windows_is_the_contract_of_resuming():
@@ -149,7 +168,7 @@ def test_the_order_without_windows_is_the_contract_of_resuming():
 
 
 def test_any_step_of_a_long_run_is_reached_at_once():
-    plan = Plan(Rows(np.arange(1000) % 7, np.arange(1000) // 10), 3, seed=1, global_batch=16, window_sources=4)
+    plan = make_plan(Rows(np.arange(1000) % 7, np.arange(1000) // 10), 3, seed=1, global_batch=16, window_sources=4)
     step = 10**12
     began = time.perf_counter()
     assert plan.batch(step).shape == (16,)
@@ -169,7 +188,7 @@ class Billions:
 def test_a_plan_over_billions_is_as_small_and_quick_as_its_shards():
     rows = Billions()
     began = time.process_time()
-    plan = Plan(rows, 1, 1, 2048, window_sources=64)
+    plan = make_plan(rows, 1, 1, 2048, window_sources=64)
     for step in (0, 10**6, 1_999_999, 10**8):
         batch = plan.batch_of_step(step, np.arange(8))
         assert set((batch.rows_G // 1_000_000 % 100).tolist()) == {batch.bucket}
@@ -186,7 +205,7 @@ class TestWindows:
     BUCKETS = np.arange(600) % 3
 
     def plan(self, window=4, batch=5, seed=3):
-        return Plan(Rows(self.BUCKETS, self.SOURCES), 1, seed, batch, window)
+        return make_plan(Rows(self.BUCKETS, self.SOURCES), 1, seed, batch, window)
 
     def windows(self, plan, first_step):
         """The sets of sources that an epoch's five times 24 batches show."""
@@ -232,7 +251,7 @@ class TestWindows:
 
 def test_all_rows_of_a_bucket_are_found_one_by_one():
     rows = Rows(np.arange(50) % 3, np.arange(50) // 7)
-    found = Plan(rows, 2, 1, 4).rows_of_bucket(1)
+    found = make_plan(rows, 2, 1, 4).rows_of_bucket(1)
     assert found[np.arange(len(found))].tolist() == list(range(1, 50, 3))
     assert found[np.array([3, 0])].tolist() == [10, 1]
 
