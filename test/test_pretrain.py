@@ -6,6 +6,7 @@ import shutil
 import tarfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -341,3 +342,29 @@ def test_bad_samples_are_listed_and_counted_and_too_many_stop_the_run(train, sha
     assert status == 2
     assert "error: --max_bad_samples 0.01: 1 of 24 samples (4.17%)" in printed
     assert "no image" in printed
+
+
+def alpha_images(folder, alpha):
+    """Two pictures of random colours with the same alpha channel, of 0 or 1 a pixel."""
+    folder.mkdir()
+    for number in range(2):
+        colours = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        pixels = np.concatenate([colours, np.full((64, 64, 1), 255, np.uint8) * alpha[..., None]], axis=-1)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a picture")
+    return folder
+
+
+def test_masks_of_two_halves_share_the_loss_of_the_whole(train, tmp_path):
+    left = np.repeat(np.arange(64)[None] < 32, 64, axis=0)
+    losses = {}
+    for name, alpha in (("whole", left | True), ("left", left), ("right", ~left)):
+        data = alpha_images(tmp_path / f"data_{name}", alpha)
+        arguments = ("--alpha_mask", "--masked_loss", "--max_train_steps=1", "--train_batch_size=2")
+        _, folder, printed = train(*arguments, data=data, out=name)
+        losses[name] = metrics(folder)[0]["loss"]
+    assert losses["left"] + losses["right"] == pytest.approx(losses["whole"], rel=1e-4), printed
+    assert min(losses.values()) > 0.2 * losses["whole"]
+    status, _, printed = train("--masked_loss", data=data)
+    assert status == 2
+    assert "--masked_loss has no masks" in printed and "--alpha_mask" in printed

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from library.cli.parser import non_negative_float, non_negative_int, positive_int, rate
 
+INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
+
 
 @dataclass(frozen=True)
 class SubsetOptions:
@@ -37,6 +39,12 @@ class SubsetOptions:
     caption_dropout_rate: float
     caption_dropout_every_n_epochs: int
     caption_tag_dropout_rate: float
+    flip_aug: bool
+    color_aug: bool
+    random_crop: bool
+    face_crop_aug_range: tuple[float, float] | None  # crop's shorter side over the face's longer one
+    alpha_mask: bool
+    resize_interpolation: str | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class DataOptions:
     max_data_loader_n_workers: int
     max_bad_samples: float  # share of all samples
     prior_loss_weight: float  # of regularisation images
+    masked_loss: bool
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -63,6 +72,17 @@ def resolution(text: str) -> tuple[int, int]:
     if len(parts) not in (1, 2) or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ArgumentTypeError(f"must be 'width,height' or one number in px, such as 1024,1024; got {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def face_range(text: str) -> tuple[float, float]:
+    """An argparse type: 'LEAST,MOST', two numbers above 0."""
+    try:
+        least, most = map(float, text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"must be two numbers 'LEAST,MOST', such as 2.0,4.0; got {text!r}") from None
+    if not 0 < least <= most < float("inf"):
+        raise ArgumentTypeError(f"must be two numbers above 0, the smaller one first; got {text!r}")
+    return least, most
 
 
 def separator(text: str) -> str:
@@ -125,6 +145,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--bucket_no_upscale", action="store_true", help="never scale an image up; buckets follow the images"
     )
     _add_caption_arguments(group)
+    _add_image_arguments(group)
     group.add_argument(
         "--train_batch_size", type=positive_int, default=1, help="images per device and pass (%(default)s)"
     )
@@ -209,4 +230,29 @@ def _add_caption_arguments(group: _ArgumentGroup) -> None:
         type=rate,
         default=0.0,
         help="share of tags left out, other than kept ones (%(default)s)",
+    )
+
+
+def _add_image_arguments(group: _ArgumentGroup) -> None:
+    group.add_argument("--flip_aug", action="store_true", help="mirror half of the samples, drawn anew at each step")
+    group.add_argument(
+        "--color_aug", action="store_true", help="change hue or gamma of a third of the samples a little"
+    )
+    group.add_argument("--random_crop", action="store_true", help="crop at random instead of at the centre")
+    group.add_argument(
+        "--face_crop_aug_range",
+        type=face_range,
+        metavar="LEAST,MOST",
+        help="crop around the face that a name STEM_X_Y_W_H tells of; its shorter side is so many times the face",
+    )
+    group.add_argument(
+        "--alpha_mask", action="store_true", help="weigh the loss with the images' alpha channel, 0 where transparent"
+    )
+    group.add_argument(
+        "--masked_loss", action="store_true", help="weigh the loss with masks; they come from --alpha_mask"
+    )
+    group.add_argument(
+        "--resize_interpolation",
+        choices=INTERPOLATIONS,
+        help="filter that images are scaled with (default: the fastest that keeps the quality)",
     )

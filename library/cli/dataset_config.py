@@ -14,7 +14,7 @@ from typing import Any
 
 import toml
 
-from library.cli.data import DataOptions, SubsetOptions, extension, separator
+from library.cli.data import INTERPOLATIONS, DataOptions, SubsetOptions, extension, face_range, separator
 from library.cli.parser import fill
 from library.errors import InputError
 
@@ -59,6 +59,18 @@ def _resolution(value: Any) -> tuple[int, int]:
     return width, height
 
 
+def _face_range(value: Any) -> tuple[float, float]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError("must be [least, most]")
+    return face_range(",".join(map(str, value)))
+
+
+def _interpolation(value: Any) -> str:
+    if value not in INTERPOLATIONS:
+        raise ValueError(f"must be one of {', '.join(INTERPOLATIONS)}")
+    return str(value)
+
+
 _flag, _text = _of(bool, "true or false"), _of(str, "a text")
 
 # Key of the file: (option, conversion), by the innermost level that may hold it.
@@ -84,6 +96,12 @@ _INHERITED: dict[str, tuple[str, Convert]] = {
     "caption_dropout_rate": ("caption_dropout_rate", _share),
     "caption_dropout_every_n_epochs": ("caption_dropout_every_n_epochs", _whole(0)),
     "caption_tag_dropout_rate": ("caption_tag_dropout_rate", _share),
+    "flip_aug": ("flip_aug", _flag),
+    "color_aug": ("color_aug", _flag),
+    "random_crop": ("random_crop", _flag),
+    "face_crop_aug_range": ("face_crop_aug_range", _face_range),
+    "alpha_mask": ("alpha_mask", _flag),
+    "resize_interpolation": ("resize_interpolation", _interpolation),
 }
 _DATASET: dict[str, tuple[str, Convert]] = {
     "batch_size": ("train_batch_size", _whole(1)),
@@ -97,15 +115,9 @@ _DATASET: dict[str, tuple[str, Convert]] = {
 # What sd-scripts takes and this project does not do yet: only the value that leaves it off.
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "conditioning_data_dir": (),
-    "color_aug": (False,),
-    "flip_aug": (False,),
-    "random_crop": (False,),
-    "face_crop_aug_range": (),
-    "alpha_mask": (False,),
     "cache_info": (False,),
     "validation_split": (0,),
     "validation_seed": (),
-    "resize_interpolation": (),
     "network_multiplier": (1,),
 }
 

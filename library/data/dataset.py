@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from library.cli.data import DataOptions, SubsetOptions
+from library.data.augmentation import ImageOptions, face_in
 from library.data.bad_samples import check_left_out
 from library.data.bucket_rows import Buckets, bucket_rows
 from library.data.buckets import BucketOptions, check_options
@@ -23,9 +24,13 @@ from library.data.plan import Plan, repeated
 from library.data.regularisation import balanced, regularisation_lines
 from library.data.report import data_report
 from library.data.sample import Treatment
+from library.data.scaling import FILTERS
 from library.data.sources import Subset
+from library.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+_NAMES_LOOKED_AT = 1000  # of each subset, for faces
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ def prepare_data(
         between: called between two pieces of the work, and while another process works; may raise, to end it.
 
     Raises:
-        InputError: no images, no captions, bucket options that cannot be, a set too small for one batch.
+        InputError: no images, no captions, bucket options that cannot be, no faces in the names where crops go around
+            them, a set too small for one batch.
     """
     bucket_options = [_bucket_options(subset) for subset in options.subsets]
     for entry in bucket_options:
@@ -105,6 +111,7 @@ def prepare_data(
     subsets = [_subset(subset, options.dataset_config) for subset in options.subsets]
     index = build_index(subsets, progress=_index_bar, between=between)
     check_left_out(index.bad, len(index), options.max_bad_samples)
+    _check_faces(index, options.subsets)
     buckets = bucket_rows(index, bucket_options, _bar("buckets"), between)
     share = Share(options.train_batch_size, rank, world_size, accumulation)
     samples_SK = balanced(
@@ -114,6 +121,33 @@ def prepare_data(
     )
     plan = Plan(buckets, samples_SK, seed, share.global_batch, options.shuffle_window_shards)
     return TrainingData(options, index, buckets, plan, share)
+
+
+def _check_faces(index: Index, subsets: Sequence[SubsetOptions]) -> None:
+    """Say how many images have a face in their name, where crops go around it.
+
+    Raises:
+        InputError: a subset is to be cropped around faces, and no name in it tells of one.
+    """
+    for number, subset in enumerate(subsets):
+        if subset.face_crop_aug_range is None:
+            continue
+        own = [place for place, source in enumerate(index.sources) if source.subset == number]
+        first, last = index.starts_S[own[0]], index.starts_S[own[-1] + 1] - 1  # a subset's sources are neighbours
+        looked_at = np.unique(np.linspace(first, last, _NAMES_LOOKED_AT).astype(np.int64)).tolist()
+        found = sum(face_in(index.name(row)) is not None for row in looked_at)
+        if not found:
+            raise InputError(
+                f"--face_crop_aug_range: none of {len(looked_at)} names in {subset.train_data_dir} tells of a face, "
+                f"{index.name(looked_at[0])} for one. Names must end in _X_Y_W_H, the face's centre, width and height "
+                "in px, such as anna_210_180_96_120.jpg; name them so, or leave the flag out."
+            )
+        logger.info(
+            "%s: %d of %d names looked at tell of a face; other images are cropped without one",
+            subset.train_data_dir,
+            found,
+            len(looked_at),
+        )
 
 
 def _subset(options: SubsetOptions, config: Path | None) -> Subset:
@@ -163,7 +197,16 @@ def _treatment(options: SubsetOptions, run_steps: int, prior_loss_weight: float)
         token_warmup_min=options.token_warmup_min,
         token_warmup_steps=warmup if warmup >= 1 else int(warmup * run_steps),
     )
-    return Treatment(captions, prior_loss_weight if options.is_reg else 1.0)
+    interpolation = options.resize_interpolation
+    images = ImageOptions(
+        flip_aug=options.flip_aug,
+        color_aug=options.color_aug,
+        random_crop=options.random_crop,
+        face_crop_aug_range=options.face_crop_aug_range,
+        alpha_mask=options.alpha_mask,
+        resize_interpolation=None if interpolation is None else FILTERS[interpolation],
+    )
+    return Treatment(captions, prior_loss_weight if options.is_reg else 1.0, images=images)
 
 
 def _index_bar(subset: Subset) -> Callable[[int, int], None]:

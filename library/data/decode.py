@@ -34,16 +34,25 @@ _MAX_SCANS = 100  # of a progressive JPEG, each of which costs a pass over all p
 DRAFT_MARGIN = 1.25
 
 
+SizeIds = tuple[int, int, int, int, int, int]  # original height and width, crop top and left, target height and width
+
+
 class SampleError(Exception):
     """A sample that cannot be used; the message is the reason. The caller puts another in its place."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How an image meets its bucket: scaled to scaled_wh_px, then the bucket's rectangle cut out at crop_xy_px."""
+    """How an image meets its bucket: scaled to scaled_wh_px, the bucket's rectangle cut out at crop_xy_px, mirrored."""
 
     scaled_wh_px: tuple[int, int]
     crop_xy_px: tuple[int, int]
+    mirrored: bool = False
+
+    def seen_left_px(self, bucket_w_px: int) -> int:
+        """How much is cropped away left of what is seen: of a mirrored image, what was right of it before."""
+        left = self.crop_xy_px[0]
+        return self.scaled_wh_px[0] - bucket_w_px - left if self.mirrored else left
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
@@ -59,41 +68,56 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
 
 def decode(
-    data: bytes, bucket_wh_px: tuple[int, int], fit: Callable[[int, int], Fit]
-) -> tuple[np.ndarray, tuple[int, int, int, int, int, int]]:
+    data: bytes,
+    bucket_wh_px: tuple[int, int],
+    fit: Callable[[int, int], Fit],
+    by: Filter | None = None,
+    with_alpha: bool = False,
+) -> tuple[np.ndarray, SizeIds]:
     """Decode, scale and crop one image.
 
     Args:
         data: the encoded file.
         bucket_wh_px: size of the result.
         fit: from the upright image's (width, height) to how it meets the bucket.
+        by: the filter of scaling, applied to the whole picture; None: what docs/measurements/data.md found best.
+        with_alpha: leave the colours as they are stored, not over white, and give alpha, too.
 
     Returns:
-        Pixels (height, width, 3) uint8 RGB, and the size conditions (original h, w, crop top, left, target h, w).
+        Pixels (height, width, 3) uint8 RGB, or (height, width, 4) with alpha, and the size conditions (original h, w,
+        crop top, left, target h, w), all as in the mirrored image if it is mirrored.
 
     Raises:
         SampleError: it cannot be decoded.
     """
-    return _reported(lambda: _decode(data, bucket_wh_px, fit))
+    return _reported(lambda: _decode(data, bucket_wh_px, fit, by, with_alpha))
 
 
 def _decode(
-    data: bytes, bucket_wh_px: tuple[int, int], fit: Callable[[int, int], Fit]
-) -> tuple[np.ndarray, tuple[int, int, int, int, int, int]]:
+    data: bytes,
+    bucket_wh_px: tuple[int, int],
+    fit: Callable[[int, int], Fit],
+    by: Filter | None,
+    with_alpha: bool,
+) -> tuple[np.ndarray, SizeIds]:
     image = _open(data)
     width, height = _upright_size(image)
     found = fit(width, height)
     (scaled_w, scaled_h), (left, top) = found.scaled_wh_px, found.crop_xy_px
     bucket_w, bucket_h = bucket_wh_px
     wanted = (int(scaled_w * DRAFT_MARGIN), int(scaled_h * DRAFT_MARGIN))
-    drafted = image.draft(None, wanted[::-1] if _is_turned(image) else wanted)  # None where the format cannot
+    # None where the format cannot.
+    drafted = None if by is not None else image.draft(None, wanted[::-1] if _is_turned(image) else wanted)
     # The decoded size is rounded up: the picture itself ends a fraction of a pixel before the edge.
     shrink = 1.0 if drafted is None else max(width, height) / max(drafted[1])
-    pixels_HWC = _plain_jpeg(data) if shrink == 1 and _is_plain_jpeg(image) else _pixels(image)
+    plain = shrink == 1 and _is_plain_jpeg(image) and not with_alpha
+    pixels_HWC = _plain_jpeg(data) if plain else _pixels(image, with_alpha)
     step_xy_px = width / shrink / scaled_w, height / shrink / scaled_h
-    by = Filter.BICUBIC if shrink == 1 else Filter.LANCZOS
-    scaled_HWC = scaled_crop(pixels_HWC, step_xy_px, (left, top), bucket_wh_px, by)
-    return scaled_HWC, (height, width, top, left, bucket_h, bucket_w)
+    best = Filter.BICUBIC if shrink == 1 else Filter.LANCZOS
+    scaled_HWC = scaled_crop(pixels_HWC, step_xy_px, (left, top), bucket_wh_px, by or best)
+    if found.mirrored:
+        scaled_HWC = scaled_HWC[:, ::-1]
+    return scaled_HWC, (height, width, top, found.seen_left_px(bucket_w), bucket_h, bucket_w)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -136,29 +160,35 @@ def _plain_jpeg(data: bytes) -> np.ndarray:
     return decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    """(height, width, 3) uint8 RGB of any image, upright."""
+def _pixels(image: Image.Image, with_alpha: bool) -> np.ndarray:
+    """(height, width, 3) uint8 RGB of any image, upright; (height, width, 4) with alpha."""
     if _orientation(image) != 1:
         ImageOps.exif_transpose(image, in_place=True)
-    return np.asarray(_rgb(image))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB from any mode; white under transparency."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        values = np.asarray(image).astype(np.uint32)
-        grey = ((values * 255 + 32895) >> 16).astype(np.uint8)  # rounds values / 257
-        if "transparency" in image.info:
-            grey[values == image.info["transparency"]] = 255
-        return Image.fromarray(grey).convert("RGB")
+    image = _eight_bit(image)
+    if with_alpha:
+        return np.asarray(image.convert("RGBA"))
     if image.has_transparency_data:
-        pixels = image.convert("RGBA")
-        white = Image.new("RGB", pixels.size, "white")
-        white.paste(pixels, mask=pixels)
-        return white
-    return image.convert("RGB")
+        return np.asarray(_over_white(image))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, with alpha where a value is transparent. (Pillow's own conversion clips at 255.)"""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((values * 255 + 32895) >> 16).astype(np.uint8))  # rounds values / 257
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(255 * (values != image.info["transparency"]).astype(np.uint8)))
+    return grey
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """RGB of an image with transparency, white under it."""
+    pixels = image.convert("RGBA")
+    white = Image.new("RGB", pixels.size, "white")
+    white.paste(pixels, mask=pixels)
+    return white
 
 
 def _reported(work: Callable[[], Any]) -> Any:

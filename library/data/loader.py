@@ -55,6 +55,8 @@ class MicroBatch:
         quarantined: (name, reason) of samples that could not be used, replacements that could not either among them.
         replaced: places where another sample than the planned one stands.
         loss_weights_B: float32, what the samples' losses are multiplied by; without it 1.
+        mirrored: of each sample, whether left and right are exchanged.
+        masks_BHW: uint8 weights of the loss; None: all of it counts.
     """
 
     images_BHWC: Tensor
@@ -68,6 +70,8 @@ class MicroBatch:
     quarantined: list[tuple[str, str]] = field(default_factory=list)
     replaced: int = 0
     loss_weights_B: Tensor = field(default_factory=lambda: torch.ones(()))
+    mirrored: list[bool] = field(default_factory=list)
+    masks_BHW: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -131,8 +135,11 @@ class MicroBatchDataset(Dataset):
         images_BHWC = np.empty((len(places), height, width, 3), np.uint8)
         size_ids_B6 = np.empty((len(places), 6), np.float32)
         loss_weights_B = np.empty(len(places), np.float32)
+        masked = any(treatment.images.alpha_mask for treatment in self._treatments)
+        masks_BHW = np.full((len(places), height, width), 255, np.uint8) if masked else None
         captions: list[str] = []
         names: list[str] = []
+        mirrored: list[bool] = []
         quarantined: list[tuple[str, str]] = []
         replaced = 0
         for number, (place, row) in enumerate(zip(places.tolist(), batch.rows_G.tolist(), strict=True)):
@@ -142,6 +149,9 @@ class MicroBatchDataset(Dataset):
             replaced += len(quarantined) > listed
             images_BHWC[number], size_ids_B6[number] = sample.pixels_HWC, sample.size_ids
             loss_weights_B[number] = sample.loss_weight
+            if masks_BHW is not None and sample.mask_HW is not None:
+                masks_BHW[number] = sample.mask_HW
+            mirrored.append(sample.mirrored)
             captions.append(sample.caption)
             names.append(sample.name)
         ids = self._tokenize(captions) if self._tokenize is not None else ()
@@ -157,6 +167,8 @@ class MicroBatchDataset(Dataset):
             quarantined,
             replaced,
             torch.from_numpy(loss_weights_B),
+            mirrored,
+            None if masks_BHW is None else torch.from_numpy(masks_BHW),
         )
 
     def _readable(self, row: int, bucket: int, at: Place, quarantined: list[tuple[str, str]]) -> Sample:

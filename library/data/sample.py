@@ -8,8 +8,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from library.data.augmentation import (
+    CHANGE_NUMBERS,
+    CROP_NUMBERS,
+    ImageOptions,
+    face_in,
+    is_mirrored,
+    placed,
+    recoloured,
+)
 from library.data.captions import CaptionOptions, process_caption
-from library.data.decode import Fit, decode
+from library.data.decode import Fit, SizeIds, decode
 from library.keyed_random import Stream, generator
 
 
@@ -23,6 +32,7 @@ class Treatment:
 
     captions: CaptionOptions = field(default_factory=CaptionOptions)
     loss_weight: float = 1.0
+    images: ImageOptions = field(default_factory=ImageOptions)
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,17 @@ class Sample:
         caption: as trained.
         name: where it comes from.
         loss_weight: what its loss is multiplied by.
+        mirrored: left and right are exchanged, in the size ids, too.
+        mask_HW: uint8 weights of the loss; None: all of it counts.
     """
 
     pixels_HWC: np.ndarray
-    size_ids: tuple[int, int, int, int, int, int]
+    size_ids: SizeIds
     caption: str
     name: str
     loss_weight: float
+    mirrored: bool = False
+    mask_HW: np.ndarray | None = None
 
 
 def prepare_sample(
@@ -63,17 +77,31 @@ def prepare_sample(
     fit: Callable[[int, int], Fit],
     at: Place,
 ) -> Sample:
-    """Decode and crop an image, and change its caption, as the treatment has it.
+    """Decode and crop an image, change its colours and its caption, as the treatment has it.
 
     Args:
+        name: of the sample; a face's place may be in it.
         image: the encoded file.
         text: the caption as the data set gives it, with all its lines.
-        fit: from the upright image's (width, height) to how it meets the bucket.
+        fit: from the upright image's (width, height) to how it meets the bucket, cropped at the centre.
 
     Raises:
         SampleError: it cannot be decoded.
     """
-    pixels_HWC, size_ids = decode(image, bucket_wh_px, fit)
+    options = treatment.images
+    crop_5 = generator(at.seed, Stream.CROP, at.step, at.place).random(CROP_NUMBERS)
+    change_4 = generator(at.seed, Stream.AUGMENTATION, at.step, at.place).random(CHANGE_NUMBERS)
+    mirrored, face = is_mirrored(options, change_4), face_in(name)
+
+    def fit_of_place(width: int, height: int) -> Fit:
+        centred = fit(width, height)
+        return placed(centred, (width, height), bucket_wh_px, options, face, crop_5, mirrored)
+
+    pixels_HWC, size_ids = decode(
+        image, bucket_wh_px, fit_of_place, options.resize_interpolation, with_alpha=options.alpha_mask
+    )
+    mask_HW = pixels_HWC[..., 3] if options.alpha_mask else None
+    pixels_HWC = recoloured(pixels_HWC[..., :3], options, change_4)
     rng = generator(at.seed, Stream.CAPTION, at.step, at.place)
     caption = process_caption(text, treatment.captions, rng, at.step, at.epoch)
-    return Sample(pixels_HWC, size_ids, caption, name, treatment.loss_weight)
+    return Sample(pixels_HWC, size_ids, caption, name, treatment.loss_weight, mirrored, mask_HW)

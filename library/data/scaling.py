@@ -17,16 +17,31 @@ _MAX_WASTE = 2
 
 
 class Filter(Enum):
-    """The filters in use; the values are Pillow's."""
+    """The filters; the values are Pillow's. All but NEAREST weigh every pixel that they shrink."""
 
     LANCZOS = Image.Resampling.LANCZOS
     BICUBIC = Image.Resampling.BICUBIC
+    BILINEAR = Image.Resampling.BILINEAR
+    AREA = Image.Resampling.BOX
+    NEAREST = Image.Resampling.NEAREST
 
 
+# By the names of --resize_interpolation.
+FILTERS = {
+    "lanczos": Filter.LANCZOS,
+    "nearest": Filter.NEAREST,
+    "bilinear": Filter.BILINEAR,
+    "linear": Filter.BILINEAR,
+    "bicubic": Filter.BICUBIC,
+    "cubic": Filter.BICUBIC,
+    "area": Filter.AREA,
+}
 _TORCH_OPERATORS = {
     Filter.LANCZOS: torch.ops.aten._upsample_lanczos2d_aa,
     Filter.BICUBIC: torch.ops.aten._upsample_bicubic2d_aa,
+    Filter.BILINEAR: torch.ops.aten._upsample_bilinear2d_aa,
 }
+_REDUCING_GAP = {Filter.LANCZOS: 3.0, Filter.BICUBIC: 3.0, Filter.BILINEAR: 3.0}  # Pillow may average before
 
 
 def scaled_crop(
@@ -39,20 +54,20 @@ def scaled_crop(
     """Scale a picture and cut a rectangle out of the result.
 
     Args:
-        pixels_HWC: uint8 RGB.
+        pixels_HWC: uint8, 3 colours, or 4 with alpha; no channel depends on another.
         step_xy_px: how many source pixels one pixel of the scaled picture is wide and high.
         crop_xy_px: left and top of the rectangle in the scaled picture.
         crop_wh_px: its width and height.
         by: the filter.
 
     Returns:
-        (height, width, 3) uint8; it may be a part of a larger array.
+        (height, width, channels) uint8; it may be a part of a larger array.
     """
     (left, top), (width, height) = crop_xy_px, crop_wh_px
     if step_xy_px == (1.0, 1.0):
         return pixels_HWC[top : top + height, left : left + width]
     wasteful = (left + width) * (top + height) > _MAX_WASTE * width * height
-    scale = _by_torch if _TORCH_IS_FAST and not wasteful else _by_pillow
+    scale = _by_torch if _TORCH_IS_FAST and by in _TORCH_OPERATORS and not wasteful else _by_pillow
     return scale(pixels_HWC, step_xy_px, crop_xy_px, crop_wh_px, by)
 
 
@@ -84,4 +99,7 @@ def _by_pillow(
     (left, top), (width, height), (x_step, y_step) = crop_xy_px, crop_wh_px, step_xy_px
     right, bottom = min((left + width) * x_step, columns), min((top + height) * y_step, rows)
     box = (left * x_step, top * y_step, right, bottom)
-    return np.asarray(Image.fromarray(pixels_HWC).resize(crop_wh_px, by.value, box=box, reducing_gap=3.0))
+    # A fourth channel named X: as alpha Pillow would weigh the colours with it.
+    mode = "RGBX" if pixels_HWC.shape[2] == 4 else "RGB"
+    image = Image.frombuffer(mode, (columns, rows), np.ascontiguousarray(pixels_HWC), "raw", mode, 0, 1)
+    return np.asarray(image.resize(crop_wh_px, by.value, box=box, reducing_gap=_REDUCING_GAP.get(by)))

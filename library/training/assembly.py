@@ -46,7 +46,7 @@ from library.training.resume import (
     plain_options,
     versions,
 )
-from library.training.rules import check_optimization, check_preview, check_saving
+from library.training.rules import check_data, check_optimization, check_preview, check_saving
 from library.training.run_lock import RunLock
 from library.training.saving import Cadence, Retention, epoch_name, last_name, step_name
 from library.training.sharding import MakeOptimizer, Replicated, shard, sharding_kind
@@ -111,6 +111,7 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Si
         accelerator = make_accelerator(options.run.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
+        check_data(options.data)
         check_optimization(options.optimization, options.run)
         check_preview(options.preview)
         check_saving(options.saving)

@@ -1,11 +1,21 @@
 """Rules between options, checked once, before anything is read or loaded; each error names the flag and the way out."""
 
+from library.cli.data import DataOptions
 from library.cli.optimization import OptimizationOptions
 from library.cli.run import PreviewOptions, RunOptions, SavingOptions
 from library.errors import InputError
 from library.training.optimizers import check_optimizer, check_warmup
 from library.training.prompts import read_prompts
 from library.training.sharding import sharding_kind
+
+
+def check_data(options: DataOptions) -> None:
+    """Raise InputError where options of the data cannot go together."""
+    if options.masked_loss and not any(subset.alpha_mask for subset in options.subsets):
+        raise InputError(
+            "--masked_loss has no masks: they come from the images' alpha channel; add --alpha_mask (or alpha_mask in "
+            "--dataset_config), or leave it out"
+        )
 
 
 def check_optimization(options: OptimizationOptions, run: RunOptions) -> None:

@@ -17,6 +17,7 @@ from library.cli.model import ModelOptions
 from library.cli.options import Options
 from library.data.loader import MicroBatch
 from library.diffusion.draws import normal, timesteps
+from library.diffusion.masks import latent_weights
 from library.diffusion.schedule import NoiseSchedule, prediction_type
 from library.errors import InputError
 from library.keyed_random import Stream
@@ -131,7 +132,7 @@ class SDXLPretraining:
         """Mean squared error of the prediction (Ho et al., 2006.11239, equation 14, on latents), times the weights.
 
         With a weight w for each of B samples: Σ w·mean((prediction - target)²) / B, as DreamBooth (Ruiz et al.,
-        2208.12242, equation 2) weighs the prior-preservation term by λ.
+        2208.12242, equation 2) weighs the prior-preservation term by λ. A mask weighs each latent pixel's error.
         """
         places = batch.places_B.tolist()
         latents_BCHW = self._latents(batch, places)
@@ -142,8 +143,10 @@ class SDXLPretraining:
         ids1_BK77, ids2_BK77 = (ids_BK77.to(self.device) for ids_BK77 in batch.ids)
         predicted_BCHW = module(noisy_BCHW, t_B, ids1_BK77, ids2_BK77, batch.size_ids_B6.to(self.device))
         target_BCHW = self.prediction.target(self.schedule, latents_BCHW, noise_BCHW, t_B)
-        loss_B = nn.functional.mse_loss(predicted_BCHW.float(), target_BCHW, reduction="none").mean(dim=(1, 2, 3))
-        return (loss_B * batch.loss_weights_B.to(self.device)).mean()
+        loss_BCHW = nn.functional.mse_loss(predicted_BCHW.float(), target_BCHW, reduction="none")
+        if batch.masks_BHW is not None:
+            loss_BCHW = loss_BCHW * latent_weights(batch.masks_BHW, noisy_BCHW.shape[2:]).to(self.device)
+        return (loss_BCHW.mean(dim=(1, 2, 3)) * batch.loss_weights_B.to(self.device)).mean()
 
     def _latents(self, batch: MicroBatch, places: Sequence[int]) -> Tensor:
         """The images' latents (B, C, H, W), drawn from the VAE's posterior."""

@@ -31,7 +31,7 @@ shuffle_caption = true
 caption_extension = "txt"
 enable_bucket = true
 keep_tokens = 1
-flip_aug = false            # off, so nothing that is missing here
+cache_info = false          # off, so nothing that is missing here
 
 [[datasets]]
 resolution = 1024
@@ -109,7 +109,7 @@ def config(general=None, dataset=None, subset=None):
     return {"general": general or {}, "datasets": datasets}
 
 
-@pytest.mark.parametrize("value", ["flip_aug", "color_aug", "random_crop"])
+@pytest.mark.parametrize("value", ["cache_info"])
 def test_what_is_not_there_yet_is_refused_where_it_is_asked_for(tmp_path, value):
     with pytest.raises(InputError, match=rf"data\.toml: {value} in \[\[datasets\.subsets\]\] 1 .*not available.*false"):
         options(written(tmp_path, config(subset={value: True})))
@@ -187,3 +187,32 @@ def test_a_file_that_is_not_there_or_of_another_kind(tmp_path):
         options(tmp_path / "nowhere.toml")
     with pytest.raises(InputError, match=r"must be a \.toml or a \.json"):
         options(tmp_path / "data.yaml")
+
+
+def test_image_options_stand_at_every_level(tmp_path):
+    content = config(
+        general={"flip_aug": True, "face_crop_aug_range": [1, 3]},
+        dataset={"random_crop": True, "resize_interpolation": "area"},
+        subset={"color_aug": True, "alpha_mask": True},
+    )
+    content["datasets"][0]["subsets"].append({"image_dir": "b", "flip_aug": False, "face_crop_aug_range": [2.0, 2.5]})
+    first, second = options(written(tmp_path, content), "--resize_interpolation=cubic").subsets
+    shown = [(each.flip_aug, each.random_crop, each.color_aug, each.alpha_mask) for each in (first, second)]
+    assert shown == [(True, True, True, True), (False, True, False, False)]
+    assert [each.face_crop_aug_range for each in (first, second)] == [(1.0, 3.0), (2.0, 2.5)]
+    assert first.resize_interpolation == "area"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("face_crop_aug_range", [3, 1], "the smaller one first"),
+        ("face_crop_aug_range", 2, r"must be \[least, most\]"),
+        ("face_crop_aug_range", ["1", "x"], "must be two numbers"),
+        ("resize_interpolation", "sharp", "must be one of lanczos"),
+        ("flip_aug", 1, "true or false"),
+    ],
+)
+def test_image_options_that_cannot_be_are_named(tmp_path, key, value, message):
+    with pytest.raises(InputError, match=rf"{key} in .*{message}"):
+        options(written(tmp_path, config(subset={key: value})))

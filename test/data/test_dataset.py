@@ -224,3 +224,32 @@ def test_windows_are_reported_with_how_well_they_shuffle(shards):
     assert share == pytest.approx(100 * np.mean(shown), abs=1)
     (line,) = [line for line in prepared(shards).report() if line.startswith("shuffle: ")]
     assert "whole set" in line
+
+
+def test_crops_around_faces_need_names_that_tell_of_them(tmp_path, make_picture, caplog):
+    for name in ("anna.jpg", "bert_16_16_8_8.jpg"):
+        (tmp_path / name).write_bytes(make_picture(32, 32))
+        (tmp_path / name).with_suffix(".txt").write_text("a face")
+    with caplog.at_level("INFO"):
+        prepared(tmp_path, "--face_crop_aug_range=1,3", batch=2)
+    assert "1 of 2 names looked at tell of a face" in caplog.text
+    (tmp_path / "bert_16_16_8_8.jpg").unlink()
+    with pytest.raises(InputError, match=r"--face_crop_aug_range: none of 1 names .*anna\.jpg for one.*_X_Y_W_H"):
+        prepared(tmp_path, "--face_crop_aug_range=1,3", batch=1)
+
+
+def test_options_of_images_reach_the_samples_and_no_worker_changes_them(shards):
+    options = ("--flip_aug", "--random_crop", "--alpha_mask", "--resize_interpolation=area")
+
+    def found(workers, *more):
+        data = prepared(shards, *options, f"--max_data_loader_n_workers={workers}", *more)
+        return list(data.loader(lambda captions: (), 6))
+
+    alone, shared = found(0), found(2)
+    for one, other in zip(alone, shared, strict=True):
+        assert (one.images_BHWC == other.images_BHWC).all()
+        assert (one.size_ids_B6 == other.size_ids_B6).all()
+        assert one.mirrored == other.mirrored
+        assert one.masks_BHW.shape == one.images_BHWC.shape[:3]
+        assert (one.masks_BHW == 255).all()  # JPEGs have no alpha
+    assert {mirrored for batch in alone for mirrored in batch.mirrored} == {True, False}

@@ -1,0 +1,20 @@
+"""Masks of images as weights of the loss, which is computed on latents.
+
+Legend: B batch, H W rows and columns of the image or of its latents.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+def latent_weights(masks_BHW: Tensor, latent_hw: Sequence[int]) -> Tensor:
+    """Mean of each latent pixel's mask, (B, 1, H, W) float32 in 0 .. 1.
+
+    The loss stays a mean over all latent pixels: an image of which little counts adds little.
+
+    Args:
+        masks_BHW: uint8, 255 where all of the loss counts.
+        latent_hw: rows and columns of the latents.
+    """
+    return nn.functional.interpolate(masks_BHW[:, None].float() / 255, size=list(latent_hw), mode="area")
