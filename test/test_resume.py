@@ -32,7 +32,8 @@ def train(tiny_sdxl_folder, small_shard):
                 "--caption_extension=.txt", f"--output_dir={out}", "--max_data_loader_n_workers=0", "--seed=1",
                 "--learning_rate=1e-3", "--train_text_encoder", "--train_batch_size=2", "--shuffle_caption",
                 "--gradient_accumulation_steps=2", "--caption_dropout_rate=0.2", "--lr_scheduler=cosine_with_restarts",
-                "--lr_warmup_steps=2", f"--max_train_steps={STEPS}", "--save_model_as=safetensors", *arguments,
+                "--lr_warmup_steps=2", f"--max_train_steps={STEPS}", "--save_model_as=safetensors", "--use_ema",
+                "--ema_decay=0.5", *arguments,
             ]
         )  # fmt: skip
 
@@ -90,6 +91,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(train, undisturbed, tmp_p
     assert train(out, "--resume=auto", "--save_state_on_train_end") == 0
     assert seen == [one for one in whole if one[0] >= step]
     assert_same_weights(out, undisturbed)
+    assert_same_weights(out, undisturbed, "last-ema.safetensors")
     assert lines(out) == lines(undisturbed)
     ends = [
         load_file(folder / "rank00000-of-00001.training.safetensors")
@@ -220,5 +222,6 @@ def test_old_states_and_checkpoints_go_once_new_ones_are_there(train, tmp_path):
     names = {path.name for path in out.iterdir() if path.name != ".lock"}
     assert names == {
         "last.safetensors", "last-state", "metrics.jsonl", "at-step00000004.safetensors", "at-step00000005.safetensors",
+        "last-ema.safetensors", "at-step00000004-ema.safetensors", "at-step00000005-ema.safetensors",
         state_of(3), state_of(4), state_of(5),
     }  # fmt: skip

@@ -3,9 +3,10 @@
 from argparse import ArgumentParser
 from dataclasses import dataclass
 
-from library.cli.parser import non_negative_float, non_negative_int, positive_int
+from library.cli.parser import non_negative_float, non_negative_int, positive_int, rate
 
 SHARDINGS = ("none", "oss", "zero1", "fsdp")  # library.training.sharding
+EMA_DECAY = 0.9999
 LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -25,6 +26,9 @@ class OptimizationOptions:
     lr_scheduler_num_cycles: int
     lr_scheduler_power: float
     max_grad_norm: float
+    use_ema: bool
+    ema_decay: float
+    offload_ema: bool
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -78,3 +82,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=1.0,
         help="clip the gradient's norm to it; 0: no clipping (%(default)s)",
     )
+    group.add_argument(
+        "--use_ema",
+        action="store_true",
+        help="keep a moving average of what trains: sample from it, save it as {name}-ema beside each checkpoint",
+    )
+    group.add_argument(
+        "--ema_decay",
+        type=rate,
+        default=EMA_DECAY,
+        help="share of the average that a step leaves; less at first, (1 + n) / (10 + n) after n steps (%(default)s)",
+    )
+    group.add_argument("--offload_ema", action="store_true", help="keep the average in the CPU's memory")

@@ -171,6 +171,9 @@ def _train(
         _make_optimizer(options.optimization),
         partial(_make_schedule, options.optimization, steps),
     )
+    if options.optimization.use_ema:
+        where = torch.device("cpu") if options.optimization.offload_ema else None
+        parallel.keep_averages(options.optimization.ema_decay, where)
     writer = MetricsWriter(
         saving.output_dir,
         saving.logging_dir,

@@ -27,6 +27,7 @@ from library.signals import Signals
 from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
 from library.training.optimizers import set_schedule
 from library.training.quarantine import Quarantine
+from library.training.saving import AVERAGE_SUFFIX
 from library.training.sharding import Replicated
 from library.training.states import RUN, Resumed, States, parts_by_process
 
@@ -134,6 +135,8 @@ class Trainer:
         """
         run = resumed.state.whole[RUN]
         self.parallel.read_parts(parts_by_process(resumed.state))
+        if self.parallel.averages is not None:
+            self.parallel.averages.updates = run.get("average_updates", 0)
         set_schedule(self.schedule.scheduler, run["schedule_steps"])
         if self.accelerator.scaler is not None and run["scaler"]:
             self.accelerator.scaler.load_state_dict(run["scaler"])
@@ -213,7 +216,10 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
         self.parallel.zero_grad()
-        return not self.accelerator.optimizer_step_was_skipped
+        updated = not self.accelerator.optimizer_step_was_skipped
+        if updated and self.parallel.averages is not None:
+            self.parallel.averages.update()
+        return updated
 
     def _log(self, step: int, batches: Sequence[MicroBatch], result: StepResult, waited: float, seconds: float) -> None:
         images = self.options.global_batch
@@ -312,14 +318,22 @@ class Trainer:
             "not_finite_running": self.not_finite_running,
             "quarantined": self.quarantine.count,
         }
+        if self.parallel.averages is not None:
+            run["average_updates"] = self.parallel.averages.updates
         metrics = {"global_batch": self.options.global_batch, "board_folder": self.writer.board_folder}
         self.states.save(steps_done, run, metrics, stem)
 
     def save(self, stem: str) -> None:
-        """Write a checkpoint of that name. Every process calls; those that do not write wait."""
+        """Write a checkpoint of that name, and one of the averages. Every process calls; the others wait."""
+        self._save(stem, stem)
+        if self.parallel.averages is not None:
+            with self.parallel.averages_in_place():
+                self._save(stem, f"{stem}{AVERAGE_SUFFIX}")
+
+    def _save(self, stem: str, name: str) -> None:
         with self.parallel.whole_module(torch.device("cpu")) as module:
             if self.accelerator.is_main_process:
-                path = self.task.save(stem, module)
+                path = self.task.save(name, module)
                 self.writer.write_text(f"saving checkpoint: {path}")
                 self.options.forget_checkpoints(path, stem)
         self.accelerator.wait_for_everyone()
@@ -327,7 +341,7 @@ class Trainer:
     def _preview(self, positions: Sequence[str], step: int) -> None:
         if not positions:
             return
-        with self.parallel.whole_module() as module:
+        with self.parallel.averages_in_place(), self.parallel.whole_module() as module:
             if self.accelerator.is_main_process:
                 with suppress(Stopped):  # the signal is still there for all to agree on
                     for position in positions:

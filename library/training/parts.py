@@ -1,8 +1,9 @@
 """Weights and optimizer state by parameter name, in parts: what one way of sharding writes, any other reads.
 
 A part is some rows (places along the first dimension) of one parameter: `{"start": row, "weight": tensor, "state":
-{"exp_avg": tensor, "step": tensor, ...}}`. Each process writes the parts that it owns; on reading, a process copies the
-rows that it holds out of whatever parts there are, of any number of processes.
+{"exp_avg": tensor, "step": tensor, ...}, "average": tensor}`, the last where averages are kept. Each process writes the
+parts that it owns; on reading, a process copies the rows that it holds out of whatever parts there are, of any number
+of processes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,12 @@ from library.errors import InputError
 Part = Mapping[str, Any]
 
 
-def make_part(weight: Tensor, optimizer: torch.optim.Optimizer, start: int = 0) -> dict[str, Any]:
+def make_part(
+    weight: Tensor, optimizer: torch.optim.Optimizer, start: int = 0, average: Tensor | None = None
+) -> dict[str, Any]:
     """The part of a parameter that begins at row `start`; `weight` is the very tensor that the optimizer updates."""
-    return {"start": start, "weight": weight.detach(), "state": dict(optimizer.state.get(weight, {}))}
+    part = {"start": start, "weight": weight.detach(), "state": dict(optimizer.state.get(weight, {}))}
+    return part if average is None else {**part, "average": average}
 
 
 def read_weight(name: str, into: Tensor, parts: Sequence[Part], start: int = 0) -> None:
@@ -28,6 +32,14 @@ def read_weight(name: str, into: Tensor, parts: Sequence[Part], start: int = 0) 
         InputError: the parts have another shape, or do not cover it.
     """
     _fill(f"{name}'s weight", into.detach(), [(part["start"], part["weight"]) for part in parts], start)
+
+
+def read_average(name: str, into: Tensor, parts: Sequence[Part], start: int = 0) -> bool:
+    """Fill a parameter's moving average, as `read_weight`; False if the parts have none."""
+    if not all("average" in part for part in parts):
+        return False
+    _fill(f"{name}'s average", into, [(part["start"], part["average"]) for part in parts], start)
+    return True
 
 
 def read_state(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 
 from library import device as devices
+from library.cli.optimization import OptimizationOptions
 from library.cli.options import Options
 from library.cli.run import SavingOptions
 from library.data.dataset import TrainingData
@@ -31,6 +32,7 @@ def plan_lines(
         *(f"learning rate of {group.name}: {group.learning_rate:g}" for group in groups),
         f"optimizer: {optimization.optimizer_type}, schedule: {optimization.lr_scheduler}, "
         f"warm-up steps: {optimization.lr_warmup_steps}, max grad norm: {optimization.max_grad_norm:g}",
+        *_average_lines(optimization),
         *_sharding_lines(sharding, accelerator.num_processes),
         f"num examples: {int(data.plan.samples_K.sum())}",
         f"num batches per epoch: {data.plan.steps_before_epoch(1)} (first epoch; leftovers go to the next)",
@@ -46,6 +48,14 @@ def plan_lines(
         f"{'before the first step' if options.preview.sample_at_first else 'no others'}",
         f"output: {options.saving.output_dir}, TensorBoard: {options.saving.logging_dir or 'none'}",
     ]
+
+
+def _average_lines(options: OptimizationOptions) -> list[str]:
+    """What --use_ema does."""
+    if not options.use_ema:
+        return []
+    where = "in the CPU's memory" if options.offload_ema else "beside the weights"
+    return [f"moving average: decay {options.ema_decay:g}, {where}; sampled from and saved as NAME-ema"]
 
 
 def _sharding_lines(sharding: str, processes: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Rules between options, checked once, before anything is read or loaded; each error names the flag and the way out."""
 
 from library.cli.data import DataOptions
-from library.cli.optimization import OptimizationOptions
+from library.cli.optimization import EMA_DECAY, OptimizationOptions
 from library.cli.run import PreviewOptions, RunOptions, SavingOptions
 from library.errors import InputError
 from library.training.optimizers import check_optimizer, check_warmup
@@ -28,6 +28,8 @@ def check_optimization(options: OptimizationOptions, run: RunOptions) -> None:
         raise InputError(
             f"--lr_warmup_steps={warmup} has no effect with --lr_scheduler=constant; use constant_with_warmup"
         )
+    if not options.use_ema and (options.offload_ema or options.ema_decay != EMA_DECAY):
+        raise InputError("--ema_decay and --offload_ema have nothing to act on without --use_ema; add that")
     if run.max_train_epochs is None:
         check_warmup(warmup, run.max_train_steps)
 

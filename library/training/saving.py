@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 STATE_SUFFIX = "-state"
+AVERAGE_SUFFIX = "-ema"  # of a checkpoint of the moving averages
 DEFAULT_EPOCH_NAME, DEFAULT_STEP_NAME, DEFAULT_LAST_NAME = "epoch", "at", "last"
 
 

@@ -31,9 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import InputError
+from library.training.averages import Averages
 from library.training.memory import without_data
 from library.training.optimizers import ParameterGroup
-from library.training.parts import Part, by_name, check_names, make_part, read_state, read_weight
+from library.training.parts import Part, by_name, check_names, make_part, read_average, read_state, read_weight
 
 # Makes the optimizer over parameter groups, given what a sharded one is constructed with.
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
@@ -74,6 +75,7 @@ class Replicated:
             make_schedule: the learning rates' schedule over the optimizer.
         """
         self.accelerator, self.bare_module = accelerator, module
+        self.averages: Averages | None = None
         self.named = _named(module, groups)
         self._prepare(groups, make_optimizer, make_schedule)
 
@@ -128,10 +130,32 @@ class Replicated:
         """
         yield self.bare_module
 
+    def keep_averages(self, decay: float, device: torch.device | None = None) -> None:
+        """Keep moving averages of what this process writes into training states, on a device or beside the weights."""
+        own = {name: parameter for name, parameter in self.named.items() if self._writes(parameter)}
+        self.averages = Averages(own, decay, device)
+
+    @contextlib.contextmanager
+    def averages_in_place(self) -> Iterator[None]:
+        """The averages stand where the weights train, and afterwards the weights again. Every process enters."""
+        if self.averages is None:
+            yield
+            return
+        self._exchange(self.averages)
+        try:
+            yield
+        finally:
+            self._exchange(self.averages)
+
+    def _exchange(self, averages: Averages) -> None:
+        """Exchange weights and averages, so that the main process has all of either."""
+        averages.exchange()
+
     def own_parts(self) -> dict[str, dict[str, Any]]:
         """What this process writes into a training state (`library.training.parts`), by parameter; no copies."""
+        averages = self.averages.averages if self.averages is not None else {}
         return {
-            name: make_part(parameter, self.own_optimizer, self._first_row(name))
+            name: make_part(parameter, self.own_optimizer, self._first_row(name), averages.get(name))
             for name, parameter in self.named.items()
             if self._writes(parameter)
         }
@@ -148,6 +172,10 @@ class Replicated:
             read_weight(name, parameter, parts[name], self._first_row(name))
             if self._updates(parameter):
                 read_state(name, parameter, self.own_optimizer, parts[name], self._first_row(name))
+            if self.averages is not None and name in self.averages.averages:
+                average = self.averages.averages[name]
+                if not read_average(name, average, parts[name], self._first_row(name)):
+                    average.copy_(parameter.detach())
 
     def _first_row(self, name: str) -> int:
         """The first row that this process holds of a parameter."""
@@ -170,6 +198,12 @@ class _ByParameter(Replicated):
         return optimizer._param_to_rank[parameter] == self.accelerator.process_index
 
     _writes = _updates
+
+    def _exchange(self, averages: Averages) -> None:
+        super()._exchange(averages)
+        optimizer: Any = self.bare_optimizer
+        for parameter in self.named.values():  # from the process that has its average
+            dist.broadcast(parameter.detach(), src=optimizer._param_to_rank[parameter])
 
 
 class OptimizerSharded(_ByParameter):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
 from sharding_child import OneEpoch, quiet_states
 from torch import nn
 
@@ -81,11 +82,12 @@ def rows(step, rank, processes):
 
 def train(
     kind, precision="no", patches=PATCHES, max_grad_norm=0.05, steps=8, overflow_on=None, start=0, end=None, parts=(),
-    take=None,
+    take=None, averages=None,
 ):  # fmt: skip
     """(whole weights as each process computes with them, metrics) after some steps on both processes.
 
     start, parts: go on from there. end, take: stop before the schedule's end and put every process's parts into `take`.
+    averages: where the main process puts the moving averages.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     undo = apply(patches)
@@ -98,6 +100,7 @@ def train(
             lambda groups, **construct: make_optimizer("AdamW", groups, [], **construct),
             lambda optimizer: make_lr_schedule("linear", optimizer, steps, 0, 1, 1.0),
         )  # fmt: skip
+        parallel.keep_averages(0.5)
         folder = OUT / f"rank{RANK}"
         writer = MetricsWriter(folder, None, steps, True)
         options = LoopOptions(end or steps, 1, BATCH, max_grad_norm, folder)
@@ -106,9 +109,13 @@ def train(
         trainer = Trainer(task, accelerator, parallel, OneEpoch(), options, writer, states, Signals())
         if parts:
             parallel.read_parts(parts)
+            parallel.averages.updates = start
             set_schedule(parallel.schedule.scheduler, start)
             trainer.start_step = start
         trainer.train(rows(step, RANK, accelerator.num_processes) for step in range(start, end or steps))
+        if averages is not None:
+            with parallel.averages_in_place(), parallel.whole_module() as whole:
+                averages += [one.detach().cpu().clone() for one in whole.parameters()]
         if take is not None:
             take += gather_object([copy.deepcopy(parallel.own_parts())])
         writer.close()
@@ -122,9 +129,11 @@ def train(
         undo()
 
 
-def plainly(max_grad_norm=0.05, steps=8):
-    """The same training by torch alone, on the whole batch."""
+def plainly(max_grad_norm=0.05, steps=8, averages=None):
+    """The same training by torch alone, on the whole batch; `averages` gets diffusers' averages."""
     module = model()
+    average = EMAModel(module.parameters(), decay=0.5)
+    average.optimization_step = 1
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
@@ -133,6 +142,9 @@ def plainly(max_grad_norm=0.05, steps=8):
         nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        average.step(module.parameters())
+    if averages is not None:
+        averages += average.shadow_params
     return [one.detach() for one in module.parameters()]
 
 
@@ -150,11 +162,14 @@ def same_on_both(weights):
 
 
 def check_every_kind_is_torchs_own_training():
-    reference = plainly()
+    expected = []
+    reference = plainly(averages=expected)
     for kind in KINDS:
-        weights, _ = train(kind)
+        averages = []
+        weights, _ = train(kind, averages=averages)
         assert equal(weights, reference), kind
         assert same_on_both(weights), kind
+        assert RANK or equal(averages, expected), kind
 
 
 def check_the_schedule_counts_optimizer_steps():
@@ -235,13 +250,16 @@ def check_fairscales_own_scaler_is_off_without_cuda():
 
 
 def check_any_kind_goes_on_from_the_parts_of_any_other():
-    undisturbed = {kind: train(kind)[0] for kind in KINDS}
+    undisturbed, expected = {kind: train(kind)[0] for kind in KINDS}, []
+    plainly(averages=expected)
     for before in KINDS:
         parts, steps = [], 4
         train(before, end=steps, take=parts)
         for after in KINDS:
-            weights, _ = train(after, start=steps, parts=parts)
+            averages = []
+            weights, _ = train(after, start=steps, parts=parts, averages=averages)
             assert equal(weights, undisturbed["none"]), (before, after)
+            assert RANK or equal(averages, expected), (before, after)
             assert after != before or all(map(torch.equal, weights, undisturbed[after])), after
 
 

@@ -1,0 +1,56 @@
+"""Exponential moving averages of what trains (EMA): a smoother model than the last step's, to save and to sample from.
+
+The average after n updates is d·average + (1 - d)·weight with d = min(decay, (1 + n) / (10 + n)), as diffusers'
+EMAModel counts it: at first the average follows quickly, so that the weights before training are soon forgotten.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+def decay_at(updates: int, decay: float) -> float:
+    """The decay of an update, by the number of updates up to it and its own."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+class Averages:
+    """The averages of some parameters, or of the rows that a process has of them."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], decay: float, device: torch.device | None = None
+    ) -> None:
+        """
+        Args:
+            parameters: by name, each a tensor of which this process keeps the average; they start as it.
+            device: where the averages are; None: beside the parameters.
+        """
+        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.averages = {
+            name: parameter.detach().to(device or parameter.device, copy=True) for name, parameter in parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are after an optimizer step."""
+        self.updates += 1
+        average_in = get_ema_multi_avg_fn(decay_at(self.updates, self.decay))
+        averages, weights = list(self.averages.values()), [one.detach() for one in self.parameters.values()]
+        if not averages:
+            return
+        if averages[0].device == weights[0].device:
+            average_in(averages, weights, self.updates)
+        else:  # one tensor at a time: no copy of all weights beside the averages
+            for average, weight in zip(averages, weights, strict=True):
+                average_in([average], [weight.to(average.device)], self.updates)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Put the averages where the weights are and the weights where the averages were; twice is as before."""
+        for name, parameter in self.parameters.items():
+            weight, average = parameter.detach(), self.averages[name]
+            kept: Tensor = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
