@@ -50,10 +50,15 @@ class Signals:
         if self.stop_signal is not None:
             raise Stopped(self.stop_signal)
 
+    def stop_as_another_process(self, number: int) -> None:
+        """Take up the stop signal that another process of the run was sent. From any thread."""
+        if self.stop_signal is None:
+            self.stop_signal = signal.Signals(number)
+
     def __enter__(self) -> "Signals":
         read, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
-        self._watcher = threading.Thread(target=_end_on_second, args=(read,), daemon=True, name="second signal")
+        self._watcher = threading.Thread(target=self._watch, args=(read,), daemon=True, name="signals")
         self._watcher.start()
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in (*STOPPING, signal.SIGUSR1):
@@ -72,30 +77,32 @@ class Signals:
             self._watcher.join()
         os.close(self._wakeup)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None = None) -> None:
         if number == signal.SIGUSR1:
             self.save_requested = True
         elif self.stop_signal is None:
             self.stop_signal = signal.Signals(number)
 
+    def _watch(self, read: int) -> None:
+        """Note a stop signal, and end the process when a second one comes.
 
-def _end_on_second(read: int) -> None:
-    """End the process when a second stop signal comes; a thread's work, which nothing the main thread does holds up.
+        A thread's work: handlers wait for the main thread, which may be waiting for another machine or a device.
 
-    Args:
-        read: a pipe into which the system's own signal handler writes the number of every signal.
-    """
-    first_s = None
-    with os.fdopen(read, "rb", buffering=0) as numbers:
-        while (number := numbers.read(1)) not in (_NO_MORE, b""):
-            if number[0] not in STOPPING:
-                continue
-            now_s = time.monotonic()
-            if first_s is None:
-                first_s = now_s
-            elif now_s - first_s >= DUPLICATE_S:
-                os.write(2, b"a second signal: ended at once; what was written before is complete\n")
-                os._exit(128 + number[0])
+        Args:
+            read: a pipe into which the system's own signal handler writes the number of every signal.
+        """
+        first_s = None
+        with os.fdopen(read, "rb", buffering=0) as numbers:
+            while (number := numbers.read(1)) not in (_NO_MORE, b""):
+                if number[0] not in STOPPING:
+                    continue
+                now_s = time.monotonic()
+                if first_s is None:
+                    first_s = now_s
+                    self._note(number[0])
+                elif now_s - first_s >= DUPLICATE_S:
+                    os.write(2, b"a second signal: ended at once; what was written before is complete\n")
+                    os._exit(128 + number[0])
 
 
 def leave_signals_to_parent() -> None:

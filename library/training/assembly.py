@@ -5,8 +5,8 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -27,11 +27,12 @@ from library.cli.run import RunOptions, SavingOptions
 from library.data.dataset import TrainingData, prepare_data
 from library.data.loader import worker_deaths_reported
 from library.data.plan import Plan
-from library.errors import InputError
+from library.errors import InputError, TrainingError
 from library.models.attention import report as attention_report
 from library.signals import Signals
 from library.training import loop
 from library.training.agreement import check_agreement, describe_run
+from library.training.companions import Companions, Progress, companions
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import Construct, ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.plan_lines import plan_lines
@@ -65,6 +66,7 @@ class Surroundings:
     accelerator: Accelerator
     seed: int
     signals: Signals
+    progress: Progress  # of this process, for the others
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +111,9 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Si
     """
     with ExitStack() as stack:
         accelerator = make_accelerator(options.run.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
+        beside = companions(accelerator.process_index, accelerator.num_processes, signals, 60 * options.run.ddp_timeout)
+        stack.enter_context(beside)
+        stack.enter_context(_waiting_explained(beside))
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
         check_data(options.data)
@@ -121,7 +126,9 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Si
                 lock = stack.enter_context(RunLock(options.saving.output_dir))
                 clear_left_behind(options.saving.output_dir, lock)
         resumed = _resumed(options.saving, accelerator)
-        surroundings = Surroundings(accelerator, _seed(options.run.seed, accelerator, resumed), signals)
+        surroundings = Surroundings(
+            accelerator, _seed(options.run.seed, accelerator, resumed), signals, beside.progress
+        )
         data = prepare_data(
             options.data,
             surroundings.seed,
@@ -150,6 +157,17 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Si
         if accelerator.is_main_process:
             _finish(options, report, task.network_name, data, accelerator, started)
         accelerator.end_training()
+
+
+@contextmanager
+def _waiting_explained(beside: Companions) -> Iterator[None]:
+    """A collective that has timed out becomes an error that says which process the others waited for."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's, and torch's DistError
+        if not beside.verdict or isinstance(error, TrainingError):
+            raise
+        raise TrainingError(f"{beside.verdict} ({str(error).splitlines()[0]:.200})") from error
 
 
 def _train(
@@ -196,6 +214,7 @@ def _train(
             writer,
             states,
             surroundings.signals,
+            surroundings.progress,
         )
         if resumed is not None:
             trainer.resume(resumed)

@@ -24,6 +24,7 @@ from library import device as devices
 from library.data.loader import MicroBatch
 from library.errors import Stopped, TrainingError
 from library.signals import Signals
+from library.training.companions import READING, SAMPLING, SAVING, TRAINING, WAITING, Progress
 from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
 from library.training.optimizers import set_schedule
 from library.training.quarantine import Quarantine
@@ -114,12 +115,17 @@ class Trainer:
         writer: MetricsWriter,
         states: States,
         signals: Signals,
+        progress: Progress | None = None,
     ) -> None:
-        """`parallel` is what `library.training.sharding.shard` made: module, optimizer and schedule."""
+        """
+        Args:
+            parallel: what `library.training.sharding.shard` made: module, optimizer and schedule.
+            progress: where the other processes see how far this one is.
+        """
         self.task, self.accelerator, self.parallel = task, accelerator, parallel
         self.optimizer, self.schedule = parallel.optimizer, parallel.schedule
         self.epochs, self.options, self.writer = epochs, options, writer
-        self.states, self.signals = states, signals
+        self.states, self.signals, self.progress = states, signals, progress or Progress()
         self.start_step = 0
         self.speed, self.average = SpeedMeter(), MovingAverage()
         self.overflows = self.not_updated = self.not_finite_running = 0
@@ -162,9 +168,11 @@ class Trainer:
         if self.options.preview_at_first and not self.start_step:
             self._preview(["000000"], 0)
         for step in range(self.start_step, self.options.max_train_steps):
+            self.progress.at(step, READING)
             began = time.perf_counter()
             step_batches = [next(batches) for _ in range(self.options.accumulation)]
             waited = time.perf_counter() - began
+            self.progress.at(step, TRAINING)
             result = self.train_step(step_batches)
             devices.synchronize(self.accelerator.device)
             self._log(step, step_batches, result, waited, time.perf_counter() - began)
@@ -281,8 +289,9 @@ class Trainer:
         if save or stop_signal or self.states.step_is_due(steps_done):
             self.save_state(steps_done)
         if stop_signal:
+            self.progress.phase = SAVING
             self.states.wait()
-            self.accelerator.wait_for_everyone()  # torchrun gives the others 30 s once one has left
+            self._wait_for_others()  # torchrun gives the others 30 s once one has left
             raise Stopped(stop_signal)
 
     def stop_if_asked(self) -> None:
@@ -333,17 +342,23 @@ class Trainer:
     def _save(self, stem: str, name: str) -> None:
         with self.parallel.whole_module(torch.device("cpu")) as module:
             if self.accelerator.is_main_process:
+                self.progress.phase = SAVING
                 path = self.task.save(name, module)
                 self.writer.write_text(f"saving checkpoint: {path}")
                 self.options.forget_checkpoints(path, stem)
-        self.accelerator.wait_for_everyone()
+            self._wait_for_others()
 
     def _preview(self, positions: Sequence[str], step: int) -> None:
         if not positions:
             return
         with self.parallel.averages_in_place(), self.parallel.whole_module() as module:
             if self.accelerator.is_main_process:
+                self.progress.phase = SAMPLING
                 with suppress(Stopped):  # the signal is still there for all to agree on
                     for position in positions:
                         self.task.preview(position, step, module)
+            self._wait_for_others()
+
+    def _wait_for_others(self) -> None:
+        self.progress.phase = WAITING
         self.accelerator.wait_for_everyone()

@@ -129,6 +129,26 @@ def test_a_signal_to_one_process_of_two_saves_on_both(start_two, undisturbed_two
     assert_undisturbed(out, undisturbed_two)
 
 
+def test_a_signal_to_a_process_that_waits_for_the_one_that_samples_ends_the_sampling(start_two, tmp_path):
+    out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("a red photo --w 32 --h 32 --s 20 --l 2 --d 1\n" * 500)
+    ranks = start_two(out, f"--sample_prompts={prompts}", "--sample_every_n_steps=1")
+    wait_until(lambda: list(out.glob("sample/*.png")), ranks[0])
+    ranks[1].send(signal.SIGTERM)
+    assert [rank.wait() for rank in ranks] == [143, 143], ranks[0].text
+    assert states(out) == ["at-step00000001-state"]
+    assert len(list(out.glob("sample/*.png"))) < 400
+
+
+def test_a_signal_to_one_process_ends_the_other_while_it_finds_the_images(start_two, tmp_path):
+    out, there = tmp_path / "out", tmp_path / "there"
+    ranks = start_two(out, faults_of=([("hold_index", str(there), 5.0)], []))
+    wait_until(there.exists, ranks[0])
+    ranks[1].send(signal.SIGTERM)
+    assert [rank.wait() for rank in ranks] == [143, 143], ranks[0].text
+    assert "Traceback" not in ranks[0].text + ranks[1].text
+
+
 def test_a_second_signal_ends_a_run_that_does_not_come_to_the_end_of_its_step(start, undisturbed, tmp_path):
     out, marker = tmp_path / "out", tmp_path / "there"
     run = start(out, "--save_state_every_n_steps=1", faults=[("hold_step", 3, str(marker), 600)])

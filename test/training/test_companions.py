@@ -1,0 +1,75 @@
+"""Processes that tell each other of signals and of how far they are, here two threads over one store."""
+
+import signal
+import time
+
+import pytest
+from torch.distributed import HashStore
+
+from library.signals import Signals
+from library.training import companions as module
+from library.training.companions import READING, TRAINING, WAITING, Companions, Report, waited_for
+
+
+def reports(*entries):
+    return [Report(rank, f"m{rank}", *entry) for rank, entry in enumerate(entries)]
+
+
+def test_a_process_that_says_nothing_any_more_is_the_one_that_is_waited_for():
+    said = waited_for(reports((7, TRAINING, 0.4), (7, TRAINING, 31.0), (7, READING, 0.2)))
+    assert said == "rank 1 on m1 (training, step 8) no longer answers: stopped, dead or cut off"
+
+
+def test_of_those_that_answer_it_is_the_one_that_is_behind():
+    assert waited_for(reports((7, TRAINING), (7, READING), (7, TRAINING))) == "rank 1 on m1: still reading data, step 8"
+    assert waited_for(reports((7, READING), (6, WAITING))) == "rank 1 on m1: still waiting for the others, step 7"
+
+
+def test_where_all_are_at_the_same_place_nobody_is_blamed():
+    assert "all processes are at step 8, training" in waited_for(reports((7, TRAINING), (7, TRAINING)))
+
+
+class Shared(HashStore):
+    """A store that all threads have in common."""
+
+    def clone(self):
+        return self
+
+
+@pytest.fixture
+def two(monkeypatch):
+    monkeypatch.setattr(module, "_PERIOD_S", 0.02)
+    monkeypatch.setattr(module, "_SILENT_S", 0.3)
+    store = Shared()
+    return [Companions(rank, 2, Signals(), 1.0, store) for rank in range(2)]
+
+
+def wait_until(true, timeout_s=20):
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_stop_signal_reaches_the_other_process(two):
+    with two[0], two[1]:
+        two[1]._signals.stop_signal = signal.SIGTERM
+        wait_until(lambda: two[0]._signals.stop_signal == signal.SIGTERM)
+
+
+def test_a_process_that_leaves_at_once_has_passed_the_signal_on(two):
+    with two[0]:
+        with two[1]:
+            two[1]._signals.stop_signal = signal.SIGINT
+        wait_until(lambda: two[0]._signals.stop_signal == signal.SIGINT)
+
+
+def test_who_is_waited_for_is_known_before_the_time_is_over(two, caplog):
+    with two[0]:
+        with two[1]:
+            two[0].progress.at(4, TRAINING)
+            two[1].progress.at(4, READING)
+            wait_until(lambda: two[0].verdict)
+        assert two[0].verdict.startswith("rank 1 on ") and ": still reading data, step 5. " in two[0].verdict
+        two[0].progress.at(5, TRAINING)
+        wait_until(lambda: "no longer answers" in two[0].verdict)
