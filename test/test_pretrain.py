@@ -134,6 +134,34 @@ def test_regularisation_images_train_with_their_weight(train, shards, monkeypatc
     assert all(found == pytest.approx(expected, rel=1e-5) for _, found, expected in compared)
 
 
+def test_weighted_captions_reach_the_loss_from_the_workers(train, shards, tmp_path, monkeypatch):
+    """With trained text encoders and accumulation; the loss is that of the weights, and of the ids without brackets."""
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 40, 90)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a (red:1.3) cat")
+    found = []
+    real = SDXLPretraining.loss
+
+    def loss(self, module, batch):
+        with torch.no_grad():
+            without = real(self, module, replace(batch, ids=batch.ids[:2]))
+        found.append((batch.ids, without.item(), real(self, module, batch)))
+        return found[-1][2]
+
+    monkeypatch.setattr(SDXLPretraining, "loss", loss)
+    status, _, printed = train(
+        "--train_batch_size=2", "--max_train_steps=1", "--gradient_accumulation_steps=2", "--train_text_encoder",
+        "--weighted_captions", "--max_data_loader_n_workers=1", data=tmp_path,
+    )  # fmt: skip
+    assert status == 0, printed
+    assert len(found) == 2
+    for (ids1, ids2, weights1, weights2), without, with_weights in found:
+        assert ids1.shape == ids2.shape == weights1.shape == weights2.shape == (2, 1, 77)
+        for weights in (weights1, weights2):
+            assert (weights == 1.3).sum() == 2 and (weights == 1).sum() == 2 * 76
+        assert with_weights.item() != without
+
+
 def test_what_is_asked_to_train_trains_and_nothing_else_does(train, tiny_sdxl_folder):
     before = load_sdxl(str(tiny_sdxl_folder))
     common = ("--train_batch_size=2", "--max_train_steps=2", "--save_model_as=diffusers_safetensors")

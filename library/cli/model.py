@@ -13,6 +13,7 @@ class ModelOptions:
     tokenizer1_path: str | None
     tokenizer2_path: str | None
     max_token_length: int | None
+    weighted_captions: bool
     v_parameterization: bool
     zero_terminal_snr: bool
     enable_npu_flash_attention: bool
@@ -39,6 +40,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=int,
         choices=[77, 150, 225, 512],
         help="longest caption in tokens: 150, 225 and 512 mean chunks of 75 (2, 3 and 7); 77 and unset mean one chunk",
+    )
+    group.add_argument(
+        "--weighted_captions",
+        action="store_true",
+        help="(word:1.3) in a caption weighs 1.3, (word) 1.1, [word] 1/1.1; in sample prompts, too",
     )
     group.add_argument(
         "--v_parameterization",

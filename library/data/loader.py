@@ -51,7 +51,8 @@ class MicroBatch:
         step: of the optimizer, from 0.
         micro: number of this micro-batch in its step.
         places_B: int64 places in the global batch.
-        ids: int64 (B, K, 77) token ids, one tensor a text encoder; none without a tokenizer.
+        ids: int64 (B, K, 77) token ids, one tensor a text encoder, and behind them, where captions have weights, as
+            many of float32 weights; none without a tokenizer.
         quarantined: (name, reason) of samples that could not be used, replacements that could not either among them.
         replaced: places where another sample than the planned one stands.
         loss_weights_B: float32, what the samples' losses are multiplied by; without it 1.

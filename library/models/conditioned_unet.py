@@ -59,15 +59,31 @@ class ConditionedUNet(nn.Module):
         layers = [layer for encoder, trains in trained if trains for layer in trained_layers(encoder)]
         return [*unet.input_blocks, unet.middle_block, *unet.output_blocks, *layers]
 
-    def conditions(self, ids1_BK77: Tensor, ids2_BK77: Tensor, size_ids_B6: Tensor) -> tuple[Tensor, Tensor]:
-        """Text states (B, T, C) and vector conditions (B, V): pooled text beside the six embedded sizes, in px."""
-        context_BTC, pooled_BP = encode_sdxl(self.text_encoder1, self.text_encoder2, ids1_BK77, ids2_BK77)
+    def conditions(
+        self,
+        ids1_BK77: Tensor,
+        ids2_BK77: Tensor,
+        size_ids_B6: Tensor,
+        weights: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Text states (B, T, C) and vector conditions (B, V): pooled text beside the six embedded sizes, in px.
+
+        Args:
+            weights: (B, K, 77) of each encoder's tokens, where captions have some.
+        """
+        context_BTC, pooled_BP = encode_sdxl(self.text_encoder1, self.text_encoder2, ids1_BK77, ids2_BK77, weights)
         sizes_BV = size_embedding(size_ids_B6).to(pooled_BP.dtype)
         return context_BTC, torch.cat([pooled_BP, sizes_BV], dim=1)
 
     def forward(
-        self, noisy_BCHW: Tensor, t_B: Tensor, ids1_BK77: Tensor, ids2_BK77: Tensor, size_ids_B6: Tensor
+        self,
+        noisy_BCHW: Tensor,
+        t_B: Tensor,
+        ids1_BK77: Tensor,
+        ids2_BK77: Tensor,
+        size_ids_B6: Tensor,
+        weights: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The prediction for noised latents, (B, C, H, W)."""
-        context_BTC, vector_BV = self.conditions(ids1_BK77, ids2_BK77, size_ids_B6)
+        """The prediction for noised latents, (B, C, H, W); `weights` as in `conditions`."""
+        context_BTC, vector_BV = self.conditions(ids1_BK77, ids2_BK77, size_ids_B6, weights)
         return self.unet(noisy_BCHW, t_B, context_BTC, vector_BV)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import InputError
+from library.models.weighted_captions import parse_weights, weigh
 
 CHUNK_LENGTH = 77  # position embeddings of CLIP, Radford et al. 2021
 CHUNK_TOKENS = CHUNK_LENGTH - 2  # without BOS and EOS
@@ -51,21 +52,10 @@ def tokenize_counted(
         ids_BKL (int64, on the CPU), and per caption the number of tokens cut off (0 where all fitted).
     """
     chunks = chunk_count(max_token_length)
-    capacity = chunks * CHUNK_TOKENS
+    tokens_B = _token_ids(tokenizer, captions)
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    ids_BKL = torch.full((len(captions), chunks, CHUNK_LENGTH), pad, dtype=torch.int64)
-    if not captions:
-        return ids_BKL, []
-    # verbose=False: a long caption is our business, not worth the tokenizer's warning.
-    encoded = tokenizer(list(captions), add_special_tokens=False, padding=False, truncation=False, verbose=False)
-    dropped = []
-    for row, tokens in enumerate(encoded["input_ids"]):
-        dropped.append(max(0, len(tokens) - capacity))
-        for chunk in range(chunks):
-            part = tokens[chunk * CHUNK_TOKENS : (chunk + 1) * CHUNK_TOKENS]
-            framed = torch.tensor([bos, *part, eos], dtype=torch.int64)
-            ids_BKL[row, chunk, : len(framed)] = framed
-    return ids_BKL, dropped
+    ids_BKL = _in_chunks(tokens_B, chunks, bos, eos, torch.tensor(pad))
+    return ids_BKL, [max(0, len(tokens) - chunks * CHUNK_TOKENS) for tokens in tokens_B]
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str], max_token_length: int | None = None) -> Tensor:
@@ -73,8 +63,34 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_token_length: int | No
     return tokenize_counted(tokenizer, captions, max_token_length)[0]
 
 
+def tokenize_weighted(
+    tokenizer: Any, captions: Sequence[str], max_token_length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `tokenize`, of captions with weights (`parse_weights`): ids_BKL, and the tokens' weights_BKL in float32.
+
+    Each piece of its own weight is tokenised alone. BOS, EOS and padding have weight 1.
+    """
+    pieces_B = [parse_weights(caption) for caption in captions]
+    tokens = iter(_token_ids(tokenizer, [text for pieces in pieces_B for text, _ in pieces]))
+    ids_B: list[list[int]] = []
+    weights_B: list[list[float]] = []
+    for pieces in pieces_B:
+        weighed = [(token, weight) for _, weight in pieces for token in next(tokens)]
+        ids_B.append([token for token, _ in weighed])
+        weights_B.append([weight for _, weight in weighed])
+    chunks = chunk_count(max_token_length)
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return _in_chunks(ids_B, chunks, bos, eos, torch.tensor(pad)), _in_chunks(
+        weights_B, chunks, 1, 1, torch.tensor(1.0)
+    )
+
+
 def encode_sdxl(
-    text_encoder1: nn.Module, text_encoder2: Any, ids1_BKL: Tensor, ids2_BKL: Tensor
+    text_encoder1: nn.Module,
+    text_encoder2: Any,
+    ids1_BKL: Tensor,
+    ids2_BKL: Tensor,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """SDXL's conditioning (Podell et al. 2023, section 2.1; formats.md "Captions").
 
@@ -89,6 +105,8 @@ def encode_sdxl(
         text_encoder1: transformers' CLIPTextModel.
         text_encoder2: transformers' CLIPTextModelWithProjection.
         ids1_BKL, ids2_BKL: from `tokenize` with the encoder's own tokenizer, on the encoder's device.
+        weights: weights1_BKL and weights2_BKL from `tokenize_weighted`; they act on the context (`weigh`), each
+            encoder's states by themselves, and not on the pooled vector.
 
     Returns:
         context_BTC and pooled_BP, in the encoders' dtype.
@@ -99,9 +117,13 @@ def encode_sdxl(
     model1, model2 = _text_model(text_encoder1), _text_model(text_encoder2)
     penultimate1_NLD = _run_layers(model1, _embed(model1, ids1_BKL), model1.encoder.layers[:-1])
     penultimate2_NLD = _run_layers(model2, _embed(model2, ids2_BKL), model2.encoder.layers[:-1])
-    context_BTC = torch.cat(
-        [_join_chunks(states.unflatten(0, (batch, chunks))) for states in (penultimate1_NLD, penultimate2_NLD)], dim=-1
-    )
+    states = [_join_chunks(states.unflatten(0, (batch, chunks))) for states in (penultimate1_NLD, penultimate2_NLD)]
+    if weights is not None:
+        states = [
+            weigh(states_BTD, _join_chunks(weights_BKL.unsqueeze(-1)).squeeze(-1))
+            for states_BTD, weights_BKL in zip(states, weights, strict=True)
+        ]
+    context_BTC = torch.cat(states, dim=-1)
     first_BLD = penultimate2_NLD.unflatten(0, (batch, chunks))[:, 0]
     last_BLD = model2.final_layer_norm(_run_layers(model2, first_BLD, model2.encoder.layers[-1:]))
     eos_B = _eos_position(ids2_BKL[:, 0], model2.config.eos_token_id)
@@ -139,6 +161,24 @@ def enable_gradient_checkpointing(text_encoder: Any) -> None:
         text_encoder.activation_checkpointing_enable()
     else:  # transformers before 5.23, on Python 3.10
         text_encoder.gradient_checkpointing_enable()
+
+
+def _token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, of any number and without BOS and EOS."""
+    if not texts:
+        return []
+    # verbose=False: a long caption is our business, not worth the tokenizer's warning.
+    return tokenizer(list(texts), add_special_tokens=False, padding=False, truncation=False, verbose=False)["input_ids"]
+
+
+def _in_chunks(values_B: Sequence[list], chunks: int, first: float, last: float, padding: Tensor) -> Tensor:
+    """values_BKL: each row's values in chunks of 75, those of a chunk between `first` and `last`, then padding."""
+    values_BKL = padding.repeat(len(values_B), chunks, CHUNK_LENGTH)
+    for row, values in enumerate(values_B):
+        for chunk in range(chunks):
+            part = values[chunk * CHUNK_TOKENS : (chunk + 1) * CHUNK_TOKENS]
+            values_BKL[row, chunk, : len(part) + 2] = torch.tensor([first, *part, last], dtype=padding.dtype)
+    return values_BKL
 
 
 def _text_model(text_encoder: nn.Module) -> Any:

@@ -25,7 +25,7 @@ from library.models.checkpoint import load_sdxl, save_sdxl
 from library.models.conditioned_unet import ConditionedUNet, frozen_copy
 from library.models.metadata import modelspec
 from library.models.sdxl import SDXLModel
-from library.models.text_encoders import tokenize
+from library.models.text_encoders import tokenize, tokenize_weighted
 from library.models.vae import decode_latents, encode_images, latent_shape
 from library.training.assembly import Surroundings
 from library.training.memory import estimate
@@ -123,10 +123,14 @@ class SDXLPretraining:
         }
         return [ParameterGroup(name, part, self.learning_rates[name]) for name, part in parts.items() if part]
 
-    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids for both text encoders."""
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Token ids for both text encoders, and with --weighted_captions the weights of both behind them."""
         length = self.model_options.max_token_length
-        return tokenize(self.model.tokenizer1, captions, length), tokenize(self.model.tokenizer2, captions, length)
+        tokenizers = self.model.tokenizer1, self.model.tokenizer2
+        if not self.model_options.weighted_captions:
+            return tuple(tokenize(tokenizer, captions, length) for tokenizer in tokenizers)
+        both = [tokenize_weighted(tokenizer, captions, length) for tokenizer in tokenizers]
+        return *(ids_BK77 for ids_BK77, _ in both), *(weights_BK77 for _, weights_BK77 in both)
 
     def loss(self, module: nn.Module, batch: MicroBatch) -> Tensor:
         """Mean squared error of the prediction (Ho et al., 2006.11239, equation 14, on latents), times the weights.
@@ -140,13 +144,19 @@ class SDXLPretraining:
         noise_BCHW = normal(self.seed, Stream.NOISE, batch.step, places, shape_CHW).to(self.device)
         t_B = timesteps(self.seed, batch.step, places, self.schedule.timesteps).to(self.device)
         noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, t_B)
-        ids1_BK77, ids2_BK77 = (ids_BK77.to(self.device) for ids_BK77 in batch.ids)
-        predicted_BCHW = module(noisy_BCHW, t_B, ids1_BK77, ids2_BK77, batch.size_ids_B6.to(self.device))
+        ids1_BK77, ids2_BK77, weights = self._on_device(batch.ids)
+        size_ids_B6 = batch.size_ids_B6.to(self.device)
+        predicted_BCHW = module(noisy_BCHW, t_B, ids1_BK77, ids2_BK77, size_ids_B6, weights=weights)
         target_BCHW = self.prediction.target(self.schedule, latents_BCHW, noise_BCHW, t_B)
         loss_BCHW = nn.functional.mse_loss(predicted_BCHW.float(), target_BCHW, reduction="none")
         if batch.masks_BHW is not None:
             loss_BCHW = loss_BCHW * latent_weights(batch.masks_BHW, noisy_BCHW.shape[2:]).to(self.device)
         return (loss_BCHW.mean(dim=(1, 2, 3)) * batch.loss_weights_B.to(self.device)).mean()
+
+    def _on_device(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Both encoders' token ids, and their weights if there are any."""
+        ids1_BK77, ids2_BK77, *weights = (tensor.to(self.device) for tensor in tokens)
+        return ids1_BK77, ids2_BK77, (weights[0], weights[1]) if weights else None
 
     def _latents(self, batch: MicroBatch, places: Sequence[int]) -> Tensor:
         """The images' latents (B, C, H, W), drawn from the VAE's posterior."""
@@ -206,11 +216,11 @@ class SDXLPretraining:
 
     def _denoiser(self, module: Any, prompt: SamplePrompt) -> GuidedDenoiser:
         """The U-Net with a prompt's conditions, in row 0, and its negative prompt's, in row 1."""
-        ids1, ids2 = self.tokenize([prompt.prompt, prompt.negative_prompt])
+        ids1_2K77, ids2_2K77, weights = self._on_device(self.tokenize([prompt.prompt, prompt.negative_prompt]))
         size_hw = (prompt.height, prompt.width)
         size_ids_26 = torch.tensor([[*size_hw, 0, 0, *size_hw]] * 2, dtype=torch.float32, device=self.device)
         with self.accelerator.autocast():
-            context_2TC, vector_2V = module.conditions(ids1.to(self.device), ids2.to(self.device), size_ids_26)
+            context_2TC, vector_2V = module.conditions(ids1_2K77, ids2_2K77, size_ids_26, weights)
 
         def predict(noisy_BCHW: Tensor, t_B: Tensor, context_BTC: Tensor, vector_BV: Tensor) -> Tensor:
             """The U-Net in the precision that it trains in; sampler and VAE keep their own."""
