@@ -286,7 +286,11 @@ def test_a_dry_run_tells_the_plan_and_trains_nothing(train):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer_type=Lion"], "--optimizer_type 'Lion'"),
+        (["--optimizer_type=Lyon"], "--optimizer_type 'Lyon'"),
+        (["--fused_backward_pass", "--gradient_accumulation_steps=2"], "--gradient_accumulation_steps=2"),
+        (["--fused_backward_pass", "--mixed_precision=fp16"], "--mixed_precision=bf16 or no"),
+        (["--fused_backward_pass", "--sharding=zero1"], "--sharding=zero1"),
+        (["--optimizer_type=AdaFactor", "--sharding=fsdp"], "--sharding=fsdp"),
         (["--train_batch_size=100"], "24"),
         (["--resolution=64", "--bucket_reso_steps=12"], "bucket_reso_steps"),
         (["--learning_rate_te1=1e-5"], "--train_text_encoder"),

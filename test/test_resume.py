@@ -100,6 +100,20 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(train, undisturbed, tmp_p
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
+def test_adafactor_in_backward_goes_on_as_if_it_had_not_stopped(train, tmp_path):
+    arguments = [
+        "--optimizer_type=AdaFactor", "--optimizer_args", "relative_step=False", "scale_parameter=False",
+        "--fused_backward_pass", "--gradient_accumulation_steps=1", "--save_state_every_n_steps=3",
+    ]  # fmt: skip
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train(whole, *arguments) == 0
+    out.mkdir()
+    shutil.copytree(whole / state_of(3), out / state_of(3))
+    assert train(out, *arguments, "--resume=auto") == 0
+    assert_same_weights(out, whole)
+    assert lines(out) == lines(whole)[3:]
+
+
 def test_the_newest_whole_state_resumes_and_the_log_says_what_was_passed_over(train, undisturbed, tmp_path, capfd):
     out = stopped_after(4, undisturbed, tmp_path / "out")
     with (out / state_of(4) / "rank00000-of-00001.training.safetensors").open("r+b") as file:
@@ -140,6 +154,7 @@ def test_the_run_may_be_longer_than_it_was(train, undisturbed, tmp_path):
         ("--train_batch_size=3", "the global batch: batch size × processes × accumulation (4 then, 6 now)"),
         ("--bucket_reso_steps=32", "the data or its buckets (fingerprint "),
         (f"--max_train_steps={STEPS - 4}", "3 steps are done, and the run is 2 steps long; raise --max_train_steps"),
+        ("--optimizer_type=SGD", "it has the optimizer state of AdamW, which SGD cannot go on from"),
         ("--learning_rate_te1=0", "the state is of other parameters than those that train now"),
         ("--save_last_n_steps=5", "--save_last_n_steps has nothing to act on without --save_every_n_steps"),
     ],

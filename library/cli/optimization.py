@@ -29,15 +29,33 @@ class OptimizationOptions:
     use_ema: bool
     ema_decay: float
     offload_ema: bool
+    fused_backward_pass: bool
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add this group's flags to a parser."""
     group = parser.add_argument_group("optimizer and schedule")
-    group.add_argument(
+    kind = group.add_mutually_exclusive_group()
+    kind.add_argument(
         "--optimizer_type",
         default="AdamW",
-        help="AdamW, or oss: AdamW with --sharding=oss (%(default)s)",
+        metavar="NAME",
+        help="AdamW, AdaFactor, AdamW8bit, Lion, Lion8bit, SGDNesterov, SGDNesterov8bit, another class of torch.optim, "
+        "module.Class of an installed package, or oss: AdamW with --sharding=oss (%(default)s)",
+    )
+    kind.add_argument(
+        "--use_8bit_adam",
+        dest="optimizer_type",
+        action="store_const",
+        const="AdamW8bit",
+        help="--optimizer_type=AdamW8bit (needs bitsandbytes)",
+    )
+    kind.add_argument(
+        "--use_lion_optimizer",
+        dest="optimizer_type",
+        action="store_const",
+        const="Lion",
+        help="--optimizer_type=Lion (needs lion-pytorch)",
     )
     group.add_argument(
         "--optimizer_args",
@@ -94,3 +112,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="share of the average that a step leaves; less at first, (1 + n) / (10 + n) after n steps (%(default)s)",
     )
     group.add_argument("--offload_ema", action="store_true", help="keep the average in the CPU's memory")
+    group.add_argument(
+        "--fused_backward_pass",
+        action="store_true",
+        help="update each weight in backward and free its gradient at once; --max_grad_norm then clips each tensor's "
+        "gradient by itself, for the norm of all is not known yet",
+    )

@@ -33,6 +33,7 @@ from library.signals import Signals
 from library.training import loop
 from library.training.agreement import check_agreement, describe_run
 from library.training.companions import Companions, Progress, companions
+from library.training.fused_backward import FusedBackward
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import Construct, ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.plan_lines import plan_lines
@@ -41,6 +42,7 @@ from library.training.report import FinalFigures, write_case_log
 from library.training.resume import (
     Position,
     check_length,
+    check_optimizer,
     check_position,
     choose_state,
     log_changed_options,
@@ -181,8 +183,10 @@ def _train(
 ) -> loop.RunReport:
     """Shard, take up a state if there is one, train, save the final checkpoint."""
     accelerator, saving = surroundings.accelerator, options.saving
-    parallel = shard(
-        _sharding(options),
+    make_parallel: Callable[..., Replicated] = partial(shard, _sharding(options))
+    if options.optimization.fused_backward_pass:
+        make_parallel = partial(FusedBackward, max_grad_norm=options.optimization.max_grad_norm)
+    parallel = make_parallel(
         accelerator,
         task.module,
         groups,
@@ -279,6 +283,7 @@ def _check_resumed(resumed: Resumed, options: Options, data: TrainingData, seed:
     info = resumed.state.info
     now = Position(data.fingerprint(), seed, data.plan.global_batch)
     check_position(info, now, resumed.folder, options.saving.resume_anyway)
+    check_optimizer(info, options.optimization.optimizer_type, resumed.folder)
     check_length(resumed.step, steps, resumed.folder)
     log_changed_options(info, _plain_options(options))
 

@@ -215,7 +215,7 @@ class Trainer:
             last = index == len(batches) - 1
             with nullcontext() if last else self.parallel.no_sync():
                 loss = self.task.loss(self.parallel.module, batch) / len(batches)
-                self.accelerator.backward(loss)
+                self.parallel.backward(loss)
             total += loss.detach().float()
         return float(self.accelerator.reduce(total, reduction="mean"))
 

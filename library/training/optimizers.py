@@ -1,7 +1,9 @@
 """Optimizers by the names that --optimizer_type takes, and the learning-rate schedules around them."""
 
 import ast
+import importlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,31 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import InputError
 
-OPTIMIZERS = ["AdamW", "oss"]  # oss is AdamW with its state sharded by fairscale (library.training.sharding)
+logger = logging.getLogger(__name__)
+
+# The field's names that are not torch.optim's own; oss is AdamW sharded by fairscale (library.training.sharding).
+_PATHS = {
+    "oss": "torch.optim.AdamW",
+    "AdaFactor": "transformers.optimization.Adafactor",
+    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
+    "Lion": "lion_pytorch.Lion",
+    "Lion8bit": "bitsandbytes.optim.Lion8bit",
+    "SGDNesterov": "torch.optim.SGD",
+    "SGDNesterov8bit": "bitsandbytes.optim.SGD8bit",
+}
+_PACKAGES = {"lion_pytorch": "lion-pytorch"}  # what to install, where it is not called as the module is
+_PRESETS = {name: {"momentum": 0.9, "nesterov": True} for name in ("SGDNesterov", "SGDNesterov8bit")}
+_FUSED = (torch.optim.Adam, torch.optim.AdamW)  # one kernel a tensor, on the CPU too
+_REFUSED = {
+    "LBFGS": "it computes the loss several times a step",
+    "SparseAdam": "it takes sparse gradients alone",
+    "DAdapt": "it keeps numbers beside each parameter's state, which a training state has no place for",
+    "Prodigy": "it keeps numbers beside each parameter's state, which a training state has no place for",
+    "ScheduleFree": "its weights must be exchanged for sampling and saving",
+    "Paged": "its memory cannot be restored when resuming; AdamW8bit holds as little",
+}
+# Each number's update needs its own gradient and state alone, so the rows of a parameter may lie on several processes.
+_BY_ELEMENT = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "Lion", "NAdam", "RAdam", "RMSprop", "SGD"}
 
 # Makes an optimizer from parameter groups, the optimizer's class and its keyword arguments; a sharded one wraps it.
 Construct = Callable[..., torch.optim.Optimizer]
@@ -25,6 +51,25 @@ class ParameterGroup:
     name: str
     parameters: Sequence[nn.Parameter]
     learning_rate: float
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """What --optimizer_type and --optimizer_args stand for."""
+
+    kind: type[torch.optim.Optimizer]
+    keywords: dict[str, Any]
+
+    @property
+    def by_element(self) -> bool:
+        """Whether the rows of one parameter may be updated apart from each other."""
+        return self.kind.__name__ in _BY_ELEMENT
+
+    @property
+    def sets_its_own_rates(self) -> bool:
+        """Whether it goes by --learning_rate and --lr_scheduler; Adafactor has rates of its own unless told not to."""
+        default = inspect.signature(self.kind).parameters.get("relative_step")
+        return bool(self.keywords.get("relative_step", default is not None and default.default))
 
 
 def parse_optimizer_args(arguments: Iterable[str]) -> dict[str, Any]:
@@ -47,22 +92,60 @@ def parse_optimizer_args(arguments: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
-def check_optimizer(optimizer_type: str, arguments: Iterable[str]) -> dict[str, Any]:
-    """The optimizer's keyword arguments.
+def choose_optimizer(optimizer_type: str, arguments: Iterable[str]) -> OptimizerChoice:
+    """The optimizer's class and keyword arguments.
+
+    Args:
+        optimizer_type: a name of the field in any case, a class of torch.optim, or module.Class.
 
     Raises:
-        InputError: the type is not known, or does not take an argument.
+        InputError: the type is not known, not installed or cannot be trained with, or does not take an argument.
     """
-    kind = {name.lower(): name for name in OPTIMIZERS}.get(optimizer_type.lower())
-    if kind is None:
-        raise InputError(f"--optimizer_type {optimizer_type!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
-    keywords = parse_optimizer_args(arguments)
-    own = {"params", "lr", "fused", "foreach"}
-    known = [name for name in inspect.signature(torch.optim.AdamW).parameters if name not in own]
-    unknown = [name for name in keywords if name not in known]
+    kind = _find(optimizer_type)
+    parameters = inspect.signature(kind).parameters
+    own = {"self", "params", "lr", "fused", "foreach"}
+    known = [name for name in parameters if name not in own]
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    preset = next((value for name, value in _PRESETS.items() if name.lower() == optimizer_type.lower()), {})
+    keywords = {**preset, **parse_optimizer_args(arguments)}
+    unknown = [name for name in keywords if name in own or not (name in known or takes_all)]
     if unknown:
-        raise InputError(f"--optimizer_args {unknown[0]}: AdamW takes {', '.join(known)}, and lr by --learning_rate")
-    return keywords
+        raise InputError(
+            f"--optimizer_args {unknown[0]}: {kind.__name__} takes {', '.join(known)}, and lr by --learning_rate"
+        )
+    return OptimizerChoice(kind, keywords)
+
+
+def _find(optimizer_type: str) -> type[torch.optim.Optimizer]:
+    """The class that a name stands for."""
+    refused = next((why for part, why in _REFUSED.items() if part.lower() in optimizer_type.lower()), None)
+    if refused is not None:
+        raise InputError(f"--optimizer_type {optimizer_type!r} is not supported: {refused}")
+    of_torch = {name for name in dir(torch.optim) if _is_optimizer(getattr(torch.optim, name))}
+    paths = {**{name: f"torch.optim.{name}" for name in of_torch}, **_PATHS}
+    path = {name.lower(): path for name, path in paths.items()}.get(optimizer_type.lower(), optimizer_type)
+    module_name, _, class_name = path.rpartition(".")
+    if not module_name:
+        raise InputError(
+            f"--optimizer_type {optimizer_type!r} is not known; it is AdamW, {', '.join(_PATHS)}, a class of "
+            "torch.optim, or module.Class of an installed package"
+        )
+    package = _PACKAGES.get(module_name.partition(".")[0], module_name.partition(".")[0])
+    try:
+        kind = getattr(importlib.import_module(module_name), class_name, None)
+    except ImportError as error:
+        raise InputError(
+            f"--optimizer_type {optimizer_type!r} needs the package {package} ({error}); install it, or choose another "
+            "optimizer"
+        ) from error
+    if kind is None or not _is_optimizer(kind):
+        raise InputError(f"--optimizer_type {optimizer_type!r}: {path} is no optimizer of torch's kind")
+    return kind
+
+
+def _is_optimizer(value: Any) -> bool:
+    base = torch.optim.Optimizer
+    return isinstance(value, type) and issubclass(value, base) and value is not base
 
 
 def _whole(groups: list[dict[str, Any]], optimizer: type[torch.optim.Optimizer], **keywords: Any) -> Any:
@@ -74,20 +157,31 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over the groups, in their order.
 
-    AdamW is torch's (Loshchilov & Hutter, 1711.05101), in its fused form: one kernel a tensor, on the CPU too.
+    AdamW is torch's (Loshchilov & Hutter, 1711.05101), in its fused form; AdaFactor is transformers' (Shazeer & Stern,
+    1804.04235), whose arguments are those that the field's command lines give.
 
     Args:
         construct: makes it of (groups, class, **keywords); a sharded optimizer's constructor, say.
 
     Raises:
-        InputError: as `check_optimizer`, or a value is out of the optimizer's range.
+        InputError: as `choose_optimizer`, or a value is out of the optimizer's range.
     """
-    keywords = check_optimizer(optimizer_type, arguments)
+    choice = choose_optimizer(optimizer_type, arguments)
     parameters = [{"params": list(group.parameters), "lr": group.learning_rate, "name": group.name} for group in groups]
+    keywords: dict[str, Any] = {"lr": groups[0].learning_rate, **choice.keywords}
+    if choice.kind in _FUSED:
+        keywords["fused"] = True
+    if choice.sets_its_own_rates:
+        keywords["lr"] = None
+        logger.warning(
+            "--optimizer_type=%s sets its own rates: --learning_rate and --lr_scheduler, which the log shows, do "
+            'nothing; it goes by them with --optimizer_args "relative_step=False" "scale_parameter=False"',
+            optimizer_type,
+        )
     try:
-        optimizer = construct(parameters, torch.optim.AdamW, lr=groups[0].learning_rate, fused=True, **keywords)
+        optimizer = construct(parameters, choice.kind, **keywords)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"--optimizer_args: AdamW refuses them: {error}") from error
+        raise InputError(f"--optimizer_args: {choice.kind.__name__} refuses them: {error}") from error
     # A fused optimizer offers to undo the loss scale itself. torch_npu's scaler then hands it an argument that torch's
     # AdamW no longer takes, and elsewhere a skipped step could not be told from a taken one: the scaler does it.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

@@ -50,20 +50,23 @@ def read_state(
     Raises:
         InputError: as `read_weight`.
     """
-    keys = next((list(part["state"]) for part in parts if part["state"]), [])
+    parts = [part for part in parts if part["state"]]
+    if not parts:
+        return
+    whole = len(parts) == 1 and parts[0]["weight"].shape == parameter.shape
+    counter_device = _counter_device(parameter, optimizer)
     state: dict[str, Any] = {}
-    for key in keys:
-        saved = [(part["start"], part["state"][key]) for part in parts if part["state"]]
-        first = saved[0][1]
+    for key, first in parts[0]["state"].items():
         if not isinstance(first, Tensor):
             state[key] = first
-        elif first.dim() == 0 and parameter.dim():  # a counter, the same in every part
+        elif first.dim() == 0:  # the same in every part
+            state[key] = first.to(counter_device if key == "step" else parameter.device, copy=True)
+        elif whole and first.shape != parameter.shape:  # sums of rows and columns, scales of blocks
             state[key] = first.to(parameter.device, copy=True)
         else:
             state[key] = torch.empty_like(parameter, dtype=first.dtype, requires_grad=False)
-            _fill(f"{name}'s {key}", state[key], saved, start)
-    if state:
-        optimizer.state[parameter] = state
+            _fill(f"{name}'s {key}", state[key], [(part["start"], part["state"][key]) for part in parts], start)
+    optimizer.state[parameter] = state
 
 
 def by_name(ranks: Sequence[Mapping[str, Part]]) -> dict[str, list[Part]]:
@@ -88,6 +91,12 @@ def check_names(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
             f"--resume: the state is of other parameters than those that train now ({listed}). Train the same parts "
             "(--train_text_encoder, --learning_rate_te1, --learning_rate_te2) of the same model."
         )
+
+
+def _counter_device(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.device:
+    """Where torch's optimizers count steps: a fused one beside the parameter, others on the CPU, to read it at once."""
+    group = next((group for group in optimizer.param_groups if any(one is parameter for one in group["params"])), {})
+    return parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
 
 
 def _fill(what: str, into: Tensor, saved: Sequence[tuple[int, Tensor]], start: int) -> None:

@@ -33,6 +33,7 @@ def plan_lines(
         f"optimizer: {optimization.optimizer_type}, schedule: {optimization.lr_scheduler}, "
         f"warm-up steps: {optimization.lr_warmup_steps}, max grad norm: {optimization.max_grad_norm:g}",
         *_average_lines(optimization),
+        *_fused_lines(optimization),
         *_sharding_lines(sharding, accelerator.num_processes),
         f"num examples: {int(data.plan.samples_K.sum())}",
         f"num batches per epoch: {data.plan.steps_before_epoch(1)} (first epoch; leftovers go to the next)",
@@ -58,10 +59,16 @@ def _average_lines(options: OptimizationOptions) -> list[str]:
     return [f"moving average: decay {options.ema_decay:g}, {where}; sampled from and saved as NAME-ema"]
 
 
+def _fused_lines(optimization: OptimizationOptions) -> list[str]:
+    """What --fused_backward_pass changes, where it is given."""
+    clipped = f", each tensor's gradient clipped to {optimization.max_grad_norm:g}" * (optimization.max_grad_norm > 0)
+    return [f"fused backward pass: weights are updated in backward{clipped}"] * optimization.fused_backward_pass
+
+
 def _sharding_lines(sharding: str, processes: int) -> list[str]:
     """What is sharded, where somebody asked for it or could ask."""
     if processes == 1:
-        return [] if sharding == "none" else [f"sharding: {sharding} on one process has nothing to shard, AdamW runs"]
+        return [] if sharding == "none" else [f"sharding: {sharding} on one process has nothing to shard"]
     return [f"sharding: {sharding}"]
 
 

@@ -85,6 +85,17 @@ def check_length(step: int, steps: int, folder: Path) -> None:
         )
 
 
+def check_optimizer(saved: StateInfo, optimizer_type: str, folder: Path) -> None:
+    """Raise InputError if the state holds what another optimizer keeps of each parameter; `oss` keeps AdamW's."""
+    then = str(saved.options.get("optimizer_type", optimizer_type))
+    if then.lower() == optimizer_type.lower() or {then.lower(), optimizer_type.lower()} == {"adamw", "oss"}:
+        return
+    raise InputError(
+        f"--resume {folder}: it has the optimizer state of {then}, which {optimizer_type} cannot go on from. Go on "
+        f"with --optimizer_type={then}, or start a new run from the checkpoint's weights."
+    )
+
+
 def log_changed_options(saved: StateInfo, now: Mapping[str, Any]) -> None:
     """A line of the log for each option and package version that is another one than it was."""
     for what, then, present in (("option", saved.options, now), ("version of", saved.versions, versions())):

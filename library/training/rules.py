@@ -4,7 +4,7 @@ from library.cli.data import DataOptions
 from library.cli.optimization import EMA_DECAY, OptimizationOptions
 from library.cli.run import PreviewOptions, RunOptions, SavingOptions
 from library.errors import InputError
-from library.training.optimizers import check_optimizer, check_warmup
+from library.training.optimizers import check_warmup, choose_optimizer
 from library.training.prompts import read_prompts
 from library.training.sharding import sharding_kind
 
@@ -20,8 +20,15 @@ def check_data(options: DataOptions) -> None:
 
 def check_optimization(options: OptimizationOptions, run: RunOptions) -> None:
     """Raise InputError where optimizer, sharding, rates and schedule cannot go together."""
-    check_optimizer(options.optimizer_type, options.optimizer_args)
-    sharding_kind(options.sharding, options.optimizer_type)
+    choice = choose_optimizer(options.optimizer_type, options.optimizer_args)
+    sharding = sharding_kind(options.sharding, options.optimizer_type)
+    if sharding == "fsdp" and not choice.by_element:
+        raise InputError(
+            f"--sharding=fsdp leaves each process some rows of a tensor, and {choice.kind.__name__} needs all of them; "
+            "use --sharding=oss or zero1, or --optimizer_type=AdamW"
+        )
+    if options.fused_backward_pass:
+        check_fused_backward(sharding, run)
     text_encoder_rates(options)
     warmup = options.lr_warmup_steps
     if options.lr_scheduler == "constant" and warmup:
@@ -32,6 +39,24 @@ def check_optimization(options: OptimizationOptions, run: RunOptions) -> None:
         raise InputError("--ema_decay and --offload_ema have nothing to act on without --use_ema; add that")
     if run.max_train_epochs is None:
         check_warmup(warmup, run.max_train_steps)
+
+
+def check_fused_backward(sharding: str, run: RunOptions) -> None:
+    """Raise InputError where something needs all gradients of a step at once, and there never are."""
+    flag = "--fused_backward_pass updates each weight as soon as its gradient is there"
+    if run.gradient_accumulation_steps > 1:
+        raise InputError(
+            f"{flag}, so gradients cannot be added up over --gradient_accumulation_steps="
+            f"{run.gradient_accumulation_steps}; raise --train_batch_size instead, or leave one of the two out"
+        )
+    if run.mixed_precision == "fp16":
+        raise InputError(
+            f"{flag}, and fp16's loss scaling must see all of them before; use --mixed_precision=bf16 or no"
+        )
+    if sharding != "none":
+        raise InputError(
+            f"{flag}, and --sharding={sharding} hands gradients round after backward; leave one of the two out"
+        )
 
 
 def text_encoder_rates(options: OptimizationOptions) -> tuple[float, float]:

@@ -103,6 +103,10 @@ class Replicated:
         """While accumulating: gradients stay where they are made."""
         return self.accelerator.no_sync(self.module)
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients to those that there are."""
+        self.accelerator.backward(loss)
+
     def clip(self, max_norm: float) -> float:
         """Undo the loss scale, clip the gradient's norm to `max_norm` (0: leave it), return the norm before that.
 

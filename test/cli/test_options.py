@@ -22,6 +22,15 @@ def test_defaults_are_the_references():
     assert (args.caption_extension, args.mixed_precision, args.sample_sampler) == (".caption", "no", "ddim")
 
 
+def test_the_older_spellings_of_optimizers_are_their_types_and_exclude_each_other(capsys):
+    assert parse("--use_8bit_adam").optimizer_type == "AdamW8bit"
+    assert parse("--use_lion_optimizer").optimizer_type == "Lion"
+    assert parse().optimizer_type == "AdamW"
+    with pytest.raises(SystemExit):
+        parse("--use_8bit_adam", "--optimizer_type=AdaFactor")
+    assert "--optimizer_type: not allowed with argument --use_8bit_adam" in capsys.readouterr().err
+
+
 def test_every_flag_of_the_mission_is_taken_and_lands_in_an_option_group():
     args = parse(
         "--max_train_epoch=3", "--vae=v", "--tokenizer1_path=a", "--tokenizer2_path=b", "--enable_bucket",

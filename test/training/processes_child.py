@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from sharding_child import OneEpoch, quiet_states
 from torch import nn
 
 from library.signals import Signals
+from library.training.fused_backward import FusedBackward
 from library.training.loop import LoopOptions, Trainer
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
@@ -46,7 +48,10 @@ class _InfiniteGradient(torch.autograd.Function):
 
 
 class Regression:
-    """Mean squared error; on the process `overflow_on` the gradients of step 3 overflow once."""
+    """Mean squared error; on the process `overflow_on` the gradients of step 3 overflow once.
+
+    With "nan" the loss of that step is not a number on process 1.
+    """
 
     def __init__(self, device, overflow_on=None):
         self.device, self.overflow_on, self.overflowed = device, overflow_on, False
@@ -54,6 +59,8 @@ class Regression:
     def loss(self, module, batch):
         predicted = module(batch.inputs.to(self.device))
         loss = (predicted - batch.targets.to(self.device)).float().pow(2).mean()
+        if batch.step == 3 and self.overflow_on == "nan" and RANK == 1:
+            return loss * math.nan
         if batch.step == 3 and self.overflow_on == RANK and not self.overflowed:
             self.overflowed = True
             return _InfiniteGradient.apply(loss)
@@ -82,10 +89,11 @@ def rows(step, rank, processes):
 
 def train(
     kind, precision="no", patches=PATCHES, max_grad_norm=0.05, steps=8, overflow_on=None, start=0, end=None, parts=(),
-    take=None, averages=None,
+    take=None, averages=None, optimizer=("AdamW", ()),
 ):  # fmt: skip
     """(whole weights as each process computes with them, metrics) after some steps on both processes.
 
+    kind "fused" is no sharding, with the optimizer in backward.
     start, parts: go on from there. end, take: stop before the schedule's end and put every process's parts into `take`.
     averages: where the main process puts the moving averages.
     """
@@ -95,9 +103,10 @@ def train(
         accelerator = make_accelerator(precision)
         module = model().to(accelerator.device)
         groups = [ParameterGroup("unet", list(module.parameters()), 0.05)]
-        parallel = shard(
-            kind, accelerator, module, groups,
-            lambda groups, **construct: make_optimizer("AdamW", groups, [], **construct),
+        make = partial(FusedBackward, max_grad_norm=max_grad_norm) if kind == "fused" else partial(shard, kind)
+        parallel = make(
+            accelerator, module, groups,
+            lambda groups, **construct: make_optimizer(optimizer[0], groups, optimizer[1], **construct),
             lambda optimizer: make_lr_schedule("linear", optimizer, steps, 0, 1, 1.0),
         )  # fmt: skip
         parallel.keep_averages(0.5)
@@ -261,6 +270,36 @@ def check_any_kind_goes_on_from_the_parts_of_any_other():
             assert equal(weights, undisturbed["none"]), (before, after)
             assert RANK or equal(averages, expected), (before, after)
             assert after != before or all(map(torch.equal, weights, undisturbed[after])), after
+
+
+ADAFACTOR = ("AdaFactor", ("relative_step=False", "scale_parameter=False"))
+
+
+def check_adafactor_is_shared_by_whole_parameters_and_goes_on_from_the_parts_of_any_other():
+    kinds = ("none", "oss", "zero1", "fused")
+    undisturbed = {kind: train(kind, max_grad_norm=0, optimizer=ADAFACTOR)[0] for kind in kinds}
+    assert not equal(undisturbed["none"], train("none", max_grad_norm=0)[0])
+    for before in kinds:
+        parts, steps = [], 4
+        train(before, max_grad_norm=0, optimizer=ADAFACTOR, end=steps, take=parts)
+        for after in kinds:
+            weights, _ = train(after, max_grad_norm=0, optimizer=ADAFACTOR, start=steps, parts=parts)
+            assert equal(weights, undisturbed["none"]), (before, after)
+            assert after != before or all(map(torch.equal, weights, undisturbed[after])), after
+
+
+def check_the_optimizer_in_backward_updates_by_the_gradients_of_both_processes():
+    weights, lines = train("fused", max_grad_norm=0)
+    plain_weights, plain_lines = train("none", max_grad_norm=0)
+    assert equal(weights, plain_weights) and same_on_both(weights)
+    norms = [[line["grad_norm"] for line in each] for each in (lines, plain_lines)]
+    torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-6)
+
+
+def check_a_loss_that_is_not_finite_on_one_process_leaves_the_weights_of_both_alone():
+    weights, lines = train("fused", overflow_on="nan")
+    assert [line["updated"] for line in lines] == [step != 3 for step in range(8)]
+    assert same_on_both(weights) and all(one.isfinite().all() for one in weights)
 
 
 def check_accumulating_leaves_ddps_gradients_in_its_buckets():

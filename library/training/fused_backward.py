@@ -1,0 +1,98 @@
+"""--fused_backward_pass: each parameter is updated in backward as soon as its gradient is there, which is then freed.
+
+So of all gradients only one or two exist at a time: 10.3 GB less for SDXL's U-Net in fp32. What follows from it:
+the norm of all gradients is known only after the last update, so clipping bounds each tensor's own norm; and a gradient
+that is not finite is noticed when other weights have been updated, so it ends the run.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from library.errors import TrainingError
+from library.training.optimizers import ParameterGroup
+from library.training.sharding import MakeOptimizer, MakeSchedule, Replicated
+
+
+class FusedBackward(Replicated):
+    """As `Replicated`, with the optimizer's step in backward; on several processes each gradient is averaged there."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        groups: Sequence[ParameterGroup],
+        make_optimizer: MakeOptimizer,
+        make_schedule: MakeSchedule,
+        max_grad_norm: float,
+    ) -> None:
+        """`max_grad_norm` is for each tensor; 0 leaves gradients as they are."""
+        self.max_grad_norm = max_grad_norm
+        self._norms: list[Tensor] = []  # of this step's gradients
+        super().__init__(accelerator, module, groups, make_optimizer, make_schedule)
+
+    def _prepare(
+        self, groups: Sequence[ParameterGroup], make_optimizer: MakeOptimizer, make_schedule: MakeSchedule
+    ) -> None:
+        accelerator = self.accelerator
+        # Autocast without DistributedDataParallel, whose sums come after the hooks that would need them.
+        self.module = accelerator.prepare_model(self.bare_module, evaluation_mode=True)
+        self.bare_optimizer = make_optimizer(groups)
+        schedule = make_schedule(self.bare_optimizer)
+        self.optimizer = accelerator.prepare_optimizer(self.bare_optimizer)
+        self.schedule = accelerator.prepare_scheduler(schedule)
+        for place, group in enumerate(self.bare_optimizer.param_groups):
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(partial(self._update, place))
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward and all updates; nothing at all where the loss of any process is not finite."""
+        finite = loss.detach().isfinite().float()
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if finite:
+            self.accelerator.backward(loss)
+
+    @torch.no_grad()
+    def _update(self, place: int, parameter: nn.Parameter) -> None:
+        """The optimizer's step for one parameter of the group at that place."""
+        gradient = parameter.grad
+        assert gradient is not None
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(gradient)
+            gradient.div_(self.accelerator.num_processes)
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self._norms.append(norm)
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_([parameter], self.max_grad_norm, norm)
+        optimizer: Any = self.bare_optimizer
+        groups = optimizer.param_groups
+        # One optimizer, so that schedule and states see all of it; for this call it has no other parameter.
+        optimizer.param_groups = [{**groups[place], "params": [parameter]}]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = groups
+        parameter.grad = None
+
+    def clip(self, max_norm: float) -> float:
+        """The norm of all gradients together, before each was clipped by itself.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
+        norm = float(torch.linalg.vector_norm(torch.stack(self._norms))) if self._norms else 0.0
+        self._norms.clear()
+        if not math.isfinite(norm):
+            raise TrainingError(
+                "a gradient is not finite though the loss is, and --fused_backward_pass has updated other weights by "
+                "then. Resume from the last training state with a lower learning rate, or without the flag, which "
+                "leaves such steps out"
+            )
+        return norm
