@@ -1,5 +1,6 @@
 """An SDXL model to a single file in Stability's keys or to a diffusers folder, complete or not at all."""
 
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -18,9 +19,9 @@ from library.models.metadata import (
     HASH_PLACEHOLDER,
     IMPLEMENTATION_DIFFUSERS,
     IMPLEMENTATION_STABILITY,
-    fill_hash,
 )
 from library.models.sdxl import SDXLModel
+from library.tensor_file import tensor_file
 
 SAVE_FORMS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
 
@@ -53,11 +54,12 @@ def save_sdxl(
     if form in ("safetensors", "ckpt"):
         target = base.with_name(f"{base.name}.{form}")
         entries["modelspec.implementation"] = IMPLEMENTATION_STABILITY
-        tensors = _converted(single_file.join(model), dtype)
+        tensors = single_file.join(model)
         if form == "safetensors":
-            write_file(target, lambda path: _write_safetensors(tensors, path, entries))
+            write_file(target, lambda path: _write_safetensors(tensors, path, dtype, entries))
         else:
-            write_file(target, lambda path: _write_pickle({"state_dict": tensors, "metadata": entries}, path))
+            content = {"state_dict": _converted(tensors, dtype), "metadata": entries}
+            write_file(target, lambda path: _write_pickle(content, path))
         return target
     if form in ("diffusers", "diffusers_safetensors"):
         entries["modelspec.implementation"] = IMPLEMENTATION_DIFFUSERS
@@ -74,18 +76,19 @@ def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, T
     }
 
 
-def _write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode  # as the umask has it; safetensors' own writer makes files that only the owner can read
-    try:
-        save_file(tensors, path, {"format": "pt", **metadata, HASH_KEY: HASH_PLACEHOLDER})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    path.chmod(mode)
-    fill_hash(path)
+def _write_safetensors(
+    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype, metadata: Mapping[str, str]
+) -> None:
+    """One tensor at a time, so that a model on a device, or in another precision, is not in memory once more."""
+    start_of_file, content = tensor_file(tensors, {**metadata, HASH_KEY: HASH_PLACEHOLDER}, dtype)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        file.write(start_of_file)
+        for piece in content:
+            digest.update(piece)
+            file.write(piece)
+        file.seek(start_of_file.index(HASH_PLACEHOLDER.encode()))
+        file.write(f"0x{digest.hexdigest()}".encode())
 
 
 def _write_pickle(content: Mapping[str, Any], path: Path) -> None:
@@ -112,14 +115,12 @@ def _write_pipeline(
         target.mkdir()
         _write_config(name, network, target, dtype, version)
         of_transformers = name.startswith("text_encoder")
-        converted = _converted(tensors, dtype)
         if as_safetensors:
             file = "model.safetensors" if of_transformers else "diffusion_pytorch_model.safetensors"
-            _write_safetensors(converted, target / file, metadata)
+            _write_safetensors(tensors, target / file, dtype, metadata)
         else:
-            _write_pickle(
-                converted, target / ("pytorch_model.bin" if of_transformers else "diffusion_pytorch_model.bin")
-            )
+            file = "pytorch_model.bin" if of_transformers else "diffusion_pytorch_model.bin"
+            _write_pickle(_converted(tensors, dtype), target / file)
     for name, tokenizer in (("tokenizer", model.tokenizer1), ("tokenizer_2", model.tokenizer2)):
         _write_tokenizer(tokenizer, folder / name)
     (folder / "scheduler").mkdir()

@@ -1,11 +1,8 @@
 """Model metadata after Stability's ModelSpec 1.0.0 (https://github.com/Stability-AI/ModelSpec)."""
 
 import datetime
-import hashlib
 import json
-import re
 from pathlib import Path
-from typing import BinaryIO
 
 from library.errors import InputError
 
@@ -57,33 +54,8 @@ def modelspec(
     return {f"modelspec.{name}": str(value) for name, value in entries.items()}
 
 
-def fill_hash(path: Path) -> str | None:
-    """Put the SHA-256 of a safetensors file's tensor bytes in the place of `HASH_PLACEHOLDER` in its header.
-
-    Returns:
-        "0x" and 64 hexadecimal digits; None, and the file as it was, where the header has no placeholder.
-    """
-    with path.open("r+b") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = file.read(header_size)
-        found = re.search(rf'"{re.escape(HASH_KEY)}":\s*"({HASH_PLACEHOLDER})"'.encode(), header)
-        if found is None:
-            return None
-        value = "0x" + _sha256_of_rest(file)
-        file.seek(8 + found.start(1))
-        file.write(value.encode())
-    return value
-
-
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata in a safetensors file's header, without reading a tensor."""
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         return json.loads(file.read(header_size)).get("__metadata__", {})
-
-
-def _sha256_of_rest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()

@@ -15,32 +15,19 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from library.errors import InputError
+from library.tensor_file import tensor_file
 from library.training.state_tree import unpack
 
 FORMAT = 1  # of the folder; a reader refuses a higher one
 MANIFEST, INFO = "manifest.json", "state.json"
 _CHUNK_BYTES = 16 << 20
-
-# The names of safetensors' format for torch's types.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -97,18 +84,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
     Raises:
         TypeError: a type of number that the format does not have.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so each lies aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in ordered:
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name}: safetensors files hold no {tensor.dtype}")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    start_of_file = len(encoded).to_bytes(8, "little") + encoded
-    return _write(path, [start_of_file, *(_bytes(tensor) for _, tensor in ordered)])
+    start_of_file, content = tensor_file(tensors, {})
+    return _write(path, chain([start_of_file], content))
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -229,11 +206,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: damaged (no JSON object). Resume from another state.")
     return content
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:

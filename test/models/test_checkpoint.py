@@ -484,7 +484,7 @@ def test_an_existing_model_stays_when_writing_fails_and_goes_when_it_succeeds(sd
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_write, "_write_safetensors", lambda tensors, path, metadata: full(path))
+        patch.setattr(checkpoint_write, "_write_safetensors", lambda tensors, path, *_: full(path))
         patch.setattr(checkpoint_write, "_write_pickle", lambda content, path: full(path))
         with pytest.raises(InputError, match=r"last.*No space left"):
             save_sdxl(changed, tmp_path / "last", form)
