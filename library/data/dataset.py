@@ -18,6 +18,7 @@ from library.data.bad_samples import check_left_out
 from library.data.bucket_rows import Buckets, bucket_rows
 from library.data.buckets import BucketOptions, check_options
 from library.data.captions import CaptionOptions
+from library.data.hub_data import local_data
 from library.data.index import Index, build_index
 from library.data.loader import Loader, Share, Tokenize, make_loader
 from library.data.plan import Plan, repeated
@@ -101,14 +102,14 @@ def prepare_data(
         between: called between two pieces of the work, and while another process works; may raise, to end it.
 
     Raises:
-        InputError: no images, no captions, bucket options that cannot be, no faces in the names where crops go around
-            them, a set too small for one batch.
+        InputError: no data, no images, no captions, bucket options that cannot be, no faces in the names where crops go
+            around them, a set too small for one batch.
     """
     bucket_options = [_bucket_options(subset) for subset in options.subsets]
     for entry in bucket_options:
         check_options(entry)
     logger.info("loading image sizes.")
-    subsets = [_subset(subset, options.dataset_config) for subset in options.subsets]
+    subsets = [_subset(subset, options.dataset_config, between) for subset in options.subsets]
     index = build_index(subsets, progress=_index_bar, between=between)
     check_left_out(index.bad, len(index), options.max_bad_samples)
     _check_faces(index, options.subsets)
@@ -150,16 +151,17 @@ def _check_faces(index: Index, subsets: Sequence[SubsetOptions]) -> None:
         )
 
 
-def _subset(options: SubsetOptions, config: Path | None) -> Subset:
+def _subset(options: SubsetOptions, config: Path | None, between: Callable[[], None]) -> Subset:
     """In a configuration file repeats and class words have keys of their own, so folders' names mean nothing there."""
+    flag = f"{config}: image_dir" if config else "--reg_data_dir" if options.is_reg else "--train_data_dir"
     return Subset(
-        options.train_data_dir,
+        local_data(options.train_data_dir, flag, options.caption_extension, between),
         options.caption_extension,
         metadata=options.in_json,
         repeats=options.dataset_repeats,
         class_words=options.class_tokens,
         class_folders=config is None,
-        flag=f"{config}: image_dir" if config else "--reg_data_dir" if options.is_reg else "--train_data_dir",
+        flag=flag,
     )
 
 

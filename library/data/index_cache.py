@@ -90,7 +90,7 @@ def tables(
     found = _kept(jobs)
     if None not in found:
         return [table for table in found if table is not None]
-    with _locked(sorted({job.file.parent for job in jobs if job.file is not None}), between):
+    with locked(sorted({job.file.parent for job in jobs if job.file is not None}), between):
         found = _kept(jobs)  # another process may have made them meanwhile
         missing = [number for number, table in enumerate(found) if table is None]
         if not missing:
@@ -172,8 +172,12 @@ def _kept(jobs: Sequence[Job]) -> list[Table | None]:
 
 
 @contextmanager
-def _locked(folders: Sequence[Path], between: Callable[[], None]) -> Iterator[None]:
-    """Hold the folders' locks; go without where there are none to be had. They end with the process that holds them."""
+def locked(folders: Sequence[Path], between: Callable[[], None]) -> Iterator[bool]:
+    """Hold the folders' locks; go without where there are none to be had. They end with the process that holds them.
+
+    Yields whether another process had to be waited for.
+    """
+    waited = False
     with ExitStack() as held:
         for folder in folders:
             file = None
@@ -181,9 +185,10 @@ def _locked(folders: Sequence[Path], between: Callable[[], None]) -> Iterator[No
                 folder.mkdir(parents=True, exist_ok=True)
                 file = held.enter_context((folder / _LOCK).open("w"))
             while file is not None and not _try_lock(file):
+                waited = True
                 between()
                 time.sleep(_LOCK_POLL_SECONDS)
-        yield
+        yield waited
 
 
 def _try_lock(file: IO[str]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
+from library.hub import is_hub_name
 from library.models import hub, infer_configs, model_kind, single_file
 from library.models.diffusers_config import unet_config_from_diffusers
 from library.models.meta_load import build
@@ -66,7 +67,7 @@ def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]])
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if hub.is_hub_name(source):
+    if is_hub_name(source):
         return hub.snapshot(source, flag, choose)
     raise InputError(f"{flag} {source}: no such file or folder, and not spelt as a hub name (owner/name).")
 

@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sdxl_pretrain
+from library.cli.data import DataOptions
+from library.cli.dataset_config import data_options
+
 
 def picture(width: int, height: int, seed: int = 0, format: str = "JPEG") -> bytes:
     """A small image file of smooth random colours."""
@@ -83,3 +87,16 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     path = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))
     return path
+
+
+@pytest.fixture
+def make_options() -> Callable[..., DataOptions]:
+    """The options of data at a place, at 32 px with buckets, with more arguments of the command line."""
+
+    def make(data: object, *more: str) -> DataOptions:
+        arguments = ["--pretrained_model_name_or_path=m", "--output_dir=o", f"--train_data_dir={data}"]
+        arguments += ["--resolution=32", "--enable_bucket", "--min_bucket_reso=16", "--max_bucket_reso=64"]
+        arguments += ["--bucket_reso_steps=8", "--caption_extension=.txt", "--max_data_loader_n_workers=0", *more]
+        return data_options(sdxl_pretrain.build_parser().parse_args(arguments))
+
+    return make

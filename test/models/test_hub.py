@@ -1,12 +1,8 @@
 """Models by hub name, against a small stand-in of the hub on the loopback interface."""
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,77 +11,7 @@ from library.errors import InputError
 from library.models import hub
 from library.models.checkpoint import load_sdxl, save_sdxl
 from library.models.weight_files import choose_weights, files_of
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves folders as repositories under owner/name, by the routes that huggingface_hub asks for."""
-
-    def __init__(self, repositories: dict[str, Path]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.repositories = repositories
-        self.downloaded: set[str] = set()
-        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *_) -> None:
-        """Keep the test's output clean."""
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, with_body: bool) -> None:
-        path = self.path.split("?")[0].strip("/")
-        if path == "stop":
-            self._send(b"", {})
-            threading.Thread(target=lambda: (self.server.shutdown(), self.server.server_close())).start()
-            return
-        for name, folder in self.server.repositories.items():
-            files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
-            if path == f"api/models/{name}" or path.startswith(f"api/models/{name}/revision/"):
-                siblings = [{"rfilename": file} for file in files]
-                self._send(json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode(), {})
-                return
-            if path.startswith(f"api/models/{name}/tree/"):
-                tree = [
-                    {"type": "file", "path": file, "size": at.stat().st_size, "oid": _etag(at)}
-                    for file, at in files.items()
-                ]
-                self._send(json.dumps(tree).encode(), {})
-                return
-            _, found, file = path.partition(f"{name}/resolve/")
-            file = file.partition("/")[2]
-            if found and file in files:
-                if with_body:
-                    self.server.downloaded.add(f"{name}/{file}")
-                body = files[file].read_bytes()
-                self._send(body, {"ETag": f'"{_etag(files[file])}"', "X-Repo-Commit": COMMIT}, with_body)
-                return
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def _send(self, body: bytes, headers: dict[str, str], with_body: bool = True) -> None:
-        self.send_response(200)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-
-def _etag(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
-
+from test.models.hub_server import Hub
 
 SCRIPT = """
 import sys, time, urllib.error, urllib.request
@@ -169,7 +95,7 @@ def test_only_what_is_needed_is_downloaded(report):
 def test_a_name_that_the_hub_does_not_know_is_refused(report):
     line = report["lines"][1]
     assert line.startswith("refused --pretrained_model_name_or_path tiny/absent: ")
-    assert "no such repository" in line
+    assert "no such model repository" in line
     assert report["endpoint"] in line
 
 

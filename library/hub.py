@@ -1,0 +1,122 @@
+"""Names of the Hugging Face hub: downloaded once into its cache (HF_HOME), read from there when offline.
+
+HF_ENDPOINT chooses another server of the same interface, HF_HUB_OFFLINE=1 keeps to the cache, HF_TOKEN or `hf auth
+login` gives access to what is not public.
+"""
+
+import contextlib
+import errno
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from library.errors import InputError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of the hub.
+
+    Attributes:
+        name: owner/name.
+        kind: "model" or "dataset".
+        flag: the option that named it, for messages.
+        needs: what of its files training needs.
+        way_out: what the user can do instead; the end of all messages.
+    """
+
+    name: str
+    kind: str
+    flag: str
+    needs: str
+    way_out: str
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.name}"
+
+
+def is_hub_name(source: str) -> bool:
+    """True for what is spelt as owner/name; the caller has looked for a path of that spelling before."""
+    return _NAME.fullmatch(source) is not None
+
+
+def snapshot(wanted: Wanted, choose: Callable[[Iterable[str]], list[str]], cached: Sequence[str]) -> Path:
+    """The folder of a hub repository in the local cache, with the chosen files in it.
+
+    Args:
+        choose: from all file names of the repository the names, or patterns of names, of those that are needed.
+        cached: patterns of what a copy in the cache must have whole to be used where the hub cannot be asked; none:
+            whatever is there.
+
+    Raises:
+        InputError: there is no such repository, it needs a licence to be accepted, it has none of the files, or it is
+            neither cached nor to be reached.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        # Not list_repo_files: it tries again for 23 s when there is no network.
+        ask = HfApi().dataset_info if wanted.kind == "dataset" else HfApi().model_info
+        info = ask(wanted.name, timeout=_TIMEOUT_S)
+        names = [file.rfilename for file in info.siblings or ()]
+    except GatedRepoError as error:
+        raise InputError(
+            f"{wanted}: the hub wants you to accept its licence and log in first (hf auth login). {wanted.way_out}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{wanted}: no file or folder of this name here, and no such {wanted.kind} repository at "
+            f"{constants.ENDPOINT} (or it is private: hf auth login). {wanted.way_out}"
+        ) from error
+    except Exception as error:
+        # Offline, a proxy, a server's fault: the client raises many kinds. A copy in the cache serves for all of them.
+        found = cached_snapshot(wanted, cached)
+        if found is not None:
+            return found
+        raise InputError(
+            f"{wanted}: no file or folder of this name here, not in the hub's cache ({constants.HF_HUB_CACHE}), and "
+            f"{constants.ENDPOINT} cannot be reached ({_reason(error)}). {wanted.way_out}"
+        ) from error
+    chosen = choose(names)
+    if not chosen:
+        raise InputError(
+            f"{wanted}: the {wanted.kind} at {constants.ENDPOINT} has none of the files needed ({wanted.needs}). "
+            f"{wanted.way_out}"
+        )
+    try:
+        return Path(snapshot_download(wanted.name, repo_type=wanted.kind, allow_patterns=chosen))
+    except Exception as error:
+        with contextlib.suppress(Exception):  # the same copy may be whole in the cache
+            return Path(
+                snapshot_download(wanted.name, repo_type=wanted.kind, local_files_only=True, allow_patterns=chosen)
+            )
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"{wanted}: no space left in the hub's cache ({constants.HF_HUB_CACHE}). Make room and run again, "
+                f"which goes on with the download, or set HF_HOME to a larger disk. {wanted.way_out}"
+            ) from error
+        raise InputError(
+            f"{wanted}: the download broke off ({_reason(error)}). Run again to go on with it. {wanted.way_out}"
+        ) from error
+
+
+def cached_snapshot(wanted: Wanted, patterns: Sequence[str]) -> Path | None:
+    """The repository's folder in the cache, if all files of these patterns are there; the hub is not asked."""
+    from huggingface_hub import snapshot_download
+
+    with contextlib.suppress(Exception):
+        return Path(
+            snapshot_download(wanted.name, repo_type=wanted.kind, local_files_only=True, allow_patterns=list(patterns))
+        )
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's text, or its kind."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
