@@ -20,7 +20,7 @@ import sys
 import time
 from functools import partial
 
-from library.cli import data, dataset_config, model, optimization, run
+from library.cli import config_file, data, dataset_config, model, optimization, run
 from library.cli.main import run_main
 from library.cli.parser import StrictParser, fill
 from library.signals import Signals
@@ -36,13 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_run_arguments(parser)
     run.add_saving_arguments(parser)
     run.add_preview_arguments(parser)
+    config_file.add_arguments(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status."""
     started = time.perf_counter()
-    args = build_parser().parse_args(argv)
+    args = config_file.parse_arguments(build_parser(), argv)
     with Signals() as signals:
         return run_main(lambda: train(args, signals, started))
 

@@ -12,10 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from library.cli.data import INTERPOLATIONS, DataOptions, SubsetOptions, extension, face_range, separator
 from library.cli.parser import fill
+from library.cli.read_config import read_config
 from library.errors import InputError
 
 Convert = Callable[[Any], Any]
@@ -157,7 +156,7 @@ def read_dataset_config(path: Path, base: dict[str, Any]) -> list[dict[str, Any]
     Raises:
         InputError: the file cannot be read, or a key or value in it is not known, not right or not available yet.
     """
-    content = _read(path)
+    content = read_config(path, "--dataset_config")
     _check_keys(path, "the file", content, {"general", "datasets"})
     general = _table(path, "[general]", content.get("general", {}))
     base = base | _values(path, "[general]", general, _DATASET | _INHERITED)
@@ -184,19 +183,6 @@ def read_dataset_config(path: Path, base: dict[str, Any]) -> list[dict[str, Any]
             "batch size: give the same for all."
         )
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.suffix.lower() not in (".toml", ".json"):
-        raise InputError(f"--dataset_config {path} must be a .toml or a .json file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = toml.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
-    except OSError as error:
-        raise InputError(f"--dataset_config {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, IndexError) as error:  # toml raises both for what it does not understand
-        raise InputError(f"--dataset_config {path} is no valid {path.suffix[1:].upper()}: {error}") from error
-    return _table(path, "the file", content)
 
 
 def _table(path: Path, where: str, value: Any) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""A .toml or .json file of options, as a table of keys and values."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import toml
+
+from library.errors import InputError
+
+
+def read_config(path: Path, flag: str) -> dict[str, Any]:
+    """The file's table.
+
+    Args:
+        flag: that named the file, for messages.
+
+    Raises:
+        InputError: it cannot be read, is not TOML or JSON, or is no table.
+    """
+    if path.suffix.lower() not in (".toml", ".json"):
+        raise InputError(f"{flag} {path} must be a .toml or a .json file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = toml.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except OSError as error:
+        raise InputError(f"{flag} {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, IndexError, RecursionError) as error:  # toml raises these for what it does not understand
+        raise InputError(f"{flag} {path} is no valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{flag} {path} must be a table of keys and values.")
+    return content

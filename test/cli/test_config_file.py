@@ -1,0 +1,98 @@
+"""--config_file and --output_config of sdxl_pretrain.py."""
+
+from pathlib import Path
+
+import pytest
+import toml
+
+import sdxl_pretrain
+from library.cli.config_file import parse_arguments
+
+REQUIRED = ["--pretrained_model_name_or_path=model", "--output_dir=out"]
+
+
+def parsed(*arguments: str):
+    return parse_arguments(sdxl_pretrain.build_parser(), arguments)
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "run.toml").write_text(text)
+        return f"--config_file={tmp_path / 'run.toml'}"
+
+    return write
+
+
+def test_the_file_holds_flags_in_any_sections_and_the_command_line_wins(written):
+    args = parsed(
+        written(
+            'output_dir = "out"\n[model]\npretrained_model_name_or_path = "model"\n[a.b]\nlearning_rate = 1e-4\n'
+            'train_text_encoder = true\nenable_bucket = false\nresolution = [1216, 832]\nmax_train_epoch = 3\n'
+            'optimizer_args = ["weight_decay=0.1", "betas=0.9,0.99"]\nseed = 7\n'
+        ),
+        "--seed=8",
+    )  # fmt: skip
+    assert args.output_dir == Path("out") and args.pretrained_model_name_or_path == "model"
+    assert args.learning_rate == 1e-4 and args.train_text_encoder is True and args.enable_bucket is False
+    assert args.resolution == (1216, 832) and args.max_train_epochs == 3 and args.seed == 8
+    assert args.optimizer_args == ["weight_decay=0.1", "betas=0.9,0.99"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate = 1", "lerning_rate is no flag of sdxl_pretrain.py; did you mean learning_rate?"),
+        ('seed = "seven"', "seed = 'seven': invalid seed value: 'seven'"),
+        ("max_train_steps = 1.5", "max_train_steps = 1.5: invalid positive_int value: '1.5'"),
+        ("max_train_steps = 0", "max_train_steps = 0: must be at least 1, got 0"),
+        ("shuffle_caption = 1", "shuffle_caption = 1 must be true or false"),
+        ("learning_rate = true", "learning_rate = True must be one value"),
+        ("seed = [1]", "seed = [1] must be one value"),
+        ('optimizer_args = "a=1"', "optimizer_args = 'a=1' must be a list"),
+        ('mixed_precision = "fp8"', "mixed_precision = 'fp8': invalid choice: 'fp8'"),
+        ("output_config = true", "output_config is no flag of sdxl_pretrain.py"),
+        ("seed = ", "is no valid TOML"),
+    ],
+)
+def test_what_the_file_may_not_say_is_named(written, capsys, text, message):
+    with pytest.raises(SystemExit) as ended:
+        parsed(*REQUIRED, written(text))
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "run.toml" in printed and "Traceback" not in printed
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parsed(*REQUIRED, f"--config_file={tmp_path / 'other'}")
+    assert "other.toml cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_what_was_written_is_read_as_the_same_arguments(tmp_path, capsys):
+    given = [
+        *REQUIRED, "--resolution=1024,832", "--learning_rate=3e-5", "--enable_bucket", "--train_data_dir=data",
+        "--optimizer_args", "weight_decay=0.1",
+    ]  # fmt: skip
+    file = tmp_path / "run.toml"
+    with pytest.raises(SystemExit) as ended:
+        parsed(*given, f"--config_file={file}", "--output_config")
+    assert ended.value.code == 0
+    assert toml.loads(file.read_text()).keys() == {
+        "pretrained_model_name_or_path", "output_dir", "resolution", "learning_rate", "enable_bucket",
+        "train_data_dir", "optimizer_args",
+    }  # fmt: skip
+    read, plain = vars(parsed(f"--config_file={file}")), vars(parsed(*given))
+    assert read.pop("config_file") == file and plain.pop("config_file") is None
+    assert read == plain
+    with pytest.raises(SystemExit) as ended:
+        parsed(*given, f"--config_file={file}", "--output_config")
+    assert ended.value.code == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_writing_needs_a_file(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parsed(*REQUIRED, "--output_config")
+    assert ended.value.code == 2
+    assert "--output_config needs --config_file" in capsys.readouterr().err
