@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -314,6 +315,14 @@ def test_bad_input_is_named_and_ends_with_status_2(train, arguments, message):
     assert status == 2
     assert message in error
     assert "Traceback" not in printed and "Final result" not in printed
+
+
+def test_a_disk_without_room_for_the_end_is_found_at_the_start(train, monkeypatch):
+    monkeypatch.setattr("library.disk_space.shutil.disk_usage", lambda folder: SimpleNamespace(free=5 << 20))
+    status, _, printed = train("--max_train_steps=1")
+    assert status == 2
+    assert "what this run saves at the least, optimizer state not counted, needs " in printed
+    assert "running training" not in printed
 
 
 def test_an_empty_folder_says_what_was_looked_for(train, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from library.atomic_write import write_file, write_folder
+from library.disk_space import check_space
 from library.errors import InputError
 from library.models import single_file
 from library.models.diffusers_config import unet_config_to_diffusers
@@ -46,10 +47,12 @@ def save_sdxl(
 
     Raises:
         InputError: an unknown form, or the file system refuses.
+        TrainingError: there is no room for it.
     """
     form = save_as or "safetensors"
     dtype = dtype or torch.float32
     base = Path(path_without_suffix).expanduser()
+    check_space(base.parent, f"the checkpoint {base.name}", saved_bytes(model, dtype))
     entries = {**(metadata or {}), **single_file.remembered(model)}
     if form in ("safetensors", "ckpt"):
         target = base.with_name(f"{base.name}.{form}")
@@ -66,6 +69,13 @@ def save_sdxl(
         write_folder(base, lambda path: _write_pipeline(model, path, dtype, entries, form == "diffusers_safetensors"))
         return base
     raise InputError(f"--save_model_as {form}: unknown form; it is one of {', '.join(SAVE_FORMS)}.")
+
+
+def saved_bytes(model: SDXLModel, dtype: torch.dtype | None = None) -> int:
+    """How much the model's tensors take in a checkpoint of a precision, fp32 when None."""
+    modules = (model.unet, model.vae, model.text_encoder1, model.text_encoder2)
+    numbers = sum(one.numel() for module in modules for one in (*module.parameters(), *module.buffers()))
+    return numbers * (dtype or torch.float32).itemsize
 
 
 def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from library.cli.run import RunOptions, SavingOptions
 from library.data.dataset import TrainingData, prepare_data
 from library.data.loader import worker_deaths_reported
 from library.data.plan import Plan
+from library.disk_space import missing_space
 from library.errors import InputError, TrainingError
 from library.models.attention import report as attention_report
 from library.signals import Signals
@@ -96,6 +97,9 @@ class Task(loop.Task, Protocol):
     def plan_lines(self) -> list[str]:
         """What is resolved about the model, for the log."""
 
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes on disk."""
+
     def memory_lines(self, bucket_px: tuple[int, int]) -> list[str]:
         """What a step needs in memory at a bucket's width and height, for --dry_run."""
 
@@ -155,6 +159,8 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Si
             for line in task.memory_lines(data.largest_bucket):
                 logger.info(line)
             return
+        if accelerator.is_main_process:
+            _check_room(options, task, groups)
         report = _train(options, task, groups, data, surroundings, steps, resumed)
         if accelerator.is_main_process:
             _finish(options, report, task.network_name, data, accelerator, started)
@@ -301,6 +307,19 @@ def _prepare_output(options: Options) -> None:
             probe.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror}); choose another") from error
+
+
+def _check_room(options: Options, task: Task, groups: Sequence[ParameterGroup]) -> None:
+    """Raise InputError where --output_dir has no room for a checkpoint, and a training state if any is asked for."""
+    saving, average = options.saving, options.optimization.use_ema
+    trained = sum(parameter.numel() * parameter.element_size() for group in groups for parameter in group.parameters)
+    states = saving.save_state, saving.save_state_every_n_steps, saving.save_state_every_n_minutes
+    needed = task.checkpoint_bytes() * (1 + average) + trained * (1 + average) * any(states)
+    if missing := missing_space(saving.output_dir, needed):
+        raise InputError(
+            f"--output_dir {saving.output_dir}: what this run saves at the least, optimizer state not counted, "
+            f"{missing}; make room, or choose another"
+        )
 
 
 def _seed(given: int | None, accelerator: Accelerator, resumed: Resumed | None) -> int:

@@ -62,7 +62,9 @@ def waited_for(reports: Sequence[Report]) -> str:
     """Whom the others wait for: those that answer no more, else those that are behind. A sentence without its point."""
     silent = [report for report in reports if report.silent_s >= _SILENT_S]
     if silent:
-        named = ", ".join(f"rank {one.rank} on {one.host} ({one.phase}, step {one.step + 1})" for one in silent)
+        named = ", ".join(
+            f"rank {one.rank} on {one.host} (last heard of: {one.phase}, step {one.step + 1})" for one in silent
+        )
         return f"{named} no longer answers: stopped, dead or cut off"
     place = min((report.step, PHASES.index(report.phase)) for report in reports)
     behind = [report for report in reports if (report.step, PHASES.index(report.phase)) == place]

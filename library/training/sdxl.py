@@ -21,7 +21,7 @@ from library.diffusion.masks import latent_weights
 from library.diffusion.schedule import NoiseSchedule, prediction_type
 from library.errors import InputError
 from library.keyed_random import Stream
-from library.models.checkpoint import load_sdxl, save_sdxl
+from library.models.checkpoint import load_sdxl, save_sdxl, saved_bytes
 from library.models.conditioned_unet import ConditionedUNet, frozen_copy
 from library.models.metadata import modelspec
 from library.models.sdxl import SDXLModel
@@ -174,6 +174,10 @@ class SDXLPretraining:
             SAVE_DTYPES[saving.save_precision],
             modelspec(title=stem, resolution_wh_px=self.options.data.resolution, prediction_type=self.prediction.name),
         )
+
+    def checkpoint_bytes(self) -> int:
+        """What all parts of the model take in the precision that they are saved in."""
+        return saved_bytes(self.model, SAVE_DTYPES[self.options.saving.save_precision])
 
     def _model_with(self, module: Any) -> SDXLModel:
         """The model with the weights that train taken from `module`; the frozen ones as they were loaded."""

@@ -7,7 +7,6 @@ writes the manifest and renames. They meet in the file system alone, so nothing 
 import contextlib
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from library import device as devices
 from library.atomic_write import aside, remove, replace_folder, sync
+from library.disk_space import check_space
 from library.errors import TrainingError
 from library.training.saving import Retention, state_name
 from library.training.state_choice import obsolete, remove_state
@@ -30,7 +30,6 @@ from library.training.state_tree import pack
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_ALLOWANCE_BYTES = 1 << 20  # folder entries, headers, lists
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class StateWriter:
         plain = {name: structure for name, (_, structure) in packed.items()}
         size = sum(t.numel() * t.element_size() for tensors, _ in packed.values() for t in tensors.values())
         size += sum(len(json.dumps(structure, indent=1)) for structure in plain.values())
-        check_space(self.output_dir, state_name(stem), size + other_ranks_bytes)
+        check_space(self.output_dir, f"the training state {state_name(stem)}", size + other_ranks_bytes)
         tensors = {name: self._copied(name, found) for name, (found, _) in packed.items()}
         devices.synchronize(self.device)
         self._saves += 1
@@ -240,27 +239,6 @@ class StateWriter:
         entries = {name: Entry(**entry) for name, entry in json.loads(done.read_bytes()).items()}
         done.unlink()
         return entries
-
-
-def check_space(output_dir: Path, name: str, needed_bytes: int) -> None:
-    """Compare what will be written with what the file system has free.
-
-    Raises:
-        TrainingError: it is too little.
-    """
-    try:
-        free = shutil.disk_usage(output_dir).free
-    except OSError as error:
-        raise TrainingError(
-            f"--output_dir {output_dir}: cannot be written ({error.strerror or error}). The earlier training states "
-            "are whole. Mend the folder, then resume."
-        ) from error
-    needed = needed_bytes + _ALLOWANCE_BYTES
-    if needed > free:
-        raise TrainingError(
-            f"--output_dir {output_dir}: the state {name} needs {needed} bytes ({needed / 1e9:.2f} GB), {free} "
-            f"({free / 1e9:.2f} GB) are free. The earlier states are whole. Make room, then resume."
-        )
 
 
 def _done(rank: int) -> str:

@@ -5,13 +5,14 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from library.errors import InputError
+from library.errors import InputError, TrainingError
 from library.models import checkpoint_write, single_file
-from library.models.checkpoint import load_sdxl, load_vae, save_sdxl
+from library.models.checkpoint import load_sdxl, load_vae, save_sdxl, saved_bytes
 from library.models.infer_configs import clip_config, unet_config, vae_config
 from library.models.metadata import modelspec, read_metadata
 from library.models.sdxl import SDXLModel
@@ -343,6 +344,20 @@ def test_safetensors_carry_modelspec_metadata_with_the_hash_of_their_tensors(sdx
     content = path.read_bytes()
     body = content[8 + int.from_bytes(content[:8], "little") :]
     assert found["modelspec.hash_sha256"] == "0x" + hashlib.sha256(body).hexdigest()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "diffusers_safetensors"])
+def test_without_room_for_it_nothing_is_written_and_the_earlier_one_stays(sdxl, tmp_path, monkeypatch, form):
+    written = save_sdxl(sdxl, tmp_path / "model", form)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert size * 0.9 < saved_bytes(sdxl) <= size
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=saved_bytes(sdxl)))
+    with pytest.raises(
+        TrainingError, match=rf"the checkpoint model needs \d+ bytes \([\d.]+ GB\), {saved_bytes(sdxl)}"
+    ):
+        save_sdxl(sdxl, tmp_path / "model", form)
+    assert written.exists() and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_metadata_that_modelspec_does_not_know_is_refused():

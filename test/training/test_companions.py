@@ -17,7 +17,7 @@ def reports(*entries):
 
 def test_a_process_that_says_nothing_any_more_is_the_one_that_is_waited_for():
     said = waited_for(reports((7, TRAINING, 0.4), (7, TRAINING, 31.0), (7, READING, 0.2)))
-    assert said == "rank 1 on m1 (training, step 8) no longer answers: stopped, dead or cut off"
+    assert said == "rank 1 on m1 (last heard of: training, step 8) no longer answers: stopped, dead or cut off"
 
 
 def test_of_those_that_answer_it_is_the_one_that_is_behind():

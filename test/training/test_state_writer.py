@@ -205,7 +205,7 @@ def test_whenever_a_save_is_cut_off_the_last_durable_state_resumes(tmp_path, pow
 def test_space_is_asked_for_in_advance(tmp_path):
     with tmpfs(tmp_path / "small", "4m") as small, StateWriter(small) as writer:
         snapshot(writer, 1)
-        with pytest.raises(TrainingError, match=r"small: the state at-step00000002-state needs \d+ bytes .* are free"):
+        with pytest.raises(TrainingError, match=r"training state at-step00000002-state needs \d+ bytes .* are free"):
             snapshot(writer, 2, numbers=2_000_000)
         with pytest.raises(TrainingError, match="needs"):
             writer.snapshot("at-step00000003", info(3), {}, weights(3), other_ranks_bytes=10_000_000)
