@@ -20,7 +20,7 @@ import sys
 import time
 from functools import partial
 
-from library.cli import config_file, data, dataset_config, model, optimization, run
+from library.cli import caches, config_file, data, dataset_config, model, optimization, run
 from library.cli.main import run_main
 from library.cli.parser import StrictParser, fill
 from library.signals import Signals
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = StrictParser(prog="sdxl_pretrain.py", description=summary, epilog=details)
     model.add_arguments(parser)
     data.add_arguments(parser)
+    caches.add_arguments(parser)
     optimization.add_arguments(parser)
     run.add_run_arguments(parser)
     run.add_saving_arguments(parser)
@@ -57,6 +58,7 @@ def train(args: argparse.Namespace, signals: Signals, started: float) -> None:
 
     options = Options(
         data=dataset_config.data_options(args),
+        caches=fill(caches.CacheOptions, args),
         optimization=fill(optimization.OptimizationOptions, args),
         run=fill(run.RunOptions, args),
         saving=fill(run.SavingOptions, args),

@@ -8,16 +8,17 @@ from pathlib import Path
 from library.errors import InputError
 
 
-def write_file(target: Path, write: Callable[[Path], object]) -> None:
+def write_file(target: Path, write: Callable[[Path], object], writer: str = "") -> None:
     """Let `write` fill a file beside the target, then put it in the target's place, replacing what is there.
 
     The folder is made if need be. When `write` fails the target stays as it was and nothing is left beside it. One
-    process at a time may write one target.
+    process at a time may write one target, unless each gives a name of its own as `writer`; what it leaves beside the
+    target when it is killed then stays.
 
     Raises:
         InputError: the file system refuses (full, read-only, no permission, a folder in the way).
     """
-    _guarded(target, write, _replace_file)
+    _guarded(target, write, _replace_file, writer)
 
 
 def write_folder(target: Path, write: Callable[[Path], object]) -> None:
@@ -29,8 +30,10 @@ def write_folder(target: Path, write: Callable[[Path], object]) -> None:
     _guarded(target, write, replace_folder)
 
 
-def _guarded(target: Path, write: Callable[[Path], object], replace: Callable[[Path, Path], None]) -> None:
-    partial = aside(target, "partial")
+def _guarded(
+    target: Path, write: Callable[[Path], object], replace: Callable[[Path, Path], None], writer: str = ""
+) -> None:
+    partial = aside(target, f"partial.{writer}" if writer else "partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove(partial)  # of a run that was killed

@@ -87,6 +87,13 @@ def synchronize(device: torch.device) -> None:
         module.synchronize(device)
 
 
+def release_memory(device: torch.device) -> None:
+    """Give memory that is not in use any more back to the device; nothing to do on the CPU."""
+    module = _module(device)
+    if module is not None:
+        module.empty_cache()
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: tensors on an accelerator, the process's resident set on the CPU."""
     module = _module(device)

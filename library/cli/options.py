@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from library.cli.caches import CacheOptions
 from library.cli.data import DataOptions
 from library.cli.optimization import OptimizationOptions
 from library.cli.run import PreviewOptions, RunOptions, SavingOptions
@@ -12,6 +13,7 @@ class Options:
     """One dataclass a group, as the parser filled them."""
 
     data: DataOptions
+    caches: CacheOptions
     optimization: OptimizationOptions
     run: RunOptions
     saving: SavingOptions

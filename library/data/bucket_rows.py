@@ -68,6 +68,13 @@ class Buckets:
         before = int(self.images_SK[source, :bucket].sum())
         return self._opened[source]["order"][before + places_n].astype(np.int64) + self.starts_S[source]
 
+    def buckets_of(self, source: int) -> np.ndarray:
+        """(images,) the bucket of each row of a source, in the rows' order."""
+        images_K = self.images_SK[source]
+        buckets_n = np.empty(int(images_K.sum()), np.int32)
+        buckets_n[self._opened[source]["order"]] = np.repeat(np.arange(len(images_K)), images_K)
+        return buckets_n
+
 
 def bucket_rows(
     index: Index,

@@ -17,6 +17,7 @@ from library.data.augmentation import ImageOptions, face_in
 from library.data.bad_samples import check_left_out
 from library.data.bucket_rows import Buckets, bucket_rows
 from library.data.buckets import BucketOptions, check_options
+from library.data.cache import NO_CACHES, Caches
 from library.data.captions import CaptionOptions
 from library.data.hub_data import local_data
 from library.data.index import Index, build_index
@@ -43,6 +44,7 @@ class TrainingData:
     buckets: Buckets
     plan: Plan
     share: Share
+    caches: Caches = NO_CACHES
 
     def report(self) -> list[str]:
         """What was found and how it becomes batches."""
@@ -79,12 +81,22 @@ class TrainingData:
             self.buckets,
             self.plan,
             self.share,
-            [_treatment(subset, end_step, self.options.prior_loss_weight) for subset in self.options.subsets],
+            self.treatments(end_step),
             start_step=start_step,
             end_step=end_step,
             tokenize=tokenize,
-            workers=min(self.options.max_data_loader_n_workers, max((os.cpu_count() or 1) - 1, 1)),
+            workers=self.workers,
+            caches=self.caches,
         )
+
+    def treatments(self, run_steps: int) -> list[Treatment]:
+        """How the samples of each subset are prepared in a run of that many steps."""
+        return [_treatment(subset, run_steps, self.options.prior_loss_weight) for subset in self.options.subsets]
+
+    @property
+    def workers(self) -> int:
+        """Processes that read and decode."""
+        return min(self.options.max_data_loader_n_workers, max((os.cpu_count() or 1) - 1, 1))
 
 
 def prepare_data(

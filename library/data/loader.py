@@ -9,7 +9,7 @@ number of ranks, accumulation and workers only says who computes it.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from library.data.bucket_rows import Buckets
+from library.data.cache import MEND_CACHE, NO_CACHES, Caches, DamagedEntryError
 from library.data.decode import Fit, SampleError
 from library.data.index import Index
 from library.data.permutation import ROUNDS, permute
 from library.data.plan import Plan
 from library.data.reader import Reader
-from library.data.sample import Place, Sample, Treatment, prepare_sample
+from library.data.sample import Place, Sample, Treatment, prepare_cached, prepare_sample
 from library.errors import InputError, TrainingError
 from library.keyed_random import Stream, generator
 from library.signals import leave_signals_to_parent
@@ -44,7 +45,7 @@ class MicroBatch:
     """Samples of one bucket that go through the model together.
 
     Attributes:
-        images_BHWC: uint8 RGB.
+        images_BHWC: uint8 RGB; none of cached latents.
         captions: as trained.
         size_ids_B6: float32 original height and width, crop top and left, target height and width, in px.
         names: where the samples come from.
@@ -52,15 +53,17 @@ class MicroBatch:
         micro: number of this micro-batch in its step.
         places_B: int64 places in the global batch.
         ids: int64 (B, K, 77) token ids, one tensor a text encoder, and behind them, where captions have weights, as
-            many of float32 weights; none without a tokenizer.
+            many of float32 weights; none without a tokenizer or of cached text.
         quarantined: (name, reason) of samples that could not be used, replacements that could not either among them.
         replaced: places where another sample than the planned one stands.
         loss_weights_B: float32, what the samples' losses are multiplied by; without it 1.
         mirrored: of each sample, whether left and right are exchanged.
         masks_BHW: uint8 weights of the loss; None: all of it counts.
+        moments: of cached latents: mean and standard deviation, each (B, channels, rows, columns).
+        text: of cached text: what the text encoders gave, one tensor each with B first.
     """
 
-    images_BHWC: Tensor
+    images_BHWC: Tensor | None
     captions: list[str]
     size_ids_B6: Tensor
     names: list[str]
@@ -73,6 +76,8 @@ class MicroBatch:
     loss_weights_B: Tensor = field(default_factory=lambda: torch.ones(()))
     mirrored: list[bool] = field(default_factory=list)
     masks_BHW: Tensor | None = None
+    moments: tuple[Tensor, ...] | None = None
+    text: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -116,12 +121,13 @@ class MicroBatchDataset(Dataset):
         share: Share,
         treatments: Sequence[Treatment],
         tokenize: Tokenize | None = None,
+        caches: Caches = NO_CACHES,
     ) -> None:
         if plan.global_batch != share.global_batch:
             raise ValueError(f"the plan's global batch is {plan.global_batch}, the share's {share.global_batch}")
         self._reader = Reader(index)
         self._index, self._buckets, self._plan, self._share = index, buckets, plan, share
-        self._treatments, self._tokenize = treatments, tokenize
+        self._treatments, self._tokenize, self._caches = treatments, tokenize, caches
 
     def __getitem__(self, item: int) -> MicroBatch:
         """One micro-batch.
@@ -132,44 +138,33 @@ class MicroBatchDataset(Dataset):
         step, micro = divmod(item, self._share.accumulation)
         places = self._share.places(micro)
         batch = self._plan.batch_of_step(step, places)
-        width, height = self._buckets.size(batch.bucket)
-        images_BHWC = np.empty((len(places), height, width, 3), np.uint8)
-        size_ids_B6 = np.empty((len(places), 6), np.float32)
-        loss_weights_B = np.empty(len(places), np.float32)
-        masked = any(treatment.images.alpha_mask for treatment in self._treatments)
-        masks_BHW = np.full((len(places), height, width), 255, np.uint8) if masked else None
-        captions: list[str] = []
-        names: list[str] = []
-        mirrored: list[bool] = []
+        samples: list[Sample] = []
         quarantined: list[tuple[str, str]] = []
         replaced = 0
-        for number, (place, row) in enumerate(zip(places.tolist(), batch.rows_G.tolist(), strict=True)):
+        for place, row in zip(places.tolist(), batch.rows_G.tolist(), strict=True):
             listed = len(quarantined)
             at = Place(self._plan.seed, step, place, batch.epoch)
-            sample = self._readable(row, batch.bucket, at, quarantined)
+            samples.append(self._readable(row, batch.bucket, at, quarantined))
             replaced += len(quarantined) > listed
-            images_BHWC[number], size_ids_B6[number] = sample.pixels_HWC, sample.size_ids
-            loss_weights_B[number] = sample.loss_weight
-            if masks_BHW is not None and sample.mask_HW is not None:
-                masks_BHW[number] = sample.mask_HW
-            mirrored.append(sample.mirrored)
-            captions.append(sample.caption)
-            names.append(sample.name)
-        ids = self._tokenize(captions) if self._tokenize is not None else ()
+        captions = [sample.caption for sample in samples]
+        tokenize = None if self._caches.text is not None else self._tokenize
+        masked = any(treatment.images.alpha_mask for treatment in self._treatments)
         return MicroBatch(
-            torch.from_numpy(images_BHWC),
+            None if self._caches.latents is not None else _pixels(samples),
             captions,
-            torch.from_numpy(size_ids_B6),
-            names,
+            torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32),
+            [sample.name for sample in samples],
             step,
             micro,
             torch.from_numpy(places),
-            ids,
+            () if tokenize is None else tokenize(captions),
             quarantined,
             replaced,
-            torch.from_numpy(loss_weights_B),
-            mirrored,
-            None if masks_BHW is None else torch.from_numpy(masks_BHW),
+            torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),
+            [sample.mirrored for sample in samples],
+            _masks(samples, self._buckets.size(batch.bucket)) if masked else None,
+            _stacked([sample.moments for sample in samples]),
+            _stacked([sample.text for sample in samples]),
         )
 
     def _readable(self, row: int, bucket: int, at: Place, quarantined: list[tuple[str, str]]) -> Sample:
@@ -206,27 +201,56 @@ class MicroBatchDataset(Dataset):
         """
         text = self._reader.caption(row)
         treatment = self._treatments[self._index.source(row).subset]
-        fit = partial(self._fit, row, bucket)
-        image = self._reader.image(row)
-        return prepare_sample(self._index.name(row), image, text, treatment, self._buckets.size(bucket), fit, at)
+        name = self._index.name(row)
+        if self._caches.latents is None:
+            fit = partial(row_fit, self._index, self._buckets, row, bucket)
+            image = self._reader.image(row)
+            sample = prepare_sample(name, image, text, treatment, self._buckets.size(bucket), fit, at)
+        else:
+            sample = prepare_cached(name, self._caches.latents.read(row), text, treatment, at)
+        if self._caches.text is not None:
+            sample = replace(sample, text=self._caches.text.read(row, empty=not sample.caption).tensors)
+        return sample
 
-    def _fit(self, row: int, bucket: int, width: int, height: int) -> Fit:
-        """How the image meets its bucket, for which it was chosen by the size that the index has.
 
-        Raises:
-            SampleError: that size was wrong, and the bucket does not suit the image.
-        """
-        record = self._index.record(row)
-        told_w, told_h = int(record["width"]), int(record["height"])
-        options = self._buckets.options_of(bucket)
-        if (width, height) != (told_w, told_h) and options.enable_bucket:
-            said = f"{width}×{height} px, but by its shard's parquet or JSON {told_w}×{told_h}: "
-            if not 1 - _ASPECT_TOLERANCE < width * told_h / (height * told_w) < 1 + _ASPECT_TOLERANCE:
-                raise SampleError(f"{said}another aspect ratio than its bucket was chosen for")
-            bucket_w, bucket_h = self._buckets.size(bucket)
-            if options.bucket_no_upscale and (width < bucket_w or height < bucket_h):
-                raise SampleError(f"{said}less than its bucket, and --bucket_no_upscale enlarges nothing")
-        return self._buckets.fit(bucket, width, height)
+def row_fit(index: Index, buckets: Buckets, row: int, bucket: int, width: int, height: int) -> Fit:
+    """How an image of that size meets its bucket, for which its row was chosen by the size that the index has.
+
+    Raises:
+        SampleError: that size was wrong, and the bucket does not suit the image.
+    """
+    record = index.record(row)
+    told_w, told_h = int(record["width"]), int(record["height"])
+    options = buckets.options_of(bucket)
+    if (width, height) != (told_w, told_h) and options.enable_bucket:
+        said = f"{width}×{height} px, but by its shard's parquet or JSON {told_w}×{told_h}: "
+        if not 1 - _ASPECT_TOLERANCE < width * told_h / (height * told_w) < 1 + _ASPECT_TOLERANCE:
+            raise SampleError(f"{said}another aspect ratio than its bucket was chosen for")
+        bucket_w, bucket_h = buckets.size(bucket)
+        if options.bucket_no_upscale and (width < bucket_w or height < bucket_h):
+            raise SampleError(f"{said}less than its bucket, and --bucket_no_upscale enlarges nothing")
+    return buckets.fit(bucket, width, height)
+
+
+def _pixels(samples: Sequence[Sample]) -> Tensor:
+    """(B, rows, columns, 3) uint8."""
+    return torch.from_numpy(np.stack([sample.pixels_HWC for sample in samples if sample.pixels_HWC is not None]))
+
+
+def _masks(samples: Sequence[Sample], bucket_wh_px: tuple[int, int]) -> Tensor:
+    """(B, rows, columns) uint8; all of a sample without a mask counts."""
+    width, height = bucket_wh_px
+    masks_BHW = np.full((len(samples), height, width), 255, np.uint8)
+    for number, sample in enumerate(samples):
+        if sample.mask_HW is not None:
+            masks_BHW[number] = sample.mask_HW
+    return torch.from_numpy(masks_BHW)
+
+
+def _stacked(entries: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+    """Each tensor of the entries with those of the others, batch first; None where there are none."""
+    found = [entry for entry in entries if entry is not None]
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)) if found else None
 
 
 class _Reporting(Dataset):
@@ -240,6 +264,8 @@ class _Reporting(Dataset):
             return self._inner[item]
         except InputError as error:
             return _Failure(error)
+        except DamagedEntryError as error:
+            return _Failure(InputError(f"{error}. {MEND_CACHE}"))
         except MemoryError as error:
             reason = f"no memory left to read and decode images ({error or 'MemoryError'}). {_LESS_MEMORY}"
             return _Failure(TrainingError(reason))
@@ -311,6 +337,7 @@ def make_loader(
     start_step: int = 0,
     tokenize: Tokenize | None = None,
     workers: int = 0,
+    caches: Caches = NO_CACHES,
 ) -> Loader:
     """The micro-batches of one process.
 
@@ -320,6 +347,7 @@ def make_loader(
         end_step: the first step that is not loaded any more.
         tokenize: captions to the token ids of each text encoder; called in the workers.
         workers: processes that read and decode; 0 does it in this one.
+        caches: what is read in place of images and captions.
     """
-    dataset = MicroBatchDataset(index, buckets, plan, share, treatments, tokenize)
+    dataset = MicroBatchDataset(index, buckets, plan, share, treatments, tokenize, caches)
     return Loader(dataset, share.accumulation, start_step, end_step, workers)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from library.data.augmentation import (
     CHANGE_NUMBERS,
@@ -17,6 +18,7 @@ from library.data.augmentation import (
     placed,
     recoloured,
 )
+from library.data.cache import Entry
 from library.data.captions import CaptionOptions, process_caption
 from library.data.decode import Fit, SizeIds, decode
 from library.keyed_random import Stream, generator
@@ -50,22 +52,26 @@ class Sample:
     """A sample of a batch.
 
     Attributes:
-        pixels_HWC: uint8 RGB.
+        pixels_HWC: uint8 RGB; none of cached latents.
         size_ids: original height and width, crop top and left, target height and width, in px.
         caption: as trained.
         name: where it comes from.
         loss_weight: what its loss is multiplied by.
         mirrored: left and right are exchanged, in the size ids, too.
         mask_HW: uint8 weights of the loss; None: all of it counts.
+        moments: of cached latents: mean and standard deviation.
+        text: of cached text: what the text encoders gave.
     """
 
-    pixels_HWC: np.ndarray
+    pixels_HWC: np.ndarray | None
     size_ids: SizeIds
     caption: str
     name: str
     loss_weight: float
     mirrored: bool = False
     mask_HW: np.ndarray | None = None
+    moments: tuple[Tensor, ...] | None = None
+    text: tuple[Tensor, ...] | None = None
 
 
 def prepare_sample(
@@ -90,7 +96,7 @@ def prepare_sample(
     """
     options = treatment.images
     crop_5 = generator(at.seed, Stream.CROP, at.step, at.place).random(CROP_NUMBERS)
-    change_4 = generator(at.seed, Stream.AUGMENTATION, at.step, at.place).random(CHANGE_NUMBERS)
+    change_4 = _change_numbers(at)
     mirrored, face = is_mirrored(options, change_4), face_in(name)
 
     def fit_of_place(width: int, height: int) -> Fit:
@@ -102,6 +108,26 @@ def prepare_sample(
     )
     mask_HW = pixels_HWC[..., 3] if options.alpha_mask else None
     pixels_HWC = recoloured(pixels_HWC[..., :3], options, change_4)
-    rng = generator(at.seed, Stream.CAPTION, at.step, at.place)
-    caption = process_caption(text, treatment.captions, rng, at.step, at.epoch)
+    caption = _caption(text, treatment, at)
     return Sample(pixels_HWC, size_ids, caption, name, treatment.loss_weight, mirrored, mask_HW)
+
+
+def prepare_cached(name: str, entry: Entry, text: str, treatment: Treatment, at: Place) -> Sample:
+    """The sample that `prepare_sample` makes, with cached latents in place of pixels.
+
+    Args:
+        entry: of the image as it is and, with flip_aug, of it mirrored.
+    """
+    mirrored = is_mirrored(treatment.images, _change_numbers(at))
+    size_ids, moments = entry.variant(mirrored)
+    caption = _caption(text, treatment, at)
+    return Sample(None, size_ids, caption, name, treatment.loss_weight, mirrored, moments=moments)
+
+
+def _change_numbers(at: Place) -> np.ndarray:
+    return generator(at.seed, Stream.AUGMENTATION, at.step, at.place).random(CHANGE_NUMBERS)
+
+
+def _caption(text: str, treatment: Treatment, at: Place) -> str:
+    rng = generator(at.seed, Stream.CAPTION, at.step, at.place)
+    return process_caption(text, treatment.captions, rng, at.step, at.epoch)

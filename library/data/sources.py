@@ -288,6 +288,8 @@ def _folder(folder: _Folder, source: Source) -> list[Listed]:
     shares = 1 << (-(-images // _FILES_IN_SOURCE) - 1).bit_length()
     files: list[list[FileState]] = [[] for _ in range(shares)]
     for entry in folder.files:
+        if entry.name.endswith(".npz"):  # cached latents, which change nothing in the table
+            continue
         stem = PurePath(entry.name).stem
         stat = entry.stat()
         share = zlib.crc32(stem.encode("utf-8", "surrogateescape")) % shares

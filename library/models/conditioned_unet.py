@@ -59,31 +59,47 @@ class ConditionedUNet(nn.Module):
         layers = [layer for encoder, trains in trained if trains for layer in trained_layers(encoder)]
         return [*unet.input_blocks, unet.middle_block, *unet.output_blocks, *layers]
 
+    def without_text_encoders(self) -> tuple[Any, Any]:
+        """Take both encoders out, since their outputs are given to `forward`; returns them."""
+        encoders = self.text_encoder1, self.text_encoder2
+        del self.text_encoder1, self.text_encoder2
+        return encoders
+
     def conditions(
         self,
-        ids1_BK77: Tensor,
-        ids2_BK77: Tensor,
+        ids1_BK77: Tensor | None,
+        ids2_BK77: Tensor | None,
         size_ids_B6: Tensor,
         weights: tuple[Tensor, Tensor] | None = None,
+        text: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Text states (B, T, C) and vector conditions (B, V): pooled text beside the six embedded sizes, in px.
 
         Args:
             weights: (B, K, 77) of each encoder's tokens, where captions have some.
+            text: text states and pooled text, where they are known already; ids and weights are not looked at then.
         """
-        context_BTC, pooled_BP = encode_sdxl(self.text_encoder1, self.text_encoder2, ids1_BK77, ids2_BK77, weights)
-        sizes_BV = size_embedding(size_ids_B6).to(pooled_BP.dtype)
-        return context_BTC, torch.cat([pooled_BP, sizes_BV], dim=1)
+        if text is None:
+            if ids1_BK77 is None or ids2_BK77 is None:
+                raise ValueError("conditions need token ids or what the text encoders make of them")
+            text = encode_sdxl(self.text_encoder1, self.text_encoder2, ids1_BK77, ids2_BK77, weights)
+        return text[0], vector_conditions(text[1], size_ids_B6)
 
     def forward(
         self,
         noisy_BCHW: Tensor,
         t_B: Tensor,
-        ids1_BK77: Tensor,
-        ids2_BK77: Tensor,
+        ids1_BK77: Tensor | None,
+        ids2_BK77: Tensor | None,
         size_ids_B6: Tensor,
         weights: tuple[Tensor, Tensor] | None = None,
+        text: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The prediction for noised latents, (B, C, H, W); `weights` as in `conditions`."""
-        context_BTC, vector_BV = self.conditions(ids1_BK77, ids2_BK77, size_ids_B6, weights)
+        """The prediction for noised latents, (B, C, H, W); `weights` and `text` as in `conditions`."""
+        context_BTC, vector_BV = self.conditions(ids1_BK77, ids2_BK77, size_ids_B6, weights, text)
         return self.unet(noisy_BCHW, t_B, context_BTC, vector_BV)
+
+
+def vector_conditions(pooled_BP: Tensor, size_ids_B6: Tensor) -> Tensor:
+    """(B, V): pooled text beside the six embedded sizes, in px."""
+    return torch.cat([pooled_BP, size_embedding(size_ids_B6).to(pooled_BP.dtype)], dim=1)

@@ -2,7 +2,7 @@
 
 Shape legend: B batch, H W rows and columns of the picture in pixels, h w of the latents, C channels.
 The VAE's own dtype is used for its layers: SDXL's stock VAE overflows in fp16 (use madebyollin/sdxl-vae-fp16-fix, or
-keep it in fp32 by --no_half_vae), so the dtype is the caller's choice. What comes out of `encode_images` is fp32.
+keep it in fp32 by --no_half_vae), so the dtype is the caller's choice. The latents are fp32.
 """
 
 from typing import Any
@@ -28,30 +28,58 @@ def latent_shape(vae: Any, height_px: int, width_px: int) -> tuple[int, int, int
 def encode_images(
     vae: Any, images_BHWC: Tensor, noise_BChw: Tensor | None = None, *, slice_size: int | None = None
 ) -> Tensor:
-    """Pictures as the latents that the U-Net trains on.
-
-    Args:
-        vae: AutoencoderKL, of any dtype.
-        images_BHWC: uint8, RGB, on the VAE's device; sides divisible by `downscale_factor`.
-        noise_BChw: standard normal noise: the latents are then a sample of the posterior, mean + std * noise (Kingma
-            and Welling 2014), so they are a function of whatever the noise is a function of. None: the mean.
-        slice_size: pictures that go through the VAE at once, all when None. Bounds memory.
+    """Pictures as the latents that the U-Net trains on: `encode_moments`, then `sample_latents`.
 
     Returns:
         fp32 latents_BChw, shifted and scaled by the VAE's config (scaling_factor 0.13025 for SDXL).
     """
-    parts = []
-    for start in range(0, len(images_BHWC), slice_size or max(len(images_BHWC), 1)):
-        part_BHWC = images_BHWC[start : start + (slice_size or len(images_BHWC))]
+    return sample_latents(vae, *encode_moments(vae, images_BHWC, slice_size=slice_size), noise_BChw)
+
+
+@torch.no_grad()
+def encode_moments(vae: Any, images_BHWC: Tensor, *, slice_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's posterior (Kingma and Welling 2014), not yet scaled.
+
+    A slice that is short is filled up: libraries choose their kernels by the number of pictures, and so the last bits
+    of a picture's moments would depend on how many others there are.
+
+    Args:
+        vae: AutoencoderKL, of any dtype.
+        images_BHWC: uint8, RGB, on the VAE's device; sides divisible by `downscale_factor`.
+        slice_size: pictures that go through the VAE at once, all when None. Bounds memory.
+
+    Returns:
+        mean_BChw and std_BChw in the VAE's dtype.
+    """
+    means, stds = [], []
+    size = slice_size or max(len(images_BHWC), 1)
+    for part_BHWC in images_BHWC.split(size):
+        pictures = len(part_BHWC)
+        if pictures < size:
+            part_BHWC = torch.cat([part_BHWC, part_BHWC[-1:].expand(size - pictures, -1, -1, -1)])
         # 127.5 and not 255 with 2: one rounding fewer in half precision.
         part_BCHW = (part_BHWC.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0).to(vae.dtype)
         # The permuted pixels lie channels last, as convolutions like them; Ascend's want rows of a channel together.
         posterior = vae.encode(part_BCHW.contiguous() if device.is_npu(part_BCHW.device) else part_BCHW).latent_dist
-        latents_BChw = posterior.mean.float()
-        if noise_BChw is not None:
-            latents_BChw = latents_BChw + posterior.std.float() * noise_BChw[start : start + len(part_BHWC)].float()
-        parts.append(latents_BChw)
-    return _normalise(vae, torch.cat(parts))
+        means.append(posterior.mean[:pictures])
+        stds.append(posterior.std[:pictures])
+    return torch.cat(means), torch.cat(stds)
+
+
+def sample_latents(vae: Any, mean_BChw: Tensor, std_BChw: Tensor, noise_BChw: Tensor | None = None) -> Tensor:
+    """fp32 latents_BChw as the U-Net trains on: a sample of the posterior, shifted and scaled by the VAE's config.
+
+    Args:
+        mean_BChw, std_BChw: from `encode_moments`.
+        noise_BChw: standard normal noise: the latents are mean + std * noise, so they are a function of whatever the
+            noise is a function of. None: the mean.
+    """
+    latents_BChw = mean_BChw.float()
+    if noise_BChw is not None:
+        latents_BChw = latents_BChw + std_BChw.float() * noise_BChw.float()
+    # As the VAE leaves them, whoever they come from: the layout decides which kernels run in the U-Net.
+    layout = torch.contiguous_format if device.is_npu(latents_BChw.device) else torch.channels_last
+    return _normalise(vae, latents_BChw).contiguous(memory_format=layout)
 
 
 @torch.no_grad()

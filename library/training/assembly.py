@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from library.models.attention import report as attention_report
 from library.signals import Signals
 from library.training import loop
 from library.training.agreement import check_agreement, describe_run
+from library.training.caching import Encoders, make_caches
 from library.training.companions import Companions, Progress, companions
 from library.training.fused_backward import FusedBackward
 from library.training.metrics import MetricsWriter
@@ -50,7 +51,7 @@ from library.training.resume import (
     plain_options,
     versions,
 )
-from library.training.rules import check_data, check_optimization, check_preview, check_saving
+from library.training.rules import check_caches, check_data, check_optimization, check_preview, check_saving
 from library.training.run_lock import RunLock
 from library.training.saving import Cadence, Retention, epoch_name, last_name, step_name
 from library.training.sharding import MakeOptimizer, Replicated, shard, sharding_kind
@@ -83,6 +84,10 @@ class Task(loop.Task, Protocol):
     @property
     def module(self) -> nn.Module:
         """The one module that trains."""
+
+    @property
+    def encoders(self) -> Encoders:
+        """What does not train, for caches."""
 
     @property
     def network_name(self) -> str:
@@ -126,6 +131,7 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Si
         check_optimization(options.optimization, options.run)
         check_preview(options.preview)
         check_saving(options.saving)
+        check_caches(options)
         if not options.run.dry_run:
             _prepare_output(options)
             if accelerator.is_main_process:
@@ -161,6 +167,7 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Si
             return
         if accelerator.is_main_process:
             _check_room(options, task, groups)
+        data = replace(data, caches=make_caches(options, data, task.encoders, accelerator, signals))
         report = _train(options, task, groups, data, surroundings, steps, resumed)
         if accelerator.is_main_process:
             _finish(options, report, task.network_name, data, accelerator, started)
@@ -269,7 +276,9 @@ def _sharding(options: Options) -> str:
 
 def _plain_options(options: Options) -> dict[str, Any]:
     """By the flags' names, those of the only subset among them; several subsets stand as a list."""
-    plain = plain_options(options.data, options.optimization, options.run, options.saving, options.preview)
+    plain = plain_options(
+        options.data, options.caches, options.optimization, options.run, options.saving, options.preview
+    )
     if len(options.data.subsets) == 1:
         plain |= plain.pop("subsets")[0]
     return plain

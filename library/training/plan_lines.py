@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 
 from library import device as devices
+from library.cli.caches import CacheOptions
 from library.cli.optimization import OptimizationOptions
 from library.cli.options import Options
 from library.cli.run import SavingOptions
@@ -42,6 +43,7 @@ def plan_lines(
         f"gradient accumulation steps: {options.run.gradient_accumulation_steps}",
         f"global batch: {data.plan.global_batch}",
         f"total optimization steps: {steps}",
+        *_cache_lines(options.caches),
         f"gradient checkpointing: {options.run.gradient_checkpointing}",
         f"checkpoints: {_each(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)}at the end",
         f"training states: {_states_in_words(options.saving)}",
@@ -70,6 +72,16 @@ def _sharding_lines(sharding: str, processes: int) -> list[str]:
     if processes == 1:
         return [] if sharding == "none" else [f"sharding: {sharding} on one process has nothing to shard"]
     return [f"sharding: {sharding}"]
+
+
+def _cache_lines(caches: CacheOptions) -> list[str]:
+    """What is computed before training, where anything is."""
+    asked = {
+        "latents": (caches.latents, caches.cache_latents_to_disk),
+        "text-encoder outputs": (caches.text, caches.cache_text_encoder_outputs_to_disk),
+    }
+    kept = [f"{name} {'on disk' if on_disk else 'in memory'}" for name, (wanted, on_disk) in asked.items() if wanted]
+    return [f"caches: {', '.join(kept)}"] if kept else []
 
 
 def _states_in_words(saving: SavingOptions) -> str:

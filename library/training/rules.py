@@ -2,6 +2,7 @@
 
 from library.cli.data import DataOptions
 from library.cli.optimization import EMA_DECAY, OptimizationOptions
+from library.cli.options import Options
 from library.cli.run import PreviewOptions, RunOptions, SavingOptions
 from library.errors import InputError
 from library.training.optimizers import check_warmup, choose_optimizer
@@ -105,3 +106,48 @@ def check_preview(options: PreviewOptions) -> None:
         read_prompts(options.sample_prompts)
     elif options.sample_at_first or options.sample_every_n_steps or options.sample_every_n_epochs:
         raise InputError("--sample_at_first and --sample_every_n_... sample nothing without --sample_prompts")
+
+
+def check_caches(options: Options) -> None:
+    """Raise InputError where something random, or something that trains, stands against a cache."""
+    caches = options.caches
+    latents = "--cache_latents" + ("_to_disk" if caches.cache_latents_to_disk else "")
+    text = "--cache_text_encoder_outputs" + ("_to_disk" if caches.cache_text_encoder_outputs_to_disk else "")
+    if caches.text and options.optimization.train_text_encoder:
+        raise InputError(f"{text} keeps what text encoders give that --train_text_encoder changes; leave out one")
+    for subset in options.data.subsets:
+        against_latents = {
+            "--random_crop": subset.random_crop,
+            "--color_aug": subset.color_aug,
+            "--face_crop_aug_range": subset.face_crop_aug_range is not None,
+            "--alpha_mask": subset.alpha_mask,
+        }
+        against_text = {
+            "--shuffle_caption": subset.shuffle_caption,
+            "--enable_wildcard": subset.enable_wildcard,
+            "--caption_tag_dropout_rate": subset.caption_tag_dropout_rate > 0,
+            "--token_warmup_step": subset.token_warmup_step > 0,
+        }
+        for flag, forbids in against_latents.items():
+            if caches.latents and forbids:
+                raise InputError(
+                    f"{latents} encodes each image once, as it is, and {flag} needs its pixels; leave out one"
+                )
+        for flag, forbids in against_text.items():
+            if caches.text and forbids:
+                raise InputError(
+                    f"{text} encodes each caption once, and {flag} makes it another at each step; leave out one (the "
+                    "dropout of whole captions goes together with the cache)"
+                )
+    needs = [
+        ("--text_encoder_batch_size", caches.text_encoder_batch_size, caches.text, "--cache_text_encoder_outputs"),
+        (
+            "--skip_cache_check",
+            caches.skip_cache_check,
+            caches.cache_latents_to_disk or caches.cache_text_encoder_outputs_to_disk,
+            "--cache_latents_to_disk or --cache_text_encoder_outputs_to_disk",
+        ),
+    ]
+    for flag, given, acts_on, other in needs:
+        if given and not acts_on:
+            raise InputError(f"{flag} has nothing to act on without {other}; add that, or leave it out")

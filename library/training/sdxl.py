@@ -26,7 +26,7 @@ from library.models.conditioned_unet import ConditionedUNet, frozen_copy
 from library.models.metadata import modelspec
 from library.models.sdxl import SDXLModel
 from library.models.text_encoders import tokenize, tokenize_weighted
-from library.models.vae import decode_latents, encode_images, latent_shape
+from library.models.vae import encode_images, latent_shape
 from library.training.assembly import Surroundings
 from library.training.memory import estimate
 from library.training.optimizers import ParameterGroup
@@ -34,6 +34,7 @@ from library.training.precision import DTYPES, SAVE_DTYPES
 from library.training.preview import GuidedDenoiser, Previewer
 from library.training.prompts import SamplePrompt, read_prompts
 from library.training.rules import text_encoder_rates
+from library.training.sdxl_encoders import SDXLEncoders
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,18 @@ class SDXLPretraining:
                 "the model's own VAE runs in fp16; SDXL's stock VAE overflows there: if the loss is not finite, use "
                 "--vae=madebyollin/sdxl-vae-fp16-fix or --no_half_vae"
             )
-        self.vae = frozen_copy(self.model.vae, vae_dtype).to(self.device)
         self.module.to(self.device)
+        batch_size, caches = self.options.data.train_batch_size, self.options.caches
+        self.encoders = SDXLEncoders(
+            frozen_copy(self.model.vae, vae_dtype).to(self.device),
+            self.module,
+            (self.model.tokenizer1, self.model.tokenizer2),
+            self.tokenize,
+            self.accelerator.autocast,
+            self.device,
+            vae_batch_size=caches.vae_batch_size or batch_size,
+            text_batch_size=caches.text_encoder_batch_size or batch_size,
+        )
         self.schedule = schedule.to(self.device)
 
     def plan_lines(self) -> list[str]:
@@ -107,7 +118,7 @@ class SDXLPretraining:
         prompts = len(self.previewer.prompts) if self.previewer else 0
         return [
             f"model: {self.model_options.pretrained_model_name_or_path}, VAE: {self.model_options.vae or 'its own'}",
-            f"prediction: {self.prediction.name}{snr}; VAE in {str(self.vae.dtype).removeprefix('torch.')}",
+            f"prediction: {self.prediction.name}{snr}; VAE in {str(self.encoders.vae.dtype).removeprefix('torch.')}",
             f"attention backend asked for: {self.attention_backend}",
             f"checkpoints as: {self.options.saving.save_model_as or self._loaded_form()}, "
             f"precision: {self.options.saving.save_precision or 'float'}",
@@ -144,9 +155,10 @@ class SDXLPretraining:
         noise_BCHW = normal(self.seed, Stream.NOISE, batch.step, places, shape_CHW).to(self.device)
         t_B = timesteps(self.seed, batch.step, places, self.schedule.timesteps).to(self.device)
         noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, t_B)
-        ids1_BK77, ids2_BK77, weights = self._on_device(batch.ids)
+        ids1_BK77, ids2_BK77, weights = (None, None, None) if batch.text else self._on_device(batch.ids)
+        text = tuple(part.to(self.device) for part in batch.text) if batch.text else None
         size_ids_B6 = batch.size_ids_B6.to(self.device)
-        predicted_BCHW = module(noisy_BCHW, t_B, ids1_BK77, ids2_BK77, size_ids_B6, weights=weights)
+        predicted_BCHW = module(noisy_BCHW, t_B, ids1_BK77, ids2_BK77, size_ids_B6, weights=weights, text=text)
         target_BCHW = self.prediction.target(self.schedule, latents_BCHW, noise_BCHW, t_B)
         loss_BCHW = nn.functional.mse_loss(predicted_BCHW.float(), target_BCHW, reduction="none")
         if batch.masks_BHW is not None:
@@ -160,9 +172,15 @@ class SDXLPretraining:
 
     def _latents(self, batch: MicroBatch, places: Sequence[int]) -> Tensor:
         """The images' latents (B, C, H, W), drawn from the VAE's posterior."""
-        images_BHWC = batch.images_BHWC
-        noise_BCHW = normal(self.seed, Stream.VAE, batch.step, places, self._latent_shape(*images_BHWC.shape[1:3]))
-        return encode_images(self.vae, images_BHWC.to(self.device), noise_BCHW.to(self.device))
+        height_px, width_px = (int(side) for side in batch.size_ids_B6[0, 4:])  # the bucket's
+        shape_CHW = self._latent_shape(height_px, width_px)
+        noise_BCHW = normal(self.seed, Stream.VAE, batch.step, places, shape_CHW)
+        if batch.moments is not None:
+            mean_BCHW, std_BCHW = batch.moments
+            return self.encoders.cached_latents(mean_BCHW, std_BCHW, noise_BCHW)
+        if batch.images_BHWC is None:
+            raise ValueError("a micro-batch without images and without cached latents")
+        return self.encoders.latents(batch.images_BHWC, noise_BCHW)
 
     def save(self, stem: str, module: nn.Module) -> Path:
         """Write the whole model, complete or not at all."""
@@ -216,15 +234,14 @@ class SDXLPretraining:
         """Sample the preview prompts with the weights as they are."""
         if self.previewer is not None:
             denoiser = partial(self._denoiser, module)
-            self.previewer.run(denoiser, self._decode, self._latent_shape, position, step, self.device)
+            self.previewer.run(denoiser, self.encoders.decode, self._latent_shape, position, step, self.device)
 
     def _denoiser(self, module: Any, prompt: SamplePrompt) -> GuidedDenoiser:
         """The U-Net with a prompt's conditions, in row 0, and its negative prompt's, in row 1."""
-        ids1_2K77, ids2_2K77, weights = self._on_device(self.tokenize([prompt.prompt, prompt.negative_prompt]))
         size_hw = (prompt.height, prompt.width)
         size_ids_26 = torch.tensor([[*size_hw, 0, 0, *size_hw]] * 2, dtype=torch.float32, device=self.device)
-        with self.accelerator.autocast():
-            context_2TC, vector_2V = module.conditions(ids1_2K77, ids2_2K77, size_ids_26, weights)
+        captions = [prompt.prompt, prompt.negative_prompt]
+        context_2TC, vector_2V = self.encoders.conditions(module, captions, size_ids_26)
 
         def predict(noisy_BCHW: Tensor, t_B: Tensor, context_BTC: Tensor, vector_BV: Tensor) -> Tensor:
             """The U-Net in the precision that it trains in; sampler and VAE keep their own."""
@@ -233,9 +250,6 @@ class SDXLPretraining:
                 return module.unet(noisy_BCHW, t_B, context_BTC, vector_BV)
 
         return GuidedDenoiser(predict, context_2TC, vector_2V, prompt.scale)
-
-    def _decode(self, latents_BCHW: Tensor) -> Tensor:
-        return decode_latents(self.vae, latents_BCHW)
 
     def _latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         return latent_shape(self.model.vae, height_px, width_px)
@@ -256,4 +270,4 @@ class SDXLPretraining:
         def encode(shapes: nn.Module) -> Tensor:
             return encode_images(shapes, torch.empty(batch, height, width, 3, dtype=torch.uint8, device="meta"))
 
-        return estimate(self.module, self.vae, compute_dtype, step, encode).lines()
+        return estimate(self.module, self.encoders.vae, compute_dtype, step, encode).lines()

@@ -1,0 +1,364 @@
+"""Before training: VAE and text encoders run once over all samples, each process over its share.
+
+No process waits in a collective while another encodes, so that no time limit of one can be met: they only look, through
+the store by which they once found each other, whether the others are done.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from library.cli.options import Options
+from library.data.bad_samples import check_left_out
+from library.data.cache import NO_CACHES, Block, Cache, Caches, MemoryShelf, Shelf, blocks_of
+from library.data.cache_files import BlockShelf, NpzShelf, Picture
+from library.data.cache_fill import Filled, Making, fill
+from library.data.cache_making import CaptionMaking, LatentMaking
+from library.data.dataset import TrainingData
+from library.data.index import Index
+from library.data.index_cache import digest, kept_name
+from library.data.mapped import Opened
+from library.errors import InputError, Stopped, TrainingError
+from library.signals import Signals
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = ".sdxl_cache"
+_POLL_SECONDS = 0.2
+_GIB = 2**30
+_NAMED = 5
+_LEFT_BEHIND_SECONDS = 24 * 3600  # what a killed process left half written is deleted when it is older
+
+
+class Encoders(Protocol):
+    """What a task encodes with, where it encodes apart from training."""
+
+    def image_digest(self) -> str:
+        """Of the VAE's weights and precision."""
+
+    def caption_digest(self) -> str:
+        """Of everything between a caption and what the text encoders make of it."""
+
+    def encode_images(self, images_BHWC: Tensor) -> tuple[Tensor, ...]:
+        """Mean and standard deviation of the posterior, on the CPU."""
+
+    def encode_captions(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """What the text encoders give, on the CPU, batch first."""
+
+    def image_bytes(self, width_px: int, height_px: int) -> int:
+        """What the tensors of one image take."""
+
+    def release(self, images: bool, captions: bool) -> None:
+        """Take what is not needed in training any more from the device."""
+
+
+def make_caches(
+    options: Options, data: TrainingData, encoders: Encoders, accelerator: Accelerator, signals: Signals
+) -> Caches:
+    """Compute what the asked-for caches lack. All processes call it.
+
+    Raises:
+        InputError: they do not fit into memory, or too many samples cannot be encoded.
+        Stopped: by a signal; what was encoded before is kept on disk.
+    """
+    asked, batch_size = options.caches, options.data.train_batch_size
+    if not (asked.latents or asked.text):
+        return NO_CACHES
+    work = _Work(options, data, accelerator, signals)
+    latents = text = None
+    if asked.latents:
+        size = asked.vae_batch_size or batch_size
+        images = [treatment.images for treatment in data.treatments(0)]
+        making = LatentMaking(data.index, data.buckets, images, encoders.image_digest(), encoders.encode_images, size)
+        needed = _latent_bytes(data, encoders)
+        shelves = work.shelves("latents", asked.cache_latents_to_disk, needed, encoders.image_digest())
+        latents = Cache(data.index, shelves, work.filled("latents", making, shelves))
+    if asked.text:
+        size = asked.text_encoder_batch_size or batch_size
+        captions = CaptionMaking(
+            data.index, data.treatments(0), encoders.caption_digest(), encoders.encode_captions, size
+        )
+        empty = captions.empty()
+        needed = len(data.index) * sum(tensor.nbytes for tensor in empty.tensors)
+        on_disk = asked.cache_text_encoder_outputs_to_disk
+        shelves = work.shelves("text_encoder_outputs", on_disk, needed, encoders.caption_digest())
+        text = Cache(data.index, shelves, work.filled("text_encoder_outputs", captions, shelves), empty)
+    encoders.release(asked.latents, asked.text)
+    _check_bad(data, {**(latents.bad if latents else {}), **(text.bad if text else {})}, options)
+    return Caches(latents, text)
+
+
+class _Work:
+    """The processes' common work on one cache after the other."""
+
+    def __init__(self, options: Options, data: TrainingData, accelerator: Accelerator, signals: Signals) -> None:
+        self._options, self._data, self._accelerator, self._signals = options, data, accelerator, signals
+        self._index = data.index
+        self._memory: dict[str, dict[int, MemoryShelf]] = {}
+        self._rounds = 0
+
+    def shelves(self, kind: str, on_disk: bool, needed_bytes: int, encoder: str) -> Callable[[int], Shelf]:
+        """Where the entries of each source go."""
+        if not on_disk:
+            _check_memory(kind, needed_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            memory = self._memory[kind] = {number: MemoryShelf() for number in range(len(self._index.sources))}
+            return memory.__getitem__
+        roots = [_root(subset.path, self._options.saving.output_dir) for subset in self._index.subsets]
+        for root in dict.fromkeys(roots):
+            _clear_left_behind(root)
+        logger.info("cache %s on disk: %.2f GiB in all", kind, needed_bytes / _GIB)
+        npz = _beside_images(self._index) if kind == "latents" else frozenset()
+        return Opened(partial(_disk_shelf, self._data, kind, encoder, roots, npz)).__getitem__
+
+    def filled(self, kind: str, making: Making, shelves: Callable[[int], Shelf]) -> dict[int, str]:
+        """Fill this process's share and wait for the others; returns the reasons of rows without entry."""
+        in_memory = kind in self._memory
+        blocks = list(self._share(in_memory))
+        began = time.perf_counter()
+        with self._together(), _bar(f"cache {kind}", self._accelerator.is_main_process) as progress:
+            own = fill(
+                making,
+                self._index,
+                shelves,
+                blocks,
+                check=not self._options.caches.skip_cache_check,
+                workers=self._data.workers,
+                progress=progress,
+                between=self._signals.stop_if_requested,
+            )
+        if in_memory:
+            self._exchange(blocks, shelves)
+        everywhere = gather_object([own])
+        self._report(kind, everywhere, time.perf_counter() - began)
+        return {row: reason for filled in everywhere for row, reason in filled.bad.items()}
+
+    def _share(self, in_memory: bool) -> Iterator[Block]:
+        """Every so many-th block of each subset, counted among the processes that see the same disk."""
+        rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
+        shares = [(rank, ranks)] * len(self._index.subsets)
+        if not in_memory and ranks > 1:
+            roots = [_root(subset.path, self._options.saving.output_dir) for subset in self._index.subsets]
+            seen = _sharers(list(dict.fromkeys(roots)), self._accelerator)
+            shares = [seen[root] for root in roots]
+        number = 0
+        for source, entry in enumerate(self._index.sources):
+            place, count = shares[entry.subset]
+            for block in blocks_of(self._index, source):
+                if number % count == place:
+                    yield block
+                number += 1
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around this process's work: at its end wait for that of the others, however long it takes.
+
+        Raises:
+            TrainingError, Stopped: another process has failed or was stopped.
+        """
+        if self._accelerator.num_processes == 1:
+            yield
+            return
+        self._rounds += 1
+        store = dist.PrefixStore(f"caching{self._rounds}", dist.distributed_c10d._get_default_store())
+        rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
+        try:
+            yield
+        except BaseException as error:
+            with suppress(Exception):  # of the store: what happened here matters more
+                store.set("ended", str(error.exit_status - 128 if isinstance(error, Stopped) else -1))
+            raise
+        store.set(f"done {rank}", "")
+        everyone = [f"done {other}" for other in range(ranks)]
+        while not store.check(everyone):
+            self._signals.stop_if_requested()
+            if store.check(["ended"]):
+                signal_number = int(store.get("ended"))
+                if signal_number > 0:
+                    raise Stopped(signal_number)
+                raise TrainingError("another process has failed while it filled the cache; its own error says why")
+            time.sleep(_POLL_SECONDS)
+
+    def _exchange(self, blocks: Sequence[Block], shelves: Callable[[int], Shelf]) -> None:
+        """Give every process the entries in memory of all others, some blocks at a time."""
+        if self._accelerator.num_processes == 1:
+            return
+        for number in range(max(gather_object([len(blocks)]))):
+            mine: dict[int, dict[int, Any]] = {}
+            if number < len(blocks):
+                block = blocks[number]
+                shelf = shelves(block.source)
+                mine[block.source] = {place: shelf.read(place) for place in shelf.find(block.places, False).made}
+            for theirs in gather_object([mine]):
+                for source, entries in theirs.items():
+                    shelves(source).write(entries)
+
+    def _report(self, kind: str, everywhere: Sequence[Filled], seconds: float) -> None:
+        kept, computed, foreign, outdated, bad = (
+            sum(counts)
+            for counts in zip(
+                *((one.kept, one.computed, one.foreign, one.outdated, len(one.bad)) for one in everywhere), strict=True
+            )
+        )
+        logger.info("cache %s: %d entries kept, %d computed, %.1f s", kind, kept, computed, seconds)
+        if outdated:
+            logger.info("cache %s: %d entries were of other images, captions or settings", kind, outdated)
+        if foreign and self._options.caches.skip_cache_check:
+            logger.warning("cache %s: %d .npz of another program are used as they are", kind, foreign)
+        elif foreign:
+            logger.warning(
+                "cache %s: %d .npz of another program do not say of which image, VAE and crop they are: computed anew. "
+                "--skip_cache_check uses such files as they are",
+                kind,
+                foreign,
+            )
+        if damaged := [name for one in everywhere for name in one.damaged]:
+            more = f"; and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
+            listed = "; ".join(damaged[:_NAMED])
+            logger.warning("cache %s: computed anew, because it was damaged: %s%s", kind, listed, more)
+        if bad:
+            logger.warning("cache %s: %d samples cannot be encoded; others take their places", kind, bad)
+
+
+def _latent_bytes(data: TrainingData, encoders: Encoders) -> int:
+    """What the moments of all images take, those of mirrored ones with them."""
+    buckets = data.buckets
+    sizes_K = np.array([encoders.image_bytes(*buckets.size(bucket)) for bucket in range(len(buckets.sizes_K2))])
+    variants_S = np.array([1 + data.options.subsets[source.subset].flip_aug for source in data.index.sources])
+    return int(variants_S @ buckets.images_SK.astype(np.int64) @ sizes_K)
+
+
+def _check_bad(data: TrainingData, bad: dict[int, str], options: Options) -> None:
+    """Refuse what training would refuse when it came to these samples."""
+    named = [(data.index.name(row), reason) for row, reason in sorted(bad.items())]
+    check_left_out(named, len(data.index) - len(named), options.data.max_bad_samples)
+
+
+def _check_memory(kind: str, needed_bytes: int, processes: int) -> None:
+    """Say how much memory a cache takes.
+
+    Raises:
+        InputError: more than there is.
+    """
+    logger.info("cache %s in memory: %.2f GiB a process", kind, needed_bytes / _GIB)
+    available = _available_bytes()
+    if needed_bytes * processes > available:
+        raise InputError(
+            f"--cache_{kind}: takes {needed_bytes / _GIB:.1f} GiB of memory in each of {processes} processes, and "
+            f"{available / _GIB:.1f} GiB are free. Use --cache_{kind}_to_disk"
+        )
+
+
+def _available_bytes() -> int:
+    """Memory that this machine, or the container that this runs in, can still give."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))  # "max" is no limit, and a ValueError
+        available = min(available, limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return available
+
+
+def _root(data: Path, output_dir: Path) -> Path:
+    """The folder of a subset's block files: beside the data, or in --output_dir where that may not be written."""
+    folder = data if data.is_dir() else data.parent
+    return folder / _FOLDER if _writable(folder) else output_dir / "cache" / digest(str(folder.resolve()))
+
+
+def _writable(folder: Path) -> bool:
+    """Permission bits are read, too, because root may write where nobody is meant to."""
+    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
+
+
+def _beside_images(index: Index) -> frozenset[int]:
+    """Sources whose latents are kept as .npz beside the images: one source a folder, and one image a name."""
+    seen: set[tuple[Path, tuple[int, int]]] = set()
+    found = []
+    for number, source in enumerate(index.sources):
+        if source.is_shard or (source.path, source.share) in seen or not _writable(source.path):
+            continue
+        seen.add((source.path, source.share))
+        rows = range(int(index.starts_S[number]), int(index.starts_S[number + 1]))
+        if len({Path(index.key(row)).stem for row in rows}) == len(rows):
+            found.append(number)
+    return frozenset(found)
+
+
+def _disk_shelf(
+    data: TrainingData, kind: str, encoder: str, roots: Sequence[Path], npz: frozenset[int], number: int
+) -> Shelf:
+    """The shelf of a source; another encoder has another."""
+    index = data.index
+    source = index.sources[number]
+    if number in npz:
+        buckets_n, first = data.buckets.buckets_of(number), int(index.starts_S[number])
+        mirrored = data.options.subsets[source.subset].flip_aug
+
+        def picture(place: int) -> Picture:
+            record = index.record(first + place)
+            path = source.path / index.key(first + place)
+            size = data.buckets.size(int(buckets_n[place]))
+            return Picture(path, (int(record["width"]), int(record["height"])), size, mirrored)
+
+        return NpzShelf(picture)
+    name = str(source.path.relative_to(index.subsets[source.subset].path))
+    made_from = [source.subset, source.share, source.caption_extension, encoder]
+    return BlockShelf(roots[source.subset] / kind / kept_name(name, made_from, index.tables[number].notes["digest"]))
+
+
+def _sharers(roots: Sequence[Path], accelerator: Accelerator) -> dict[Path, tuple[int, int]]:
+    """Of each folder: this process's place among those that see the same one, and how many they are."""
+    (token,) = broadcast_object_list([secrets.token_hex(4)])
+    rank = accelerator.process_index
+    for root in roots:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / f".process.{token}.{rank}").touch()
+    accelerator.wait_for_everyone()
+    views = [sorted(int(path.suffix[1:]) for path in root.glob(f".process.{token}.*")) for root in roots]
+    all_views = gather_object([views])
+    for root in roots:
+        (root / f".process.{token}.{rank}").unlink(missing_ok=True)
+    shares = {}
+    for number, root in enumerate(roots):
+        members = views[number]
+        # Where a network disk shows some of them late, each does all rather than nobody something.
+        agreed = rank in members and all(all_views[other][number] == members for other in members)
+        shares[root] = (members.index(rank), len(members)) if agreed else (0, 1)
+    return shares
+
+
+def _clear_left_behind(root: Path) -> None:
+    """Delete what a killed process left half written."""
+    old = time.time() - _LEFT_BEHIND_SECONDS
+    with suppress(OSError):
+        for path in root.rglob(".*.partial.*"):
+            if path.stat().st_mtime < old:
+                path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over this process's share."""
+    with tqdm(desc=name, disable=not shown, mininterval=0.5) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

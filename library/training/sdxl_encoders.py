@@ -1,0 +1,143 @@
+"""What SDXL encodes with and does not train: the VAE, and text encoders where their outputs are cached.
+
+Legend: B batch, C channels, H W rows and columns in px, h w of latents, K chunks of a caption, T text tokens.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library import device as devices
+from library.models.conditioned_unet import ConditionedUNet, vector_conditions
+from library.models.text_encoders import encode_sdxl
+from library.models.vae import decode_latents, encode_moments, latent_shape, sample_latents
+
+
+class SDXLEncoders:
+    """Encodes for training, for caches and for sample pictures, with whatever has left the device brought back."""
+
+    def __init__(
+        self,
+        vae: Any,
+        module: ConditionedUNet,
+        tokenizers: tuple[Any, Any],
+        tokenize: Callable[[Sequence[str]], tuple[Tensor, ...]],
+        autocast: Callable[[], AbstractContextManager],
+        device: torch.device,
+        vae_batch_size: int,
+        text_batch_size: int,
+    ) -> None:
+        """
+        Args:
+            module: holds the text encoders until they are released.
+            vae_batch_size: images that go through the VAE at once.
+            text_batch_size: captions that are encoded at once for a cache.
+        """
+        self.vae = vae
+        self._module, self._tokenizers, self._tokenize = module, tokenizers, tokenize
+        self._autocast, self._device = autocast, device
+        self._vae_batch_size, self._text_batch_size = vae_batch_size, text_batch_size
+        self._released: tuple[Any, Any] | None = None  # text encoders
+        self._digests: dict[str, str] = {}
+
+    def latents(self, images_BHWC: Tensor, noise_BChw: Tensor) -> Tensor:
+        """A sample of the posterior of images."""
+        moments = encode_moments(self.vae, images_BHWC.to(self._device), slice_size=self._vae_batch_size)
+        return sample_latents(self.vae, *moments, noise_BChw.to(self._device))
+
+    def cached_latents(self, mean_BChw: Tensor, std_BChw: Tensor, noise_BChw: Tensor) -> Tensor:
+        """A sample of a cached posterior."""
+        mean_BChw, std_BChw, noise_BChw = (part.to(self._device) for part in (mean_BChw, std_BChw, noise_BChw))
+        return sample_latents(self.vae, mean_BChw, std_BChw, noise_BChw)
+
+    def decode(self, latents_BChw: Tensor) -> Tensor:
+        """Pictures (B, H, W, C) in uint8."""
+        home = next(self.vae.parameters()).device
+        self.vae.to(self._device)
+        pictures_BHWC = decode_latents(self.vae, latents_BChw)
+        self.vae.to(home)
+        return pictures_BHWC
+
+    def conditions(self, module: Any, captions: Sequence[str], size_ids_B6: Tensor) -> tuple[Tensor, Tensor]:
+        """Text states and vector conditions of captions, with the module's text encoders or the released ones."""
+        if self._released is None:
+            context_BTC, pooled_BP = self._encoded((module.text_encoder1, module.text_encoder2), captions)
+        else:
+            for encoder in self._released:
+                encoder.to(self._device)
+            context_BTC, pooled_BP = self._encoded(self._released, captions)
+            for encoder in self._released:
+                encoder.to("cpu")
+        return context_BTC, vector_conditions(pooled_BP, size_ids_B6)
+
+    def image_digest(self) -> str:
+        """Of the VAE's weights and precision."""
+        return self._digest("image", lambda: _weights_digest(self.vae.encoder, getattr(self.vae, "quant_conv", None)))
+
+    def caption_digest(self) -> str:
+        """Of tokenizers, text encoders, their precision and the number of chunks."""
+
+        def compute() -> str:
+            # Its shape and numbers differ with the number of chunks, and with and without weighted captions.
+            example = [tensor.tolist() for tensor in self._tokenize(["a (caption:1.5)"])]
+            words = [sorted(tokenizer.get_vocab().items()) for tokenizer in self._tokenizers]
+            weights = _weights_digest(self._module.text_encoder1, self._module.text_encoder2)
+            return hashlib.sha256(json.dumps([example, words, weights]).encode()).hexdigest()
+
+        return self._digest("caption", compute)
+
+    @torch.no_grad()
+    def encode_images(self, images_BHWC: Tensor) -> tuple[Tensor, ...]:
+        """Mean and standard deviation of the posterior, on the CPU, in the VAE's precision."""
+        moments = encode_moments(self.vae, images_BHWC.to(self._device), slice_size=self._vae_batch_size)
+        return tuple(moment_BChw.cpu() for moment_BChw in moments)
+
+    @torch.no_grad()
+    def encode_captions(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Text states (B, T, C) and pooled text (B, P), on the CPU, as training would compute them.
+
+        Missing captions are filled up to the batch that is encoded at once, as in `encode_moments`.
+        """
+        filled = [*captions, *[""] * (self._text_batch_size - len(captions))]
+        outputs = self._encoded((self._module.text_encoder1, self._module.text_encoder2), filled)
+        return tuple(output[: len(captions)].cpu() for output in outputs)
+
+    def _encoded(self, text_encoders: tuple[Any, Any], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids1_BK77, ids2_BK77, *weights = (tensor.to(self._device) for tensor in self._tokenize(captions))
+        with self._autocast():
+            return encode_sdxl(*text_encoders, ids1_BK77, ids2_BK77, (weights[0], weights[1]) if weights else None)
+
+    def image_bytes(self, width_px: int, height_px: int) -> int:
+        """Of the moments of one image."""
+        channels, rows, columns = latent_shape(self.vae, height_px, width_px)
+        return 2 * channels * rows * columns * self.vae.dtype.itemsize
+
+    def release(self, images: bool, captions: bool) -> None:
+        """Move to the CPU what is only needed for sample pictures from now on."""
+        if images:
+            self.vae.to("cpu")
+        if captions:
+            self._released = self._module.without_text_encoders()
+            for encoder in self._released:
+                encoder.to("cpu")
+        devices.release_memory(self._device)
+
+    def _digest(self, of: str, compute: Callable[[], str]) -> str:
+        if of not in self._digests:
+            self._digests[of] = compute()
+        return self._digests[of]
+
+
+def _weights_digest(*networks: nn.Module | None) -> str:
+    """Of all numbers in all tensors, and of their precision."""
+    found = hashlib.sha256()
+    for network in networks:
+        for name, tensor in ({} if network is None else network.state_dict()).items():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

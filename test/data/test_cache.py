@@ -1,0 +1,306 @@
+import numpy as np
+import pytest
+import torch
+
+from library.data.bucket_rows import bucket_rows
+from library.data.buckets import BucketOptions
+from library.data.cache import BLOCK, Cache, Caches, Entry, Made, MemoryShelf, blocks_of
+from library.data.cache_files import BlockShelf, NpzShelf, Picture
+from library.data.cache_fill import fill
+from library.data.cache_making import CaptionMaking, LatentMaking
+from library.data.captions import CaptionOptions
+from library.data.decode import SampleError
+from library.data.index import build_index
+from library.data.loader import Share, make_loader
+from library.data.plan import Plan, repeated
+from library.data.sample import Treatment
+from library.data.sources import Subset
+from library.errors import InputError
+
+OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)
+TREATMENT = Treatment(CaptionOptions(caption_dropout_rate=0.3))
+SIZES = [(40, 30), (30, 40), (32, 32)] * 30  # 90 images: two blocks
+
+
+def moments(images_BHWC):
+    """A stand-in for a VAE: means of 8×8 pixels, and of their squares."""
+    pixels_BCHW = images_BHWC.permute(0, 3, 1, 2).float()
+    mean = torch.nn.functional.avg_pool2d(pixels_BCHW, 8)
+    return mean, torch.nn.functional.avg_pool2d(pixels_BCHW**2, 8).half()
+
+
+class Data:
+    """An indexed folder with the latents of its images, of which the encoded ones are counted."""
+
+    def __init__(self, folder, shelves, encoder="vae", options=OPTIONS, batch_size=4):
+        self.index = build_index([Subset(folder, ".txt")], use_cache=False)
+        self.buckets = bucket_rows(self.index, [options])
+        self.shelves = shelves(self)
+        self.encoded = 0
+        images = [TREATMENT.images]
+        self.making = LatentMaking(self.index, self.buckets, images, encoder, self._encode, batch_size)
+
+    def _encode(self, images_BHWC):
+        self.encoded += len(images_BHWC)
+        return moments(images_BHWC)
+
+    @property
+    def blocks(self):
+        return [block for source in range(len(self.index.sources)) for block in blocks_of(self.index, source)]
+
+    def fill(self, blocks=None, **options):
+        self.encoded = 0
+        blocks = self.blocks if blocks is None else blocks
+        return fill(self.making, self.index, self.shelves, blocks, **options)
+
+    def batches(self, caches, steps=8):
+        share = Share(4)
+        plan = Plan(self.buckets, repeated(self.buckets.images_SK, self.index.repeats_S), 5, 4)
+        return list(
+            make_loader(self.index, self.buckets, plan, share, [TREATMENT], end_step=steps, caches=caches, workers=1)
+        )
+
+
+def block_shelf(folder):
+    return lambda data: lambda source: BlockShelf(folder / str(source))
+
+
+def npz_shelf(data):
+    def shelf(source):
+        buckets = data.buckets.buckets_of(source)
+        first = int(data.index.starts_S[source])
+
+        def picture(place):
+            record = data.index.record(first + place)
+            path = data.index.sources[source].path / data.index.key(first + place)
+            size = int(record["width"]), int(record["height"])
+            return Picture(path, size, data.buckets.size(int(buckets[place])))
+
+        return NpzShelf(picture)
+
+    return shelf
+
+
+def memory_shelves(data):
+    return {number: MemoryShelf() for number in range(len(data.index.sources))}.__getitem__
+
+
+@pytest.fixture
+def shard(tmp_path, make_shard):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    make_shard(folder, 0, SIZES)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, make_picture):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, (width, height) in enumerate(SIZES[:12]):
+        (folder / f"{number:02d}.png").write_bytes(make_picture(width, height, seed=number, format="PNG"))
+        (folder / f"{number:02d}.txt").write_text(f"number {number}")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["blocks", "npz", "memory"])
+def test_the_loader_reads_what_the_images_would_give(folder, tmp_path, kind):
+    shelves = {"blocks": block_shelf(tmp_path / "cache"), "npz": npz_shelf, "memory": memory_shelves}[kind]
+    data = Data(folder, shelves)
+    filled = data.fill(workers=1)
+    assert (filled.computed, filled.kept, filled.bad, data.encoded) == (12, 0, {}, 12)
+    plain = data.batches(Caches())
+    cached = data.batches(Caches(latents=Cache(data.index, data.shelves, {})))
+    for one, other in zip(plain, cached, strict=True):
+        mean, std = moments(one.images_BHWC)
+        assert other.images_BHWC is None
+        assert torch.equal(other.moments[0], mean) and torch.equal(other.moments[1], std)
+        assert other.moments[1].dtype == torch.float16
+        assert torch.equal(one.size_ids_B6, other.size_ids_B6)
+        assert (one.names, one.captions) == (other.names, other.captions)
+    again = Data(folder, shelves).fill()
+    assert (again.computed, again.kept) == ((12, 0) if kind == "memory" else (0, 12))
+
+
+def test_a_stop_keeps_what_is_done_and_the_next_start_goes_on(shard, tmp_path):
+    calls = 0
+
+    def between():
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+
+    data = Data(shard, block_shelf(tmp_path / "cache"))
+    with pytest.raises(KeyboardInterrupt):
+        data.fill(between=between)
+    done = data.encoded
+    assert 0 < done < 90
+    filled = Data(shard, block_shelf(tmp_path / "cache")).fill()
+    assert (filled.kept, filled.computed) == (done, 90 - done)
+
+
+def test_processes_that_fill_a_share_each_fill_all(shard, tmp_path):
+    whole = Data(shard, block_shelf(tmp_path / "whole"))
+    whole.fill()
+    shares = Data(shard, block_shelf(tmp_path / "shares"))
+    assert [block.count for block in shares.blocks] == [BLOCK, 90 - BLOCK]
+    for block in shares.blocks:
+        shares.fill([block])
+    for place in range(90):
+        one, other = whole.shelves(0).read(place), shares.shelves(0).read(place)
+        assert one.made == other.made and one.size_ids == other.size_ids
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(one.tensors, other.tensors, strict=True))
+
+
+def test_an_edited_image_another_encoder_and_other_buckets_are_computed_anew(folder, make_picture):
+    data = Data(folder, npz_shelf)
+    data.fill()
+    (folder / "05.png").write_bytes(make_picture(*SIZES[5], seed=99, format="PNG"))
+    edited = Data(folder, npz_shelf)
+    filled = edited.fill()
+    assert (filled.kept, filled.computed, filled.outdated) == (11, 1, 1)
+    for other in (Data(folder, npz_shelf, encoder="another"), Data(folder, npz_shelf, options=BucketOptions((16, 16)))):
+        filled = other.fill()
+        assert (filled.kept, filled.computed, filled.outdated) == (0, 12, 12)
+
+
+def test_an_edited_image_in_a_shard_is_noticed_though_size_and_time_are_the_same(shard, tmp_path):
+    data = Data(shard, block_shelf(tmp_path / "cache"))
+    data.fill()
+    path = shard / "00000.tar"
+    content = bytearray(path.read_bytes())
+    record = data.index.record(7)
+    place = int(record["image_offset"]) + int(record["image_bytes"]) - 12  # within the picture's own data
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert Data(shard, block_shelf(tmp_path / "cache")).fill(check=False).computed == 0
+    filled = Data(shard, block_shelf(tmp_path / "cache")).fill()
+    assert (filled.kept, filled.computed, filled.outdated) == (89, 1, 1)
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty"])
+@pytest.mark.parametrize("kind", ["blocks", "npz"])
+def test_a_damaged_entry_is_named_and_computed_anew(folder, tmp_path, kind, damage):
+    shelves = block_shelf(tmp_path / "cache") if kind == "blocks" else npz_shelf
+    data = Data(folder, shelves)
+    data.fill()
+    (path, *_) = sorted(folder.glob("*.npz") if kind == "npz" else (tmp_path / "cache").rglob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-20 if kind == "blocks" else len(content) // 2] ^= 1
+    path.write_bytes({"bit": bytes(content), "cut": bytes(content[:-100]), "empty": b""}[damage])
+    again = Data(folder, shelves)
+    filled = again.fill()
+    assert len(filled.damaged) == 1 and str(path) in filled.damaged[0]
+    assert filled.computed == (12 if kind == "blocks" and damage != "bit" else 1)
+    assert again.fill().kept == 12
+
+
+def test_damage_that_is_met_while_training_is_an_error_that_says_what_to_do(folder, tmp_path):
+    data = Data(folder, block_shelf(tmp_path / "cache"))
+    data.fill()
+    (path,) = (tmp_path / "cache").rglob("*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"000000\.safetensors.*damaged.*without --skip_cache_check"):
+        data.batches(Caches(latents=Cache(data.index, data.shelves, {})), steps=12)
+
+
+def test_a_bad_image_gives_the_same_quarantine_with_a_cache_as_without(folder, tmp_path):
+    (folder / "04.png").write_bytes((folder / "04.png").read_bytes()[:-30])
+    data = Data(folder, block_shelf(tmp_path / "cache"))
+    filled = data.fill()
+    assert list(filled.bad) == [4] and filled.computed == 11
+    cache = Cache(data.index, data.shelves, filled.bad)
+    with pytest.raises(SampleError):
+        cache.read(4)
+    plain, cached = data.batches(Caches()), data.batches(Caches(latents=cache))
+    assert [(batch.names, batch.quarantined, batch.replaced) for batch in cached] == [
+        (batch.names, batch.quarantined, batch.replaced) for batch in plain
+    ]
+    assert any(batch.replaced for batch in plain)
+
+
+def test_npz_files_are_what_sd_scripts_reads(folder):
+    """Keys and order of numbers as in the issue trackers' examples of sd-scripts' latents caches."""
+    Data(folder, npz_shelf).fill()
+    file = np.load(folder / "00_0040x0030_sdxl.npz")
+    assert file["latents"].shape == (3, 4, 4) and file["latents"].dtype == np.float32
+    assert file["original_size"].tolist() == [40, 30]
+    assert file["crop_ltrb"].tolist() == [5, 0, 37, 32]  # of 43×32, which 40×30 is scaled to for the bucket 32×32
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("{stem}.npz", ""), ("{stem}_{w:04d}x{h:04d}_sdxl.npz", ""), ("{stem}.npz", "_4x4")]
+)
+def test_npz_files_of_sd_scripts_train_as_they_are_if_one_asks_for_it(folder, name, suffix):
+    latents = np.random.default_rng(0).standard_normal((3, 4, 4), dtype=np.float32)
+    path = folder / name.format(stem="00", w=40, h=30)
+    arrays = {"latents": latents, "original_size": np.array([40, 30]), "crop_ltrb": np.array([5, 0, 37, 32])}
+    np.savez(path, **{f"{key}{suffix}": array for key, array in arrays.items()})
+    data = Data(folder, npz_shelf)
+    filled = data.fill(check=False)
+    assert (filled.foreign, filled.kept, filled.computed) == (1, 1, 11)
+    entry = data.shelves(0).read(0)
+    assert entry.size_ids == (30, 40, 0, 5, 32, 32)
+    mean, std = entry.tensors
+    assert torch.equal(mean + std * torch.randn(3, 4, 4), torch.from_numpy(latents))
+    checked = Data(folder, npz_shelf)
+    filled = checked.fill()
+    assert (filled.foreign, filled.kept, filled.computed) == (1, 11, 1)
+    assert checked.shelves(0).read(0).made.settings
+
+
+def test_npz_of_another_resolution_is_not_taken(folder):
+    shape = {"latents": np.zeros((3, 8, 8), np.float32), "original_size": [40, 30], "crop_ltrb": [0, 0, 64, 64]}
+    np.savez(folder / "00.npz", **shape)
+    filled = Data(folder, npz_shelf).fill(check=False)
+    assert (filled.foreign, filled.kept, filled.computed) == (0, 0, 12)
+
+
+def test_text_entries_are_of_the_caption_and_dropped_ones_are_the_empty_one(folder, tmp_path):
+    index = build_index([Subset(folder, ".txt")], use_cache=False)
+    seen = []
+
+    def encode(captions):
+        seen.extend(captions)
+        lengths = torch.tensor([[float(len(caption))] for caption in captions])
+        return lengths.expand(-1, 3).unsqueeze(1), lengths
+
+    def filled(encoder="clip"):
+        seen.clear()
+        making = CaptionMaking(index, [TREATMENT], encoder, encode, 5)
+        shelves = lambda source: BlockShelf(tmp_path / "text")  # noqa: E731
+        found = fill(making, index, shelves, list(blocks_of(index, 0)))
+        return found, Cache(index, shelves, found.bad, making.empty())
+
+    found, cache = filled()
+    assert found.computed == 12 and sorted(seen)[1] == "number 0"
+    data = Data(folder, block_shelf(tmp_path / "latents"))
+    data.fill()
+    batches = data.batches(Caches(latents=Cache(data.index, data.shelves, {}), text=cache), steps=12)
+    captions = [caption for batch in batches for caption in batch.captions]
+    assert "" in captions and any(captions)
+    told = [length for batch in batches for length in batch.text[1][:, 0].tolist()]
+    assert told == [float(len(caption)) for caption in captions]
+    (folder / "07.txt").write_text("another caption")
+    index = build_index([Subset(folder, ".txt")], use_cache=False)
+    found, _ = filled()
+    assert (found.kept, found.computed, seen[0]) == (11, 1, "another caption")
+    found, _ = filled("another encoder")
+    assert (found.kept, found.computed) == (0, 12)
+
+
+def test_precisions_survive_the_disk(tmp_path):
+    """bf16 has no place in numpy, and is kept exactly all the same."""
+    tensors = tuple(torch.randn(3, 4, 5).to(dtype) for dtype in (torch.bfloat16, torch.float32))
+    entry = Entry(Made("a", "b"), (30, 40, 0, 1, 32, 40), tensors)
+    block = BlockShelf(tmp_path / "block")
+    npz = NpzShelf(lambda place: Picture(tmp_path / "image.png", (40, 30), (40, 32)))
+    for shelf in (block, npz):
+        shelf.write({0: entry})
+        again = shelf.read(0)
+        assert again.made == entry.made and again.size_ids == entry.size_ids
+        assert all(torch.equal(one.float(), other.float()) for one, other in zip(again.tensors, tensors, strict=True))
+    assert block.read(0).tensors[0].dtype == torch.bfloat16
