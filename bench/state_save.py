@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python bench/state_save.py --out /some/disk
 
-A state of `--gigabytes` (weights and two moments of AdamW, fp32) is saved a few times. The first save makes the
-buffers, the others use them again. `working` is the speed of a loop of matrix products while a state is written,
-against the same loop alone: what the thread that writes takes from the one that trains. Reading back is timed, too, and
-the strong hashes of hashlib. The last line printed is one JSON object.
+A state of `--gigabytes` (weights and two moments of AdamW, fp32) is saved a few times. The buffers are made beforehand,
+beside training, as the trainer does after its first step; `stall_unreserved_s` is a first save that has to make them.
+`working` is the speed of a loop of matrix products while a state is written, against the same loop alone: what the
+thread that writes takes from the one that trains. Reading back is timed, too, and the strong hashes of hashlib. The last
+line printed is one JSON object.
 """
 
 import argparse
@@ -58,12 +59,18 @@ def measure(folder: Path, gigabytes: float, saves: int) -> dict:
     info = StateInfo(0, 0, "", {}, {}, {})
     matrix = torch.randn(512, 512)
     stalls, writes, working = [], [], []
+    with StateWriter(folder / "unreserved") as writer:
+        (folder / "unreserved").mkdir()
+        began = time.perf_counter()
+        writer.snapshot(step_name(None, 0), info, {}, objects)
+        unreserved = time.perf_counter() - began
     with StateWriter(folder, retention=Retention(last_n_steps=0)) as writer:
+        writer.reserve(objects)
         for save in range(saves + 1):
             until = time.perf_counter() + 1
             alone = products_per_second(lambda until=until: time.perf_counter() < until, matrix)
             began = time.perf_counter()
-            writer.snapshot(step_name(None, save), info, {}, objects)
+            writer.snapshot(step_name(None, save), info, objects)
             copied = time.perf_counter()
             beside = products_per_second(writer.is_writing, matrix)
             writer.wait()
@@ -74,7 +81,9 @@ def measure(folder: Path, gigabytes: float, saves: int) -> dict:
         verify(folder / f"{step_name(None, saves)}-state")
         read = time.perf_counter() - began
     return {
+        "stall_unreserved_s": unreserved,
         "stall_first_s": stalls[0],
+        "stall_first_of_write": stalls[0] / writes[0],
         "stall_s": statistics.median(stalls[1:]),
         "write_s": statistics.median(writes[1:]),
         "stall_of_write": statistics.median(s / w for s, w in zip(stalls[1:], writes[1:], strict=True)),

@@ -178,6 +178,8 @@ class Trainer:
             self._log(step, step_batches, result, waited, time.perf_counter() - began)
             self._stop_if_not_finite(step, step_batches, result)
             self.quarantine.stop_if_too_many((step + 1) * self.options.global_batch)
+            if step == self.start_step:
+                self.states.reserve()
             self._after_step(step + 1)
         return RunReport(
             self.speed.images_per_second,

@@ -45,8 +45,9 @@ class _Snapshot:
 class StateWriter:
     """Writes the states of one run, one at a time, in the background.
 
-    Memory: one copy, on the CPU, of what this rank writes, from the first snapshot to the end of the run (the buffers
-    are used again: fresh memory would cost more time than the copy). The file's bytes are written from it as they are.
+    Memory: one copy, on the CPU, of what this rank writes, from `reserve` or the first snapshot to the end of the run
+    (the buffers are used again: fresh memory costs more time than the copy). The file's bytes are written from it as
+    they are.
     """
 
     def __init__(
@@ -72,8 +73,26 @@ class StateWriter:
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._saves = 0  # the same on all ranks
         self._thread: threading.Thread | None = None
+        self._reserving: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._leaving = threading.Event()
+
+    def reserve(self, own: Mapping[str, Any]) -> None:
+        """Make the buffers for what snapshots will copy while training goes on, so that the first waits no longer.
+
+        Args:
+            own: this rank's state objects, as `snapshot` takes them.
+        """
+        prefix = rank_prefix(self.rank, self.ranks)
+        packed = {prefix + name: pack(tree)[0] for name, tree in own.items()}
+
+        def make() -> None:
+            for stem, tensors in packed.items():
+                for name, tensor in tensors.items():
+                    self._buffer(stem, name, tensor).zero_()  # the system gives memory when it is written to
+
+        self._reserving = threading.Thread(target=make, name="state buffers", daemon=True)
+        self._reserving.start()
 
     def snapshot(
         self,
@@ -98,6 +117,9 @@ class StateWriter:
         if whole and self.rank:
             raise ValueError("what all ranks share is written by rank 0")
         self.wait()
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
         prefix = rank_prefix(self.rank, self.ranks)
         packed = {name: pack(tree) for name, tree in (whole or {}).items()}
         packed |= {prefix + name: pack(tree) for name, tree in own.items()}
@@ -161,15 +183,18 @@ class StateWriter:
 
     def _copied(self, stem: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in this writer's own memory."""
-        copies = {}
-        for name, tensor in tensors.items():
-            buffer = self._buffers.get((stem, name))
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                pinned = not devices.is_cpu(tensor.device)
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
-                self._buffers[stem, name] = buffer
-            copies[name] = buffer.copy_(tensor, non_blocking=True)
-        return copies
+        return {
+            name: self._buffer(stem, name, tensor).copy_(tensor, non_blocking=True) for name, tensor in tensors.items()
+        }
+
+    def _buffer(self, stem: str, name: str, tensor: Tensor) -> Tensor:
+        """This writer's memory for a tensor, kept from one snapshot to the next."""
+        buffer = self._buffers.get((stem, name))
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            pinned = not devices.is_cpu(tensor.device)
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+            self._buffers[stem, name] = buffer
+        return buffer
 
     def _run(self, snapshot: _Snapshot, number: int) -> None:
         """The thread: keeps what goes wrong for the next call."""

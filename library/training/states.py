@@ -53,6 +53,12 @@ class States:
         """Whether the step's number asks for a state."""
         return self.cadence.every_n_steps is not None and steps_done % self.cadence.every_n_steps == 0
 
+    def reserve(self) -> None:
+        """After the first step, when the optimizer has its state: make memory for the states that are due later."""
+        cadence = self.cadence
+        if cadence.with_checkpoints or cadence.every_n_steps or cadence.every_n_minutes:
+            self.writer.reserve({TRAINING: self.parallel.own_parts()})
+
     def save(
         self, steps_done: int, run: Mapping[str, Any], metrics: Mapping[str, Any], stem: str | None = None
     ) -> None:

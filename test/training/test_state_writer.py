@@ -83,6 +83,18 @@ def test_one_copy_is_held_and_used_again(tmp_path, monkeypatch):
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_memory_reserved_beforehand_is_what_the_first_snapshot_uses(tmp_path):
+    with StateWriter(tmp_path) as writer:
+        own = {"training": {"weight": torch.full((50,), 3.0)}}
+        writer.reserve(own)
+        writer._reserving.join()
+        reserved = {key: buffer.data_ptr() for key, buffer in writer._buffers.items()}
+        writer.snapshot("last", info(1), own)
+        assert len(reserved) == 1
+        assert {key: buffer.data_ptr() for key, buffer in writer._buffers.items()} == reserved
+    assert read_state(tmp_path / "last-state").own[0]["training"]["weight"].eq(3.0).all()
+
+
 def test_the_next_call_tells_what_went_wrong_and_later_saves_work(tmp_path, monkeypatch):
     with StateWriter(tmp_path) as writer:
         snapshot(writer, 1)
