@@ -5,8 +5,8 @@
 A state of `--gigabytes` (weights and two moments of AdamW, fp32) is saved a few times. The buffers are made beforehand,
 beside training, as the trainer does after its first step; `stall_unreserved_s` is a first save that has to make them.
 `working` is the speed of a loop of matrix products while a state is written, against the same loop alone: what the
-thread that writes takes from the one that trains. Reading back is timed, too, and the strong hashes of hashlib. The last
-line printed is one JSON object.
+thread that writes takes from the one that trains. Reading back is timed, too, and the strong hashes of hashlib. The
+last line printed is one JSON object.
 """
 
 import argparse
