@@ -53,7 +53,7 @@ def train(args: argparse.Namespace, signals: Signals, started: float) -> None:
     """Turn the arguments into options and run the task; what needs torch is imported here, after --help."""
     from library.cli.options import Options
     from library.training.assembly import run as run_training
-    from library.training.sdxl import SDXLPretraining
+    from library.training.sdxl import SDXLPretraining, load_token_counter
     from third_patch import PATCHES, apply
 
     options = Options(
@@ -67,7 +67,11 @@ def train(args: argparse.Namespace, signals: Signals, started: float) -> None:
     model_options = fill(model.ModelOptions, args)
     undo = apply(PATCHES)
     try:
-        run_training(options, partial(SDXLPretraining, model_options, options), signals, started)
+        make_task, load_counter = (
+            partial(SDXLPretraining, model_options, options),
+            partial(load_token_counter, model_options),
+        )
+        run_training(options, make_task, load_counter, signals, started)
     finally:
         undo()
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import sdxl_pretrain
 from library.models.checkpoint import load_sdxl
+from library.training import sdxl as sdxl_task
 from library.training.sdxl import SDXLPretraining
 
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220), "green": (40, 180, 70)}
@@ -409,3 +411,24 @@ def test_masks_of_two_halves_share_the_loss_of_the_whole(train, tmp_path):
     status, _, printed = train("--masked_loss", data=data)
     assert status == 2
     assert "--masked_loss has no masks" in printed and "--alpha_mask" in printed
+
+
+def test_the_data_is_shown_instead_of_trained_on_and_no_weights_are_read(train, monkeypatch, tmp_path):
+    def load(*args, **kwargs):
+        raise AssertionError("the model is loaded")
+
+    seen = samples_seen(monkeypatch)
+    train("--max_train_steps=3", "--train_batch_size=4", "--flip_aug", out="trained")
+    names = [name for _, step_names in seen for name in step_names]
+    monkeypatch.setattr(sdxl_task, "load_sdxl", load)
+    arguments = ("--debug_dataset", "--max_train_steps=3", "--train_batch_size=2", "--gradient_accumulation_steps=2")
+    status, folder, printed = train(*arguments, "--flip_aug")
+    assert status == 0, printed
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()] == [
+        "debug_dataset/index.html"
+    ]
+    page = (folder / "debug_dataset" / "index.html").read_text()
+    assert re.findall(r"<dt>name</dt><dd>(.*?)</dd>", page) == names  # twelve, in the order of training
+    assert len(names) == 12
+    assert re.findall(r"<dt>tokens</dt><dd>(\d+) of (\d+)", page)[0][1] == "75"
+    assert train("--debug_dataset", "--dry_run")[0] == 2

@@ -59,6 +59,7 @@ class DataOptions:
     max_bad_samples: float  # share of all samples
     prior_loss_weight: float  # of regularisation images
     masked_loss: bool
+    debug_dataset: bool
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -250,6 +251,11 @@ def _add_image_arguments(group: _ArgumentGroup) -> None:
     )
     group.add_argument(
         "--masked_loss", action="store_true", help="weigh the loss with masks; they come from --alpha_mask"
+    )
+    group.add_argument(
+        "--debug_dataset",
+        action="store_true",
+        help="write the first 100 samples as OUTPUT_DIR/debug_dataset/index.html instead of training",
     )
     group.add_argument(
         "--resize_interpolation",

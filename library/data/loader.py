@@ -97,6 +97,10 @@ class Share:
         """Samples of one step over all processes."""
         return self.batch_size * self.world_size * self.accumulation
 
+    def of_one_process(self) -> "Share":
+        """The same global batches, all of them for one process."""
+        return Share(self.batch_size, accumulation=self.world_size * self.accumulation)
+
     def places(self, micro: int) -> np.ndarray:
         """(batch size,) int64: places in the global batch of this process's micro-batch number `micro`."""
         start = (micro * self.world_size + self.rank) * self.batch_size

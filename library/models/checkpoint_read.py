@@ -58,6 +58,22 @@ def load_sdxl(
     return model
 
 
+def load_tokenizers(source: str, tokenizer1: str | None = None, tokenizer2: str | None = None) -> tuple[Any, Any]:
+    """Both tokenizers as `load_sdxl` gives them, without anything else of the model.
+
+    Raises:
+        InputError: they cannot be found or read.
+    """
+    own: Path | None = None
+    if tokenizer1 is None or tokenizer2 is None:
+        path = locate(source, MODEL_FLAG, hub.pipeline_tokenizer_files)
+        own = path if path.is_dir() else None
+    return (
+        _tokenizer(1, tokenizer1, own and own / "tokenizer"),
+        _tokenizer(2, tokenizer2, own and own / "tokenizer_2"),
+    )
+
+
 def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
     """A path as it is, or a hub name's folder in the cache.
 

@@ -26,6 +26,11 @@ def pipeline_files(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in small] + _component_files(names, _COMPONENTS)
 
 
+def pipeline_tokenizer_files(names: Iterable[str]) -> list[str]:
+    """Of a pipeline repository's files, those of its two tokenizers."""
+    return [name for name in pipeline_files(names) if name.startswith("tokenizer")]
+
+
 def vae_files(names: Iterable[str]) -> list[str]:
     """Of a repository's files, those of its VAE: in `vae/` where there is one, else at the root."""
     names = list(names)

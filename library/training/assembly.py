@@ -24,12 +24,14 @@ from library.atomic_write import remove
 from library.cli.optimization import OptimizationOptions
 from library.cli.options import Options
 from library.cli.run import RunOptions, SavingOptions
+from library.data.contact_sheet import write_contact_sheet
 from library.data.dataset import TrainingData, prepare_data
-from library.data.loader import worker_deaths_reported
+from library.data.loader import MicroBatch, worker_deaths_reported
 from library.data.plan import Plan
 from library.disk_space import missing_space
 from library.errors import InputError, TrainingError
 from library.models.attention import report as attention_report
+from library.models.token_counts import TokenCounter
 from library.signals import Signals
 from library.training import loop
 from library.training.agreement import check_agreement, describe_run
@@ -109,10 +111,17 @@ class Task(loop.Task, Protocol):
         """What a step needs in memory at a bucket's width and height, for --dry_run."""
 
 
-def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Signals, started: float) -> None:
-    """Train a task and print the final block.
+def run(
+    options: Options,
+    make_task: Callable[[Surroundings], Task],
+    load_token_counter: Callable[[], TokenCounter],
+    signals: Signals,
+    started: float,
+) -> None:
+    """Train a task and print the final block; with --debug_dataset show its data instead.
 
     Args:
+        load_token_counter: called where captions are shown and no task is made.
         signals: that the script listens to since it started.
         started: `time.perf_counter()` at the start of the script, for the end-to-end duration.
 
@@ -127,14 +136,14 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Si
         stack.enter_context(_waiting_explained(beside))
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
-        check_data(options.data)
+        check_data(options.data, options.run)
         check_optimization(options.optimization, options.run)
         check_preview(options.preview)
         check_saving(options.saving)
         check_caches(options)
         if not options.run.dry_run:
             _prepare_output(options)
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and not options.data.debug_dataset:
                 lock = stack.enter_context(RunLock(options.saving.output_dir))
                 clear_left_behind(options.saving.output_dir, lock)
         resumed = _resumed(options.saving, accelerator)
@@ -152,6 +161,10 @@ def run(options: Options, make_task: Callable[[Surroundings], Task], signals: Si
         steps, epochs = _length(options.run, data.plan)
         if resumed is not None:
             _check_resumed(resumed, options, data, surroundings.seed, steps)
+        if options.data.debug_dataset:
+            if accelerator.is_main_process:
+                _show_data(options, data, load_token_counter(), resumed.step if resumed else 0, steps, signals)
+            return
         task = make_task(surroundings)
         if accelerator.num_processes > 1:  # describing reads all code and some of every weight
             check_agreement(accelerator, describe_run(options, surroundings.seed, data, task.module))
@@ -245,6 +258,22 @@ def _train(
             trainer.save_state(steps, last_name(saving.output_name))
     logger.info("model saved.")
     return report
+
+
+def _show_data(
+    options: Options, data: TrainingData, counter: TokenCounter, start_step: int, steps: int, signals: Signals
+) -> None:
+    """Write the first samples of the run, of all its processes, as a page."""
+    shown = replace(data, share=data.share.of_one_process())
+
+    def batches() -> Iterator[MicroBatch]:
+        for batch in shown.loader(lambda captions: (), steps, start_step):
+            signals.stop_if_requested()
+            yield batch
+
+    page = options.saving.output_dir / "debug_dataset" / "index.html"
+    with worker_deaths_reported():
+        write_contact_sheet(page, batches(), counter, counter.most)
 
 
 def _states(options: Options, parallel: Replicated, data: TrainingData, surroundings: Surroundings) -> States:

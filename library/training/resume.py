@@ -15,7 +15,15 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # --resume auto: the newest state that holds, else from the start
 # Options that say nothing about the training itself: a change is not worth a line.
-_OF_NO_ACCOUNT = {"max_data_loader_n_workers", "logging_dir", "output_dir", "resume", "resume_anyway", "dry_run"}
+_OF_NO_ACCOUNT = {
+    "max_data_loader_n_workers",
+    "logging_dir",
+    "output_dir",
+    "resume",
+    "resume_anyway",
+    "dry_run",
+    "debug_dataset",
+}
 _PACKAGES = ("torch", "torch_npu", "accelerate", "fairscale", "diffusers", "transformers", "numpy", "Pillow")
 
 

@@ -10,8 +10,10 @@ from library.training.prompts import read_prompts
 from library.training.sharding import sharding_kind
 
 
-def check_data(options: DataOptions) -> None:
+def check_data(options: DataOptions, run: RunOptions) -> None:
     """Raise InputError where options of the data cannot go together."""
+    if options.debug_dataset and run.dry_run:
+        raise InputError("--debug_dataset writes a page, and --dry_run writes nothing; give one of them")
     if options.masked_loss and not any(subset.alpha_mask for subset in options.subsets):
         raise InputError(
             "--masked_loss has no masks: they come from the images' alpha channel; add --alpha_mask (or alpha_mask in "

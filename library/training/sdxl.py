@@ -21,11 +21,12 @@ from library.diffusion.masks import latent_weights
 from library.diffusion.schedule import NoiseSchedule, prediction_type
 from library.errors import InputError
 from library.keyed_random import Stream
-from library.models.checkpoint import load_sdxl, save_sdxl, saved_bytes
+from library.models.checkpoint import load_sdxl, load_tokenizers, save_sdxl, saved_bytes
 from library.models.conditioned_unet import ConditionedUNet, frozen_copy
 from library.models.metadata import modelspec
 from library.models.sdxl import SDXLModel
 from library.models.text_encoders import tokenize, tokenize_weighted
+from library.models.token_counts import TokenCounter
 from library.models.vae import encode_images, latent_shape
 from library.training.assembly import Surroundings
 from library.training.memory import estimate
@@ -37,6 +38,14 @@ from library.training.rules import text_encoder_rates
 from library.training.sdxl_encoders import SDXLEncoders
 
 logger = logging.getLogger(__name__)
+
+
+def load_token_counter(options: ModelOptions) -> TokenCounter:
+    """A token counter of a model of which nothing else is loaded."""
+    tokenizers = load_tokenizers(
+        options.pretrained_model_name_or_path, options.tokenizer1_path, options.tokenizer2_path
+    )
+    return TokenCounter(tokenizers, options.max_token_length, options.weighted_captions)
 
 
 class SDXLPretraining:
@@ -133,6 +142,12 @@ class SDXLPretraining:
             "text_encoder2": self.module.trained_te2,
         }
         return [ParameterGroup(name, part, self.learning_rates[name]) for name, part in parts.items() if part]
+
+    def token_counter(self) -> TokenCounter:
+        """What counts the tokens of captions."""
+        options = self.model_options
+        tokenizers = (self.model.tokenizer1, self.model.tokenizer2)
+        return TokenCounter(tokenizers, options.max_token_length, options.weighted_captions)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
         """Token ids for both text encoders, and with --weighted_captions the weights of both behind them."""
