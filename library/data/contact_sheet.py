@@ -95,6 +95,7 @@ def _sample(batch: MicroBatch, number: int, tokens: int, most_tokens: int) -> st
         "caption": html.escape(caption) if caption else "<em>empty</em>",
         "tokens": f"{tokens} of {most_tokens}{cut}",
     }
+    assert batch.images_BHWC is not None  # the sheet is made before there are caches
     pictures = _picture(batch.images_BHWC[number].numpy(), "as trained")
     if batch.masks_BHW is not None:
         pictures += _picture(batch.masks_BHW[number].numpy(), "mask: black does not count")

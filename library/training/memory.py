@@ -6,8 +6,7 @@ What it cannot see: the allocator's fragmentation, libraries' workspaces, CUDA's
 """
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,48 +14,13 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from library.training.held import Held, Training, held_bytes
+from library.training.live_bytes import LiveBytes
 
 GIB = 2**30
-ADAMW_STATES = 2  # exp_avg and exp_avg_sq, Loshchilov & Hutter, 1711.05101, algorithm 2
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class LiveBytes(TorchDispatchMode):
-    """While active, counts the bytes of all storages that are alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._storages: dict[int, weakref.ref] = {}
-
-    def hold(self, tensors: Sequence[Tensor]) -> None:
-        """Count tensors that were made before."""
-        for tensor in tensors:
-            self._count(tensor)
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
-            return
-
-        def freed(_: Any) -> None:
-            self.bytes -= size
-            self._storages.pop(key, None)
-
-        self._storages[key] = weakref.ref(storage, freed)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
-        return result
 
 
 class _FusedShapes(torch.autograd.Function):
@@ -114,60 +78,105 @@ def without_data(
 class MemoryEstimate:
     """Bytes that one process holds at the peak of a step."""
 
-    weights: int  # all modules, as they are held
+    weights: int  # all modules, as they are held between steps
     optimizer: int
-    backward: int  # the peak of activations and gradients together, with autocast's half copies of the weights
-    encoding: int  # of the images by the VAE, before there are activations and gradients
+    backward: int  # the peak of activations and gradients together, with what is gathered or cast while it computes
+    encoding: int  # of the images by the VAE, before there are activations, with the gradients that stay between steps
+    update: int  # gradients, and what the optimizer takes for a moment
+    averages: int  # moving averages of the weights
 
     @property
     def total(self) -> int:
         """The peak of a step."""
-        return self.weights + self.optimizer + max(self.backward, self.encoding)
+        return self.weights + self.optimizer + self.averages + max(self.backward, self.encoding, self.update)
 
     def lines(self) -> list[str]:
         """For a person."""
         parts = {
             "weights": self.weights,
             "optimizer state": self.optimizer,
+            **({"moving averages": self.averages} if self.averages else {}),
             "activations and gradients at their peak": self.backward,
             "before these, VAE encoding": self.encoding,
+            "after them, the update": self.update,
         }
         listed = ", ".join(f"{name} {size / GIB:.3f}" for name, size in parts.items())
         return [f"estimated device memory of a step: {self.total / GIB:.3f} GiB ({listed})"]
 
 
 def estimate(
-    module: nn.Module,
+    module: Any,
     vae: nn.Module,
     compute_dtype: torch.dtype,
     step: Callable[[nn.Module], Tensor],
     encode: Callable[[nn.Module], Tensor],
+    training: Training,
 ) -> MemoryEstimate:
     """Run one encoding, forward and backward on shapes.
 
     Args:
-        module: what trains, as it will be held.
+        module: what trains, as it will be held; its `sharding_units` are what fsdp gathers one by one.
         vae: beside it on the device.
         compute_dtype: what autocast computes in; fp32 for none.
         step: the loss of a data-less copy of `module`, made of tensors on the meta device.
         encode: the latents by a data-less copy of `vae`.
+        training: optimizer, sharding and pass.
     """
-    weights = sum(_bytes(tensor) for part in (module, vae) for tensor in (*part.parameters(), *part.buffers()))
-    trained = sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    everything = sum(_bytes(tensor) for part in (module, vae) for tensor in (*part.parameters(), *part.buffers()))
+    held = held_bytes(trained, _units(module), training)
     vae_shapes = without_data(vae)
     with LiveBytes() as encoding, _fused_attention():
         encode(vae_shapes)
+    weights = everything - sum(map(_bytes, trained)) + held.weights
+    backward = _backward(module, compute_dtype, step, training, held)
+    return MemoryEstimate(
+        weights,
+        held.optimizer,
+        backward,
+        encoding.peak + held.gradients_at_rest,
+        held.gradients + held.update,
+        held.averages,
+    )
+
+
+def _backward(
+    module: nn.Module,
+    compute_dtype: torch.dtype,
+    step: Callable[[nn.Module], Tensor],
+    training: Training,
+    held: Held,
+) -> int:
+    """The peak of forward and backward, beyond weights and optimizer state."""
+    # One process alone makes its gradients while activations go; others have them in place, or let each go at once.
+    collected = training.kind == "none" and training.processes == 1 and not training.fused_backward
     shapes = without_data(module, compute_dtype if compute_dtype != torch.float32 else None)
+    parameters = [parameter for parameter in shapes.parameters() if parameter.requires_grad]
+    if not collected:
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(_forget)
     with LiveBytes() as live, _fused_attention():
         live.hold([*shapes.parameters(), *shapes.buffers()])
         at_start = live.bytes
         step(shapes).backward()
-        computed_gradients = sum(_bytes(one.grad) for one in shapes.parameters() if one.grad is not None)
+        computed_gradients = sum(_bytes(one.grad) for one in parameters if one.grad is not None)
     # Under autocast the copy's weights stand for the half copies that autocast makes beside the fp32 ones, and the
     # gradients that are kept are fp32, twice as large as those of the copy.
     copies = at_start if compute_dtype != torch.float32 else 0
-    backward = live.peak - at_start + copies + trained - computed_gradients
-    return MemoryEstimate(weights, ADAMW_STATES * trained, backward, encoding.peak)
+    gradients = held.gradients - computed_gradients if collected else held.gradients
+    in_backward = held.update if training.fused_backward else 0
+    return live.peak - at_start + copies + gradients + held.whole_units + in_backward
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _units(module: Any) -> list[list[Tensor]]:
+    """What trains, by the units that fsdp gathers, and the rest together."""
+    units = [[one for one in unit.parameters() if one.requires_grad] for unit in module.sharding_units()]
+    named = {id(one) for unit in units for one in unit}
+    return [*units, [one for one in module.parameters() if one.requires_grad and id(one) not in named]]
 
 
 def _bytes(tensor: Tensor) -> int:

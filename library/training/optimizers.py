@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 # The field's names that are not torch.optim's own; oss is AdamW sharded by fairscale (library.training.sharding).
 _PATHS = {
@@ -173,11 +170,6 @@ def make_optimizer(
         keywords["fused"] = True
     if choice.sets_its_own_rates:
         keywords["lr"] = None
-        logger.warning(
-            "--optimizer_type=%s sets its own rates: --learning_rate and --lr_scheduler, which the log shows, do "
-            'nothing; it goes by them with --optimizer_args "relative_step=False" "scale_parameter=False"',
-            optimizer_type,
-        )
     try:
         optimizer = construct(parameters, choice.kind, **keywords)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,5 +1,7 @@
 """Rules between options, checked once, before anything is read or loaded; each error names the flag and the way out."""
 
+import logging
+
 from library.cli.data import DataOptions
 from library.cli.optimization import EMA_DECAY, OptimizationOptions
 from library.cli.options import Options
@@ -8,6 +10,8 @@ from library.errors import InputError
 from library.training.optimizers import check_warmup, choose_optimizer
 from library.training.prompts import read_prompts
 from library.training.sharding import sharding_kind
+
+logger = logging.getLogger(__name__)
 
 
 def check_data(options: DataOptions, run: RunOptions) -> None:
@@ -32,6 +36,12 @@ def check_optimization(options: OptimizationOptions, run: RunOptions) -> None:
         )
     if options.fused_backward_pass:
         check_fused_backward(sharding, run)
+    if choice.sets_its_own_rates:
+        logger.warning(
+            "--optimizer_type=%s sets its own rates: --learning_rate and --lr_scheduler, which the log shows, do "
+            'nothing; it goes by them with --optimizer_args "relative_step=False" "scale_parameter=False"',
+            options.optimizer_type,
+        )
     text_encoder_rates(options)
     warmup = options.lr_warmup_steps
     if options.lr_scheduler == "constant" and warmup:

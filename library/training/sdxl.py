@@ -29,13 +29,15 @@ from library.models.text_encoders import tokenize, tokenize_weighted
 from library.models.token_counts import TokenCounter
 from library.models.vae import encode_images, latent_shape
 from library.training.assembly import Surroundings
+from library.training.held import Training
 from library.training.memory import estimate
-from library.training.optimizers import ParameterGroup
+from library.training.optimizers import ParameterGroup, make_optimizer
 from library.training.precision import DTYPES, SAVE_DTYPES
 from library.training.preview import GuidedDenoiser, Previewer
 from library.training.prompts import SamplePrompt, read_prompts
 from library.training.rules import text_encoder_rates
 from library.training.sdxl_encoders import SDXLEncoders
+from library.training.sharding import sharding_kind
 
 logger = logging.getLogger(__name__)
 
@@ -285,4 +287,12 @@ class SDXLPretraining:
         def encode(shapes: nn.Module) -> Tensor:
             return encode_images(shapes, torch.empty(batch, height, width, 3, dtype=torch.uint8, device="meta"))
 
-        return estimate(self.module, self.encoders.vae, compute_dtype, step, encode).lines()
+        optimization = self.options.optimization
+        training = Training(
+            partial(make_optimizer, optimization.optimizer_type, arguments=optimization.optimizer_args),
+            sharding_kind(optimization.sharding, optimization.optimizer_type),
+            self.accelerator.num_processes,
+            optimization.fused_backward_pass,
+            optimization.use_ema and not optimization.offload_ema,
+        )
+        return estimate(self.module, self.encoders.vae, compute_dtype, step, encode, training).lines()

@@ -15,8 +15,8 @@ from library.models.conditioned_unet import ConditionedUNet
 from library.models.sdxl import SDXLModel
 from library.signals import Signals
 from library.training.fused_backward import FusedBackward
+from library.training.live_bytes import LiveBytes
 from library.training.loop import LoopOptions, Trainer
-from library.training.memory import LiveBytes
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
 from library.training.precision import make_accelerator

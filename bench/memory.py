@@ -1,0 +1,114 @@
+"""Device memory of a step of SDXL's full size by configuration, as --dry_run's estimator works it out on shapes.
+
+    python bench/memory.py
+
+Batch 1 a device, the U-Net trains, the frozen text encoders and the VAE lie beside it in the precision of the run. The
+table is Markdown, in GB (10^9 bytes); the last line printed is one JSON object. test/training/test_memory.py holds the
+estimator to real steps, docs/measurements/full_size.md has a real one of this size.
+"""
+
+import importlib.util
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from scaling import sdxl
+
+from library.models.conditioned_unet import ConditionedUNet
+from library.models.sdxl import SDXLModel
+from library.models.vae import encode_images
+from library.training.held import Training
+from library.training.memory import MemoryEstimate, estimate, without_data
+from library.training.optimizers import make_optimizer
+from library.training.precision import DTYPES
+
+ADAFACTOR = ["relative_step=False", "scale_parameter=False"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table."""
+
+    side_px: int
+    precision: str
+    optimizer: str = "AdamW"
+    arguments: list[str] = field(default_factory=list)
+    checkpointing: bool = True
+    fused: bool = False
+    sharding: str = "none"
+    processes: int = 1
+
+    @property
+    def name(self) -> str:
+        """In the words of the flags."""
+        parts = [
+            f"{self.side_px} px, {self.precision}: {self.optimizer}",
+            "gradient_checkpointing" if self.checkpointing else "",
+            "fused_backward_pass" if self.fused else "",
+            f"{self.sharding} over {self.processes}" if self.processes > 1 else "",
+        ]
+        return ", ".join(filter(None, parts))
+
+
+def configurations() -> list[Configuration]:
+    """Those that a user chooses between."""
+    bf16, factored = partial(Configuration, 1024, "bf16"), {"optimizer": "AdaFactor", "arguments": ADAFACTOR}
+    rows = [bf16(checkpointing=False), bf16(), bf16(fused=True), bf16(**factored), bf16(**factored, fused=True)]
+    if importlib.util.find_spec("bitsandbytes"):
+        rows += [bf16("AdamW8bit"), bf16("AdamW8bit", fused=True)]
+    rows += [bf16(sharding=kind, processes=8) for kind in ("none", "oss", "zero1", "fsdp")]
+    return rows + [Configuration(side, "no", **factored, fused=True) for side in (256, 512)]
+
+
+def predict(model: SDXLModel, one: Configuration) -> MemoryEstimate:
+    """The estimate of one configuration; of the model only shapes are used."""
+    half, batch = DTYPES[one.precision], 1
+    module = ConditionedUNet(model, False, False, gradient_checkpointing=False)
+    module.unet.enable_gradient_checkpointing(one.checkpointing)
+    for name in ("text_encoder1", "text_encoder2"):
+        setattr(module, name, without_data(getattr(module, name), half))
+    noisy_BCHW = torch.empty(batch, 4, one.side_px // 8, one.side_px // 8, device="meta", dtype=half)
+    ids_BK77 = torch.zeros(batch, 1, 77, dtype=torch.int64, device="meta")
+    images_BHWC = torch.empty(batch, one.side_px, one.side_px, 3, dtype=torch.uint8, device="meta")
+
+    def step(shapes: Any) -> Tensor:
+        t_B, size_ids_B6 = torch.zeros(batch, device="meta"), torch.zeros(batch, 6, device="meta")
+        return shapes(noisy_BCHW, t_B, ids_BK77, ids_BK77, size_ids_B6).float().mean()
+
+    def encode(shapes: nn.Module) -> Tensor:
+        return encode_images(shapes, images_BHWC)
+
+    make = partial(make_optimizer, one.optimizer, arguments=one.arguments)
+    training = Training(make, one.sharding, one.processes, one.fused)
+    return estimate(module, without_data(model.vae, half), half, step, encode, training)
+
+
+def row(one: Configuration, predicted: MemoryEstimate) -> str:
+    """A row of the table."""
+    sizes = (*asdict(predicted).values(), predicted.total)
+    return f"| {one.name} | {' | '.join(f'{size / 1e9:.2f}' for size in sizes)} |"
+
+
+def main() -> None:
+    model = sdxl()
+    columns = [*(name.name for name in fields(MemoryEstimate)), "peak of a step"]
+    print(f"| batch 1 a device | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}")
+    found = {}
+    for one in configurations():
+        predicted = predict(model, one)
+        found[one.name] = {**asdict(predicted), "total": predicted.total}
+        print(row(one, predicted), flush=True)
+    print(json.dumps({"bench": "memory", "torch": torch.__version__, "bytes": found}))
+
+
+if __name__ == "__main__":
+    main()
