@@ -33,7 +33,7 @@ from library.data.cache_fill import fill
 from library.data.cache_making import LatentMaking
 from library.data.index import build_index
 from library.data.loader import MicroBatchDataset, Share
-from library.data.plan import Plan
+from library.data.plan import Plan, repeated
 from library.data.sample import Treatment
 from library.data.sources import Subset
 from library.models.vae import encode_moments
@@ -62,14 +62,14 @@ class Reading:
             def shelves(source: int) -> Shelf:
                 return made.setdefault(source, shelf(self, source))
 
-            making = LatentMaking(self.index, self.buckets, "stand-in", moments, BATCH)
+            making = LatentMaking(self.index, self.buckets, [Treatment().images], "stand-in", moments, BATCH)
             blocks = [block for source in range(len(self.index.sources)) for block in blocks_of(self.index, source)]
             fill(making, self.index, shelves, blocks)
             began = time.process_time()
             fill(making, self.index, shelves, blocks)
             self.fill_seconds = time.process_time() - began
             caches = Caches(latents=Cache(self.index, shelves, {}))
-        plan = Plan(self.buckets, self.index.repeats_S, 0, BATCH)
+        plan = Plan(self.buckets, repeated(self.buckets.images_SK, self.index.repeats_S), 0, BATCH)
         self._dataset = MicroBatchDataset(self.index, self.buckets, plan, Share(BATCH), [Treatment()], caches=caches)
 
     def ms(self, step: int) -> float:

@@ -1,5 +1,6 @@
 """sdxl_pretrain.py with caches of latents and of text-encoder outputs, against the same runs without."""
 
+import copy
 import io
 import json
 import shutil
@@ -104,3 +105,66 @@ def test_training_from_a_cache_is_training_without_bit_for_bit(train, encoded):
         assert same_weights(cached, plain), out
         assert (cached / "quarantine.jsonl").read_text() == (plain / "quarantine.jsonl").read_text()
         assert sum(encoded) == (0 if out == "again" else 15), out
+
+
+def test_mirrored_images_and_sample_pictures_are_as_without_a_cache(train, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cat --w 32 --h 32 --s 1 --l 2 --d 7\n")
+    common = (
+        "--flip_aug", "--weighted_captions", "--max_train_steps=4", f"--sample_prompts={tmp_path / 'prompts.txt'}",
+        "--sample_every_n_steps=4",
+    )  # fmt: skip
+    status, plain, printed = train(*common, out="plain")
+    assert status == 0, printed
+    status, cached, printed = train(
+        *common, "--cache_latents_to_disk", "--cache_text_encoder_outputs", "--vae_batch_size=2", out="cached"
+    )
+    assert status == 0, printed
+    assert losses(cached) == losses(plain)
+    one, other = ([np.asarray(Image.open(path)) for path in sorted(out.rglob("*.png"))] for out in (plain, cached))
+    assert len(one) == 1 and np.array_equal(one[0], other[0])
+    file = np.load(train.data / "0_0064x0064_sdxl.npz")
+    assert file["latents_flipped"].shape == file["latents"].shape == (4, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--cache_latents", "--random_crop"), ("--cache_latents ", "--random_crop")),
+        (("--cache_latents_to_disk", "--color_aug"), ("--cache_latents_to_disk", "--color_aug")),
+        (("--cache_text_encoder_outputs", "--shuffle_caption"), ("--cache_text_encoder_outputs ", "--shuffle_caption")),
+        (("--cache_text_encoder_outputs", "--enable_wildcard"), ("--enable_wildcard",)),
+        (("--cache_text_encoder_outputs", "--train_text_encoder"), ("--train_text_encoder",)),
+        (("--skip_cache_check",), ("--skip_cache_check", "--cache_latents_to_disk")),
+        (("--text_encoder_batch_size=2",), ("--text_encoder_batch_size", "--cache_text_encoder_outputs")),
+    ],
+)
+def test_what_stands_against_a_cache_is_an_error_that_names_both(train, flags, named):
+    status, _, printed = train(*flags)
+    assert status == 2
+    assert all(flag in printed for flag in named), printed
+
+
+def test_a_cache_that_cannot_fit_into_memory_is_refused(train, monkeypatch):
+    monkeypatch.setattr("library.training.caching._available_bytes", lambda: 100_000)
+    status, _, printed = train("--cache_latents")
+    assert status == 2 and "--cache_latents_to_disk" in printed and "GiB" in printed
+    status, _, printed = train("--cache_latents_to_disk", "--max_train_steps=1")
+    assert status == 0, printed
+
+
+def test_another_vae_and_sd_scripts_files_are_told(train, tmp_path, vae):
+    status, _, printed = train("--cache_latents_to_disk", "--max_train_steps=1")
+    assert status == 0 and "15 computed" in printed
+    other = copy.deepcopy(vae)
+    torch.nn.init.normal_(other.encoder.conv_in.weight, std=0.1)
+    other.save_pretrained(tmp_path / "vae")
+    (train.data / "2_0064x0064_sdxl.npz").unlink()
+    latents = {"latents": np.ones((4, 32, 32), np.float32), "original_size": [64, 64], "crop_ltrb": [0, 0, 64, 64]}
+    np.savez(train.data / "2.npz", **latents)
+    common = ("--cache_latents_to_disk", "--max_train_steps=1", f"--vae={tmp_path / 'vae'}")
+    status, _, printed = train(*common, "--skip_cache_check", out="unchecked")
+    assert status == 0 and "1 entries kept, 14 computed" in printed, printed
+    assert "1 .npz of another program are used as they are" in printed
+    status, _, printed = train(*common, out="checked")
+    assert status == 0 and "14 entries kept, 1 computed" in printed, printed
+    assert "do not say of which image" in printed

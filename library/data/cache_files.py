@@ -24,7 +24,6 @@ from library.keyed_random import Stream, generator
 _MAX_OPEN = 64  # blocks kept open by a process
 _ENDING = "_sdxl.npz"
 _FACTS = "sdxl_pretrain"  # the key of .npz files under which this project says what they were made of
-_LATENT_PX = 8
 
 
 class BlockShelf:
@@ -135,12 +134,14 @@ class Picture:
         size_wh_px: the image's.
         bucket_wh_px: that it is cropped to.
         mirrored: whether latents of the mirrored image are needed, too.
+        latent_px: pixels a side that one latent stands for.
     """
 
     path: Path
     size_wh_px: tuple[int, int]
     bucket_wh_px: tuple[int, int]
     mirrored: bool = False
+    latent_px: int = 8
 
     @property
     def candidates(self) -> list[Path]:
@@ -181,10 +182,9 @@ class NpzShelf:
         path = next((path for path in picture.candidates if path.is_file()), None)
         if path is None:
             raise KeyError(place)
-        width, height = picture.bucket_wh_px
         try:
             with np.load(path, allow_pickle=False) as file:
-                return _from_npz(file, (height // _LATENT_PX, width // _LATENT_PX), picture.mirrored)
+                return _from_npz(file, picture)
         except KeyError:
             raise
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -223,11 +223,11 @@ def _to_npz(entry: Entry) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _from_npz(file: Any, latent_hw: tuple[int, int], mirrored: bool) -> Entry:
-    """An entry of this project, or of another program's latents of that size, mirrored ones with them if need be.
+def _from_npz(file: Any, picture: Picture) -> Entry:
+    """An entry of this project, or of another program's latents of the picture's size.
 
     Raises:
-        KeyError: it holds no such latents.
+        KeyError: it holds no latents of that size, or none of the mirrored image where they are needed.
     """
     if _FACTS in file:
         content, settings, size_ids = json.loads(str(file[_FACTS]))
@@ -235,16 +235,17 @@ def _from_npz(file: Any, latent_hw: tuple[int, int], mirrored: bool) -> Entry:
         while (name := f"{_FACTS}_{len(tensors)}") in file:
             tensors.append(torch.from_numpy(file[name]))
         return Entry(Made(content, settings), tuple(size_ids), tuple(tensors))
-    rows, columns = latent_hw
+    bucket_w, bucket_h = picture.bucket_wh_px
+    rows, columns = bucket_h // picture.latent_px, bucket_w // picture.latent_px
     for suffix in (f"_{rows}x{columns}", ""):
-        if f"latents{suffix}" in file and file[f"latents{suffix}"].shape[-2:] == latent_hw:
+        if f"latents{suffix}" in file and file[f"latents{suffix}"].shape[-2:] == (rows, columns):
             break
     else:
         raise KeyError("latents")
     width, height = (int(side) for side in file[f"original_size{suffix}"])
     left, top = (int(side) for side in file[f"crop_ltrb{suffix}"][:2])
-    size_ids = (height, width, top, left, rows * _LATENT_PX, columns * _LATENT_PX)
-    names = ("latents", "latents_flipped") if mirrored else ("latents",)
+    size_ids = (height, width, top, left, bucket_h, bucket_w)
+    names = ("latents", "latents_flipped") if picture.mirrored else ("latents",)
     means = [torch.from_numpy(file[f"{name}{suffix}"]).float() for name in names]
     moments = tuple(part for mean in means for part in (mean, torch.zeros_like(mean)))
     # Their crop is at the centre: the same from either side, to a pixel.

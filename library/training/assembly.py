@@ -180,7 +180,7 @@ def run(
             return
         if accelerator.is_main_process:
             _check_room(options, task, groups)
-        data = replace(data, caches=make_caches(options, data, task.encoders, accelerator, signals))
+        data = replace(data, caches=make_caches(options, data, task.encoders, accelerator, signals, beside.progress))
         report = _train(options, task, groups, data, surroundings, steps, resumed)
         if accelerator.is_main_process:
             _finish(options, report, task.network_name, data, accelerator, started)

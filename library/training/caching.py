@@ -34,6 +34,7 @@ from library.data.index_cache import digest, kept_name
 from library.data.mapped import Opened
 from library.errors import InputError, Stopped, TrainingError
 from library.signals import Signals
+from library.training.companions import CACHING, PREPARING, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,10 @@ class Encoders(Protocol):
     def encode_captions(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
         """What the text encoders give, on the CPU, batch first."""
 
+    @property
+    def latent_px(self) -> int:
+        """Pixels a side that one latent stands for."""
+
     def image_bytes(self, width_px: int, height_px: int) -> int:
         """What the tensors of one image take."""
 
@@ -67,7 +72,12 @@ class Encoders(Protocol):
 
 
 def make_caches(
-    options: Options, data: TrainingData, encoders: Encoders, accelerator: Accelerator, signals: Signals
+    options: Options,
+    data: TrainingData,
+    encoders: Encoders,
+    accelerator: Accelerator,
+    signals: Signals,
+    progress: Progress,
 ) -> Caches:
     """Compute what the asked-for caches lack. All processes call it.
 
@@ -78,6 +88,7 @@ def make_caches(
     asked, batch_size = options.caches, options.data.train_batch_size
     if not (asked.latents or asked.text):
         return NO_CACHES
+    progress.at(0, CACHING)
     work = _Work(options, data, accelerator, signals)
     latents = text = None
     if asked.latents:
@@ -85,7 +96,8 @@ def make_caches(
         images = [treatment.images for treatment in data.treatments(0)]
         making = LatentMaking(data.index, data.buckets, images, encoders.image_digest(), encoders.encode_images, size)
         needed = _latent_bytes(data, encoders)
-        shelves = work.shelves("latents", asked.cache_latents_to_disk, needed, encoders.image_digest())
+        on_disk, encoder = asked.cache_latents_to_disk, encoders.image_digest()
+        shelves = work.shelves("latents", on_disk, needed, encoder, encoders.latent_px)
         latents = Cache(data.index, shelves, work.filled("latents", making, shelves))
     if asked.text:
         size = asked.text_encoder_batch_size or batch_size
@@ -98,6 +110,7 @@ def make_caches(
         shelves = work.shelves("text_encoder_outputs", on_disk, needed, encoders.caption_digest())
         text = Cache(data.index, shelves, work.filled("text_encoder_outputs", captions, shelves), empty)
     encoders.release(asked.latents, asked.text)
+    progress.at(0, PREPARING)
     _check_bad(data, {**(latents.bad if latents else {}), **(text.bad if text else {})}, options)
     return Caches(latents, text)
 
@@ -111,7 +124,9 @@ class _Work:
         self._memory: dict[str, dict[int, MemoryShelf]] = {}
         self._rounds = 0
 
-    def shelves(self, kind: str, on_disk: bool, needed_bytes: int, encoder: str) -> Callable[[int], Shelf]:
+    def shelves(
+        self, kind: str, on_disk: bool, needed_bytes: int, encoder: str, latent_px: int = 0
+    ) -> Callable[[int], Shelf]:
         """Where the entries of each source go."""
         if not on_disk:
             _check_memory(kind, needed_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -122,7 +137,7 @@ class _Work:
             _clear_left_behind(root)
         logger.info("cache %s on disk: %.2f GiB in all", kind, needed_bytes / _GIB)
         npz = _beside_images(self._index) if kind == "latents" else frozenset()
-        return Opened(partial(_disk_shelf, self._data, kind, encoder, roots, npz)).__getitem__
+        return Opened(partial(_disk_shelf, self._data, kind, encoder, latent_px, roots, npz)).__getitem__
 
     def filled(self, kind: str, making: Making, shelves: Callable[[int], Shelf]) -> dict[int, str]:
         """Fill this process's share and wait for the others; returns the reasons of rows without entry."""
@@ -301,7 +316,13 @@ def _beside_images(index: Index) -> frozenset[int]:
 
 
 def _disk_shelf(
-    data: TrainingData, kind: str, encoder: str, roots: Sequence[Path], npz: frozenset[int], number: int
+    data: TrainingData,
+    kind: str,
+    encoder: str,
+    latent_px: int,
+    roots: Sequence[Path],
+    npz: frozenset[int],
+    number: int,
 ) -> Shelf:
     """The shelf of a source; another encoder has another."""
     index = data.index
@@ -314,7 +335,7 @@ def _disk_shelf(
             record = index.record(first + place)
             path = source.path / index.key(first + place)
             size = data.buckets.size(int(buckets_n[place]))
-            return Picture(path, (int(record["width"]), int(record["height"])), size, mirrored)
+            return Picture(path, (int(record["width"]), int(record["height"])), size, mirrored, latent_px)
 
         return NpzShelf(picture)
     name = str(source.path.relative_to(index.subsets[source.subset].path))

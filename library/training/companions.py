@@ -27,8 +27,8 @@ _SILENT_S = 5.0  # a process that writes nothing for so long is stopped, dead or
 _WARN_AT = 0.9  # of the time-out: the backend's own, when it comes, may end the process without a word
 _STOP_KEY = "companions/stop"
 # In the order in which a step goes through them; the last one is the only one in which nobody waits for the process.
-PHASES = ("preparing", "reading data", "training", "saving", "sampling", "waiting for the others")
-PREPARING, READING, TRAINING, SAVING, SAMPLING, WAITING = PHASES
+PHASES = ("preparing", "filling caches", "reading data", "training", "saving", "sampling", "waiting for the others")
+PREPARING, CACHING, READING, TRAINING, SAVING, SAMPLING, WAITING = PHASES
 
 
 @dataclass
@@ -123,7 +123,8 @@ class Companions:
                 if here != (here := (self.progress.step, self.progress.phase)):
                     since, warned = now, False
                 waited_s = now - since
-                if waited_s < min(10 * _PERIOD_S, self._timeout_s / 2):
+                # Caches are filled without a collective, however long that takes.
+                if waited_s < min(10 * _PERIOD_S, self._timeout_s / 2) or self.progress.phase == CACHING:
                     continue
                 reports = self._reports(now)
                 if waited_s >= _WARN_AT * self._timeout_s and not warned:

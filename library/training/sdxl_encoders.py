@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from library import device as devices
 from library.models.conditioned_unet import ConditionedUNet, vector_conditions
 from library.models.text_encoders import encode_sdxl
-from library.models.vae import decode_latents, encode_moments, latent_shape, sample_latents
+from library.models.vae import decode_latents, downscale_factor, encode_moments, latent_shape, sample_latents
 
 
 class SDXLEncoders:
@@ -111,6 +111,11 @@ class SDXLEncoders:
         ids1_BK77, ids2_BK77, *weights = (tensor.to(self._device) for tensor in self._tokenize(captions))
         with self._autocast():
             return encode_sdxl(*text_encoders, ids1_BK77, ids2_BK77, (weights[0], weights[1]) if weights else None)
+
+    @property
+    def latent_px(self) -> int:
+        """Pixels a side that one latent stands for."""
+        return downscale_factor(self.vae)
 
     def image_bytes(self, width_px: int, height_px: int) -> int:
         """Of the moments of one image."""

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from library.data import dataset, decode
 from library.training import sdxl, state_files, state_writer
@@ -166,3 +167,19 @@ def _in_save(save: int, act) -> None:
         return real(self, partial, snapshot)
 
     StateWriter._write_own = writing
+
+
+def signal_while_caching(number: int, after: int) -> None:
+    """The process gets a signal when it has encoded so many batches of images."""
+    from library.training import sdxl_encoders
+
+    real, calls = sdxl_encoders.encode_moments, 0
+
+    def encode(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            os.kill(os.getpid(), number)
+        return real(*args, **options)
+
+    sdxl_encoders.encode_moments = encode
