@@ -44,6 +44,7 @@ class Configuration:
     arguments: list[str] = field(default_factory=list)
     checkpointing: bool = True
     fused: bool = False
+    average: bool = False
     sharding: str = "none"
     processes: int = 1
 
@@ -54,6 +55,7 @@ class Configuration:
             f"{self.side_px} px, {self.precision}: {self.optimizer}",
             "gradient_checkpointing" if self.checkpointing else "",
             "fused_backward_pass" if self.fused else "",
+            "use_ema" if self.average else "",
             f"{self.sharding} over {self.processes}" if self.processes > 1 else "",
         ]
         return ", ".join(filter(None, parts))
@@ -65,6 +67,7 @@ def configurations() -> list[Configuration]:
     rows = [bf16(checkpointing=False), bf16(), bf16(fused=True), bf16(**factored), bf16(**factored, fused=True)]
     if importlib.util.find_spec("bitsandbytes"):
         rows += [bf16("AdamW8bit"), bf16("AdamW8bit", fused=True)]
+    rows += [bf16(average=True), bf16(average=True, sharding="oss", processes=8)]
     rows += [bf16(sharding=kind, processes=8) for kind in ("none", "oss", "zero1", "fsdp")]
     return rows + [Configuration(side, "no", **factored, fused=True) for side in (256, 512)]
 
@@ -88,7 +91,7 @@ def predict(model: SDXLModel, one: Configuration) -> MemoryEstimate:
         return encode_images(shapes, images_BHWC)
 
     make = partial(make_optimizer, one.optimizer, arguments=one.arguments)
-    training = Training(make, one.sharding, one.processes, one.fused)
+    training = Training(make, one.sharding, one.processes, one.fused, one.average)
     return estimate(module, without_data(model.vae, half), half, step, encode, training)
 
 
