@@ -160,9 +160,9 @@ def _backward(
         at_start = live.bytes
         step(shapes).backward()
         computed_gradients = sum(_bytes(one.grad) for one in parameters if one.grad is not None)
-    # Under autocast the copy's weights stand for the half copies that autocast makes beside the fp32 ones, and the
-    # gradients that are kept are fp32, twice as large as those of the copy.
-    copies = at_start if compute_dtype != torch.float32 else 0
+    # Autocast makes half copies of what is in fp32, beside it; the gradients that are kept are fp32, twice as large as
+    # those of the copy.
+    copies = sum(one.numel() * compute_dtype.itemsize for one in module.parameters() if one.dtype != compute_dtype)
     gradients = held.gradients - computed_gradients if collected else held.gradients
     in_backward = held.update if training.fused_backward else 0
     return live.peak - at_start + copies + gradients + held.whole_units + in_backward

@@ -140,6 +140,25 @@ def test_a_process_with_others_holds_less_with_each_way_of_sharding(sdxl):
     assert predict(sdxl, module, sharding="fsdp") == alone  # one process has nothing to share
 
 
+def test_autocast_copies_what_is_in_fp32_alone(sdxl):
+    """An encoder that is frozen in half precision is not in memory a second time."""
+    backward = []
+    for half in (False, True):
+        module = conditioned(sdxl, True)
+        if half:
+            module.cast_frozen(torch.bfloat16)
+        make = partial(make_optimizer, "AdamW", arguments=[])
+
+        def loss(shapes):
+            ids, t = torch.zeros(BATCH, 1, 77, dtype=torch.int64, device="meta"), torch.zeros(BATCH, device="meta")
+            noisy = torch.zeros(BATCH, 4, 16, 16, device="meta", dtype=torch.bfloat16)
+            return shapes(noisy, t, ids, ids, torch.zeros(BATCH, 6, device="meta")).mean()
+
+        backward.append(estimate(module, sdxl.vae, torch.bfloat16, loss, encode, Training(make)).backward)
+    frozen = sum(parameter.numel() for parameter in sdxl.text_encoder2.parameters())
+    assert backward[0] - backward[1] == 2 * frozen
+
+
 def test_encoding_is_what_the_vae_really_holds(sdxl):
     predicted = predict(sdxl, conditioned(sdxl, False))
     with LiveBytes() as live:
