@@ -87,7 +87,7 @@ class LatentMaking:
 
     def encode(self, items: Sequence[Any]) -> tuple[Tensor, ...]:
         """Mean and standard deviation, and where there are mirrored images those of them."""
-        images_VBHWC = torch.from_numpy(np.stack(items, axis=1))
+        images_VBHWC = torch.from_numpy(np.ascontiguousarray(np.stack(items, axis=1)))
         return tuple(moment_BCHW for images_BHWC in images_VBHWC for moment_BCHW in self._encode(images_BHWC))
 
     def _bucket(self, row: int) -> int:

@@ -237,8 +237,9 @@ def row_fit(index: Index, buckets: Buckets, row: int, bucket: int, width: int, h
 
 
 def _pixels(samples: Sequence[Sample]) -> Tensor:
-    """(B, rows, columns, 3) uint8."""
-    return torch.from_numpy(np.stack([sample.pixels_HWC for sample in samples if sample.pixels_HWC is not None]))
+    """(B, rows, columns, 3) uint8, in that order in memory whatever that of the decoders' arrays is."""
+    images = [sample.pixels_HWC for sample in samples if sample.pixels_HWC is not None]
+    return torch.from_numpy(np.stack(images, out=np.empty((len(images), *images[0].shape), np.uint8)))
 
 
 def _masks(samples: Sequence[Sample], bucket_wh_px: tuple[int, int]) -> Tensor:
