@@ -24,7 +24,7 @@ from library.data.index import Index, build_index
 from library.data.loader import Loader, Share, Tokenize, make_loader
 from library.data.plan import Plan, repeated
 from library.data.regularisation import balanced, regularisation_lines
-from library.data.report import data_report
+from library.data.report import caption_line, data_report
 from library.data.sample import Treatment
 from library.data.scaling import FILTERS
 from library.data.sources import Subset
@@ -52,6 +52,11 @@ class TrainingData:
         images_SK, samples_SK, is_reg_S = self.buckets.images_SK, self.plan.samples_SK, self.is_reg_S
         reg = regularisation_lines(images_SK, samples_SK, is_reg_S, self.options.prior_loss_weight)
         return [first, second, *reg, *others]
+
+    def caption_line(self, count_tokens: Callable[[Sequence[str]], list[int]], most_tokens: int) -> str:
+        """How many captions are cut off; see `library.data.report.caption_line`."""
+        options = [_treatment(subset, 0, 1.0).captions for subset in self.options.subsets]
+        return caption_line(self.index, options, count_tokens, most_tokens)
 
     @property
     def is_reg_S(self) -> np.ndarray:

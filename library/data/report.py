@@ -1,13 +1,21 @@
 """The lines about the data set that are printed before training."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from library.data.bucket_rows import Buckets
+from library.data.captions import CaptionOptions, process_caption
+from library.data.decode import SampleError
 from library.data.index import Index
 from library.data.plan import Plan
+from library.data.reader import Reader
 
 _MOST_BUCKETS = 40  # lines; the rest is summed up
 _MOST_BATCHES = 32  # looked at for a mean
+_MOST_CAPTIONS = 500  # looked at for their length: each is a read, which a network disk answers slowly
+_NAMED = 3
 
 
 def data_report(index: Index, buckets: Buckets, plan: Plan) -> list[str]:
@@ -26,7 +34,7 @@ def data_report(index: Index, buckets: Buckets, plan: Plan) -> list[str]:
         lines.append(
             f"bucket {bucket}: resolution ({width}, {height}), count: {plan.samples_K[bucket]}, images: "
             f"{images_K[bucket]}, batches: {batches_K[bucket]}, left over for the next epoch: {left_K[bucket]}, "
-            f"mean ar error: {buckets.mean_error_K[bucket]:.4f}"
+            f"mean ar error: {buckets.mean_error_K[bucket]:.4f}, cropped away: {buckets.mean_cropped_K[bucket]:.1%}"
         )
     rest = slice(_MOST_BUCKETS, None)
     if len(images_K) > _MOST_BUCKETS:
@@ -35,12 +43,78 @@ def data_report(index: Index, buckets: Buckets, plan: Plan) -> list[str]:
             f"{images_K[rest].sum()}, batches: {batches_K[rest].sum()}, left over: {left_K[rest].sum()}"
         )
     lines.append(f"mean ar error (without repeats): {buckets.mean_error:.4f}")
+    lines.append(f"cropped away: {buckets.mean_cropped:.1%} of the scaled images on average")
+    lines.append(_upscaled(buckets))
+    lines.append(f"dropped images: {_dropped(index)}")
     lines.append(
         f"batches of {plan.global_batch} in the first epoch: {batches_K.sum()}; samples left over for the next: "
         f"{left_K.sum()} (each batch is of one bucket and full)"
     )
     lines.append(_shuffle(plan))
     return lines + [f"warning: {warning}" for warning in index.warnings]
+
+
+def caption_line(
+    index: Index,
+    options: Sequence[CaptionOptions],
+    count_tokens: Callable[[Sequence[str]], list[int]],
+    most_tokens: int,
+) -> str:
+    """How many captions are longer than what trains of them, from a sample spread over all of the data.
+
+    They are counted whole: with prefix and suffix, and with all tags, whatever a step drops.
+
+    Args:
+        options: of each subset's captions.
+        count_tokens: of captions.
+        most_tokens: of a caption that train.
+    """
+    rows = np.unique(np.linspace(0, len(index) - 1, _MOST_CAPTIONS).astype(np.int64)).tolist()
+    reader, rng, captions, names = Reader(index), np.random.default_rng(0), [], []
+    whole = [
+        replace(entry, caption_dropout_rate=0, caption_dropout_every_n_epochs=0, caption_tag_dropout_rate=0,
+                token_warmup_steps=0)
+        for entry in options
+    ]  # fmt: skip
+    for row in rows:
+        try:
+            text = reader.caption(row)
+        except SampleError:
+            continue  # training replaces it and says so
+        captions.append(process_caption(text, whole[index.source(row).subset], rng, 0, 0))
+        names.append(index.name(row))
+    reader.close()
+    counts = count_tokens(captions)
+    cut = [place for place, count in enumerate(counts) if count > most_tokens]
+    looked_at = f"of {len(captions)} looked at" if len(captions) < len(index) else f"of {len(captions)}"
+    if not cut:
+        return f"captions cut to {most_tokens} tokens: none {looked_at}, the longest has {max(counts, default=0)}"
+    named = "; ".join(f"{names[place]} ({counts[place]})" for place in cut[:_NAMED])
+    return (
+        f"captions cut to {most_tokens} tokens: {len(cut)} {looked_at} ({len(cut) / len(captions):.1%}), the longest "
+        f"has {max(counts)}: {named}{_more(len(cut))}. A larger --max_token_length cuts fewer"
+    )
+
+
+def _upscaled(buckets: Buckets) -> str:
+    """How many images are enlarged for their buckets, and the first of them."""
+    count, images = int(buckets.upscaled_K.sum()), int(buckets.images_K.sum())
+    if not count:
+        return "upscaled images: none"
+    named = "; ".join(buckets.upscaled_names[:_NAMED])
+    return f"upscaled images: {count} of {images} ({count / images:.1%}): {named}{_more(count)}"
+
+
+def _dropped(index: Index) -> str:
+    """How many images the index had to leave out, and the first of them."""
+    if not index.bad:
+        return "none"
+    named = "; ".join(f"{name}: {reason}" for name, reason in index.bad[:_NAMED])
+    return f"{len(index.bad)} of {len(index) + len(index.bad)}: {named}{_more(len(index.bad))}"
+
+
+def _more(count: int) -> str:
+    return f"; and {count - _NAMED} more" if count > _NAMED else ""
 
 
 def _shuffle(plan: Plan) -> str:

@@ -101,6 +101,9 @@ class Task(loop.Task, Protocol):
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
         """Token ids of captions, one tensor (B, chunks, 77) a text encoder. Called in the loader's workers."""
 
+    def token_counter(self) -> TokenCounter:
+        """What counts the tokens of captions."""
+
     def plan_lines(self) -> list[str]:
         """What is resolved about the model, for the log."""
 
@@ -171,7 +174,7 @@ def run(
         groups = task.parameter_groups()
         logger.info("seed: %d", surroundings.seed)
         resolved = plan_lines(options, data, steps, epochs, groups, accelerator, _sharding(options))
-        for line in (*data.report(), *task.plan_lines(), *resolved):
+        for line in (*data.report(), *_caption_lines(data, task, accelerator), *task.plan_lines(), *resolved):
             logger.info(line)
         if options.run.dry_run:
             _make_schedule(options.optimization, steps, _make_optimizer(options.optimization)(groups))
@@ -258,6 +261,14 @@ def _train(
             trainer.save_state(steps, last_name(saving.output_name))
     logger.info("model saved.")
     return report
+
+
+def _caption_lines(data: TrainingData, task: Task, accelerator: Accelerator) -> list[str]:
+    """How many captions are cut off; only the main process, which logs it, reads them."""
+    if not accelerator.is_main_process:
+        return []
+    counter = task.token_counter()
+    return [data.caption_line(counter, counter.most)]
 
 
 def _show_data(

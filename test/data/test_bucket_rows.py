@@ -87,3 +87,29 @@ def test_a_picture_too_small_for_its_bucket_is_named(tmp_path, make_shard):
     index = build_index([Subset(tmp_path, ".txt")])
     with pytest.raises(InputError, match=r"00000\.tar:000000001 \(300×7\)"):
         bucket_rows(index, [BucketOptions((64, 64), True, bucket_reso_steps=8, bucket_no_upscale=True)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [OPTIONS, BucketOptions((48, 48)), BucketOptions((64, 64), True, bucket_no_upscale=True, bucket_reso_steps=8)],
+)
+def test_what_is_cropped_away_and_scaled_up_is_counted_image_by_image(index, options):
+    buckets = bucket_rows(index, [options])
+    cropped, upscaled, names = [], 0, []
+    for bucket, rows in all_rows(buckets).items():
+        width, height = buckets.size(bucket)
+        shares = []
+        for row in rows:
+            size = int(index.record(row)["width"]), int(index.record(row)["height"])
+            scaled = buckets.fit(bucket, *size).scaled_wh_px
+            shares.append(1 - width * height / (scaled[0] * scaled[1]))
+            if scaled[0] > size[0] or scaled[1] > size[1]:
+                upscaled += 1
+                names.append(index.name(row))
+        assert buckets.mean_cropped_K[bucket] == pytest.approx(np.mean(shares))
+        cropped += shares
+    assert buckets.mean_cropped == pytest.approx(np.mean(cropped))
+    assert buckets.upscaled_K.sum() == upscaled
+    assert len(buckets.upscaled_names) == min(upscaled, 5)
+    assert set(buckets.upscaled_names) <= set(names)
+    assert (upscaled == 0) == options.bucket_no_upscale

@@ -295,5 +295,5 @@ def test_the_report_is_never_hundreds_of_lines(tmp_path, make_shard):
     data = Set(tmp_path, BucketOptions((64, 64), True, bucket_reso_steps=8, bucket_no_upscale=True))
     lines = data_report(data.index, data.buckets, data.plan(1))
     assert len(data.buckets.sizes_K2) > 45
-    assert len(lines) < 50
+    assert len(lines) < 60
     assert any("more buckets" in line for line in lines)
