@@ -12,9 +12,9 @@ that other work on the machine counts little:
   is no requirement of this project)
 - decoding: Pillow's decoding alone (libjpeg-turbo) at the reduced scale that ours takes: the bound of any pipeline
 
-Quality is the PSNR in dB against a Lanczos filter in floating point of the fully decoded picture. Then the loader runs
-on shards of the same pictures with one worker process, two, and so on up to the cores, by wall-clock time. The last
-line printed is one JSON object.
+Quality is the PSNR in dB against a Lanczos filter in floating point of the fully decoded picture. Then comes what the
+options of images cost, each by itself. Then the loader runs on shards of the same pictures with one worker process,
+two, and so on up to the cores, by wall-clock time. The last line printed is one JSON object.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,7 @@ from PIL import Image, features
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.data.augmentation import apply_gamma, shift_hue
 from library.data.bucket_rows import bucket_rows
 from library.data.buckets import BucketOptions, assign_buckets, fit
 from library.data.decode import DRAFT_MARGIN, Fit, decode
@@ -48,10 +49,13 @@ from library.data.index import build_index
 from library.data.loader import Share, make_loader
 from library.data.plan import Plan, repeated
 from library.data.sample import Treatment
+from library.data.scaling import FILTERS, Filter
 from library.data.sources import Subset
 
 SIZES = ((1024, 1024), (1440, 1080), (1200, 1800), (1600, 1600), (2048, 1536), (2000, 2000))  # 1.0 to 4.0 megapixels
 TARGETS = (1024, 512)
+OPTIONS_SIZE = (1440, 1080)
+_SAME = ("linear", "cubic")  # other names of bilinear and bicubic
 BATCH = 4
 WARMUP_BATCHES = 4  # of the loader: workers start and read ahead
 
@@ -226,6 +230,32 @@ def scaling(pictures: list[bytes], most_workers: int, batches: int) -> dict[int,
         }
 
 
+def option_costs(case: Case, rounds: int) -> dict[str, float]:
+    """ms that options of images add to one picture; where an option acts on a share of the samples, on one of those."""
+    pixels_HWC = np.ascontiguousarray(case.ours())
+
+    def decoded(by: Filter | None = None, with_alpha: bool = False, mirrored: bool = False) -> Callable[[], object]:
+        into = np.empty_like(pixels_HWC)  # as in a batch, which a mirrored picture is copied into
+
+        def work() -> None:
+            fit = replace(case.fit, mirrored=mirrored)
+            into[...] = decode(case.data, case.bucket_wh_px, lambda *size: fit, by, with_alpha)[0][..., :3]
+
+        return work
+
+    works: dict[str, Callable[[], object]] = {
+        "none": decoded(),
+        "flip_aug": decoded(mirrored=True),
+        "alpha_mask": decoded(with_alpha=True),
+        **{f"resize_interpolation={name}": decoded(by) for name, by in FILTERS.items() if name not in _SAME},
+        "color_aug, hue": lambda: shift_hue(pixels_HWC, 10.0),
+        "color_aug, gamma": lambda: apply_gamma(pixels_HWC, 1.05),
+    }
+    found = times_ms(works, rounds)
+    none = found.pop("none")
+    return {name: cost if name.startswith("color") else cost - none for name, cost in found.items()}
+
+
 def print_table(target: int, rows: list[dict], totals: dict[str, float]) -> None:
     """One resolution for people."""
     print(f"\n{target} px: ms a picture on one thread; PSNR in dB")
@@ -259,6 +289,10 @@ def main() -> int:
         totals = sums(rows)
         print_table(target, rows, totals)
         result[str(target)] = {"pictures": rows, **totals}
+    (case,) = [case for case in cases(pictures, TARGETS[0]) if case.size_wh_px == OPTIONS_SIZE]
+    result["option_costs_ms"] = costs = option_costs(case, args.rounds)
+    print(f"\nms that options add to a picture of {'×'.join(map(str, OPTIONS_SIZE))} at {TARGETS[0]} px")
+    print("; ".join(f"{name} {cost:.1f}" for name, cost in costs.items()))
     print("\nloader, samples/s by worker processes")
     result["loader_samples_per_second"] = by_workers = scaling(pictures, args.workers, args.batches)
     for target, speeds in by_workers.items():

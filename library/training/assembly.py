@@ -274,7 +274,9 @@ def _caption_lines(data: TrainingData, task: Task, accelerator: Accelerator) -> 
 def _show_data(
     options: Options, data: TrainingData, counter: TokenCounter, start_step: int, steps: int, signals: Signals
 ) -> None:
-    """Write the first samples of the run, of all its processes, as a page."""
+    """Report on the data, and write the first samples of the run, of all its processes, as a page."""
+    for line in (*data.report(), data.caption_line(counter, counter.most)):
+        logger.info(line)
     shown = replace(data, share=data.share.of_one_process())
 
     def batches() -> Iterator[MicroBatch]:

@@ -42,3 +42,10 @@ def test_the_loader_gives_its_speed(bench, tmp_path, monkeypatch):
     pictures = [bench.jpeg(bench.photo_like(*size, seed=1)) for size in bench.SIZES]
     bench.write_shard(tmp_path / "00000.tar", pictures)
     assert bench.loader_speed(tmp_path, 512, 0, batches=1) > 0
+
+
+def test_each_option_of_images_has_its_cost(bench):
+    data = bench.jpeg(bench.photo_like(240, 160, seed=0))
+    costs = bench.option_costs(bench.Case(data, (240, 160), (64, 64), Fit((96, 64), (16, 0))), rounds=1)
+    assert {"flip_aug", "alpha_mask", "color_aug, hue", "color_aug, gamma", "resize_interpolation=area"} <= costs.keys()
+    assert costs["color_aug, hue"] > 0
