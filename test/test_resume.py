@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import sdxl_pretrain
 from library.training.sdxl import SDXLPretraining
+from test.data.shard_server import ShardServer
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -112,6 +113,48 @@ def test_adafactor_in_backward_goes_on_as_if_it_had_not_stopped(train, tmp_path)
     assert train(out, *arguments, "--resume=auto") == 0
     assert_same_weights(out, whole)
     assert lines(out) == lines(whole)[3:]
+
+
+@pytest.fixture(scope="module")
+def streamed(small_shard, tmp_path_factory):
+    """The pictures as three shards of a web server: their address."""
+    folder = tmp_path_factory.mktemp("served")
+    for number in range(3):
+        shutil.copy(small_shard / "00000.tar", folder / f"{number:05d}.tar")
+    server = ShardServer(folder)
+    yield f"{server.address}/{{00000..00002}}.tar"
+    server.stop()
+
+
+def test_a_resumed_run_over_a_stream_is_the_run_that_was_not_stopped(train, streamed, tmp_path):
+    stream = ("--stream_shuffle_buffer=9", "--max_data_loader_n_workers=1")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train(whole, *stream, "--save_state_every_n_steps=1", data=streamed) == 0
+    stopped_after(3, whole, out)
+    assert train(out, *stream, "--resume=auto", data=streamed) == 0
+    assert_same_weights(out, whole)
+    assert lines(out) == lines(whole)
+
+
+@pytest.mark.all
+def test_two_processes_go_on_over_a_stream(tiny_sdxl_folder, streamed, tmp_path):
+    def run(out, *arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run(
+            [
+                *command, ROOT / "sdxl_pretrain.py", f"--pretrained_model_name_or_path={tiny_sdxl_folder}",
+                f"--train_data_dir={streamed}", "--resolution=64", "--caption_extension=.txt", f"--output_dir={out}",
+                "--seed=1", "--train_batch_size=2", "--stream_shuffle_buffer=9", "--save_state_every_n_steps=2",
+                "--save_model_as=safetensors", "--max_data_loader_n_workers=1", "--resume=auto", *arguments,
+            ],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+    run(tmp_path / "whole", f"--max_train_steps={STEPS}", "--lr_scheduler=constant")
+    run(tmp_path / "out", "--max_train_steps=2", "--lr_scheduler=constant")
+    run(tmp_path / "out", f"--max_train_steps={STEPS}", "--lr_scheduler=constant")
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
 
 
 def test_the_newest_whole_state_resumes_and_the_log_says_what_was_passed_over(train, undisturbed, tmp_path, capfd):

@@ -4,6 +4,7 @@ from argparse import ArgumentParser, ArgumentTypeError, _ArgumentGroup
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.cli.address import Address, location
 from library.cli.parser import non_negative_float, non_negative_int, positive_int, rate
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
@@ -13,7 +14,7 @@ INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic"
 class SubsetOptions:
     """Where some samples are, which buckets they go to and how their captions are prepared."""
 
-    train_data_dir: Path
+    train_data_dir: Path | Address
     in_json: Path | None
     dataset_repeats: int
     is_reg: bool  # regularisation images
@@ -55,6 +56,7 @@ class DataOptions:
     dataset_config: Path | None
     train_batch_size: int
     shuffle_window_shards: int
+    stream_shuffle_buffer: int  # samples over all processes
     max_data_loader_n_workers: int
     max_bad_samples: float  # share of all samples
     prior_loss_weight: float  # of regularisation images
@@ -103,8 +105,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("data set")
     group.add_argument(
         "--train_data_dir",
-        type=Path,
-        help="folder of LAION shards (00000.tar with its .parquet), read in place, or of images with caption files",
+        type=location,
+        help="folder of LAION shards (00000.tar with its .parquet), read in place, or of images with caption files; or "
+        "the hub name of such a data set; or an address to stream shards from, with braces for their numbers: http, "
+        "s3, 'pipe:COMMAND'",
     )
     group.add_argument(
         "--dataset_config",
@@ -155,6 +159,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=non_negative_int,
         default=0,
         help="show the samples of so many shards before those of the next, for slow disks; 0: all (%(default)s)",
+    )
+    group.add_argument(
+        "--stream_shuffle_buffer",
+        type=positive_int,
+        default=2048,
+        help="samples that a stream mixes in memory, over all processes (%(default)s)",
     )
     group.add_argument(
         "--max_data_loader_n_workers",

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from library.cli.address import location
 from library.cli.data import INTERPOLATIONS, DataOptions, SubsetOptions, extension, face_range, separator
 from library.cli.parser import fill
 from library.cli.read_config import read_config
@@ -74,7 +75,7 @@ _flag, _text = _of(bool, "true or false"), _of(str, "a text")
 
 # Key of the file: (option, conversion), by the innermost level that may hold it.
 _SUBSET: dict[str, tuple[str, Convert]] = {
-    "image_dir": ("train_data_dir", lambda value: Path(_text(value))),
+    "image_dir": ("train_data_dir", lambda value: location(_text(value))),
     "metadata_file": ("in_json", lambda value: Path(_text(value))),
     "is_reg": ("is_reg", _flag),
 }
@@ -170,7 +171,7 @@ def read_dataset_config(path: Path, base: dict[str, Any]) -> list[dict[str, Any]
         for place, subset in enumerate(_tables(path, f"subsets of {where}", dataset.get("subsets")), start=1):
             inner = f"[[datasets.subsets]] {place} of {where}"
             if "image_dir" not in subset:
-                raise InputError(f"{path}: {inner} lacks image_dir, the folder of its images or shards.")
+                raise InputError(f"{path}: {inner} lacks image_dir, the folder or address of its images or shards.")
             found.append(outer | _values(path, inner, subset, _SUBSET | _INHERITED) | {"dataset": number - 1})
         if all(values["is_reg"] for values in found if values["dataset"] == number - 1):
             raise InputError(

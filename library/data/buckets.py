@@ -137,6 +137,12 @@ def assign_buckets(sizes_N2: np.ndarray, options: BucketOptions, name: Callable[
     return Assigned(sizes_K2, bucket_of_row.astype(np.int32), np.bincount(bucket_of_row, errors_N, len(sizes_K2)))
 
 
+def bucket_of(size_px: tuple[int, int], known_K2: np.ndarray) -> tuple[int, int]:
+    """The bucket of one image, of those that `bucket_list` gives."""
+    bucket = known_K2[_nearest(np.array([size_px], np.int64), known_K2)[0]]
+    return int(bucket[0]), int(bucket[1])
+
+
 def fit(size_px: tuple[int, int], bucket_px: tuple[int, int], options: BucketOptions) -> Fit:
     """How an image of any size meets one bucket: scaled to cover it and cropped at the centre."""
     size_12, bucket_12 = np.array([size_px], np.int64), np.array([bucket_px], np.int64)

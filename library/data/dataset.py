@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from library.data.cache import NO_CACHES, Caches
 from library.data.captions import CaptionOptions
 from library.data.hub_data import local_data
 from library.data.index import Index, build_index
+from library.data.index_cache import digest
 from library.data.loader import Loader, Share, Tokenize, make_loader
 from library.data.plan import Plan, repeated
 from library.data.regularisation import balanced, regularisation_lines
@@ -28,6 +30,8 @@ from library.data.report import caption_line, data_report
 from library.data.sample import Treatment
 from library.data.scaling import FILTERS
 from library.data.sources import Subset
+from library.data.streams import is_streamed, prepare_stream
+from library.data.training_set import TrainingSet
 from library.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -53,10 +57,10 @@ class TrainingData:
         reg = regularisation_lines(images_SK, samples_SK, is_reg_S, self.options.prior_loss_weight)
         return [first, second, *reg, *others]
 
-    def caption_line(self, count_tokens: Callable[[Sequence[str]], list[int]], most_tokens: int) -> str:
+    def caption_lines(self, count_tokens: Callable[[Sequence[str]], list[int]], most_tokens: int) -> list[str]:
         """How many captions are cut off; see `library.data.report.caption_line`."""
         options = [_treatment(subset, 0, 1.0).captions for subset in self.options.subsets]
-        return caption_line(self.index, options, count_tokens, most_tokens)
+        return [caption_line(self.index, options, count_tokens, most_tokens)]
 
     @property
     def is_reg_S(self) -> np.ndarray:
@@ -78,6 +82,51 @@ class TrainingData:
         balance = [(subset.is_reg, subset.dataset) for subset in self.options.subsets if self.is_reg_S.any()]
         content = [self.index.fingerprint, buckets, self.plan.window_sources, *balance]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def epochs(self) -> Plan:
+        """Where epochs begin."""
+        return self.plan
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a step over all processes."""
+        return self.plan.global_batch
+
+    @property
+    def samples(self) -> int:
+        """Of an epoch, repeats counted."""
+        return int(self.plan.samples_K.sum())
+
+    @property
+    def left_out(self) -> Sequence[tuple[str, str]]:
+        """(name, reason) of samples that the index could not use."""
+        return self.index.bad
+
+    def of_one_process(self) -> "TrainingData":
+        """The same data in the same order, all of it in one process."""
+        return replace(self, share=self.share.of_one_process())
+
+    def description(self) -> dict[str, str]:
+        """The samples, source by source, by the names that a message gives them."""
+        facts = {"the number of samples": f"{len(self.index):,}"}
+        for source, table in zip(self.index.sources, self.index.tables, strict=True):
+            share = f" (share {source.share[0] + 1} of {source.share[1]})" if source.share[1] > 1 else ""
+            content = digest([source.repeats, table.notes["digest"]])
+            facts[f"{source.path.name}{share}"] = f"{table.notes['count']:,} samples, digest {content}"
+        return facts
+
+    def position(self) -> None:
+        """Nothing besides the step: the plan is a function of it."""
+
+    def go_on_from(self, positions: Sequence[Mapping[str, Any]], anyway: bool) -> None:
+        """Nothing to take up besides the step.
+
+        Raises:
+            InputError: the state is of a run that read a stream.
+        """
+        if positions and not anyway:
+            raise InputError("--resume: the state is of a run that read its data as a stream; go on with the same data")
 
     def loader(self, tokenize: Tokenize, end_step: int, start_step: int = 0) -> Loader:
         """This process's micro-batches of the steps `start_step` to `end_step` - 1, the last one of the run."""
@@ -112,7 +161,7 @@ def prepare_data(
     world_size: int,
     accumulation: int,
     between: Callable[[], None] = lambda: None,
-) -> TrainingData:
+) -> TrainingSet:
     """Find all samples, sort them into buckets and plan their order.
 
     Args:
@@ -123,6 +172,9 @@ def prepare_data(
             around them, a set too small for one batch.
     """
     bucket_options = [_bucket_options(subset) for subset in options.subsets]
+    share = Share(options.train_batch_size, rank, world_size, accumulation)
+    if is_streamed(options):
+        return prepare_stream(options, bucket_options, partial(_treatments, options), seed, share)
     for entry in bucket_options:
         check_options(entry)
     logger.info("loading image sizes.")
@@ -131,7 +183,6 @@ def prepare_data(
     check_left_out(index.bad, len(index), options.max_bad_samples)
     _check_faces(index, options.subsets)
     buckets = bucket_rows(index, bucket_options, _bar("buckets"), between)
-    share = Share(options.train_batch_size, rank, world_size, accumulation)
     samples_SK = balanced(
         repeated(buckets.images_SK, index.repeats_S),
         _of_sources(index, [subset.is_reg for subset in options.subsets]),
@@ -170,6 +221,7 @@ def _check_faces(index: Index, subsets: Sequence[SubsetOptions]) -> None:
 
 def _subset(options: SubsetOptions, config: Path | None, between: Callable[[], None]) -> Subset:
     """In a configuration file repeats and class words have keys of their own, so folders' names mean nothing there."""
+    assert isinstance(options.train_data_dir, Path)
     flag = f"{config}: image_dir" if config else "--reg_data_dir" if options.is_reg else "--train_data_dir"
     return Subset(
         local_data(options.train_data_dir, flag, options.caption_extension, between),
@@ -196,6 +248,11 @@ def _bucket_options(options: SubsetOptions) -> BucketOptions:
         bucket_reso_steps=options.bucket_reso_steps,
         bucket_no_upscale=options.bucket_no_upscale,
     )
+
+
+def _treatments(options: DataOptions, run_steps: int) -> list[Treatment]:
+    """How the samples of each subset are prepared in a run of that many steps."""
+    return [_treatment(subset, run_steps, options.prior_loss_weight) for subset in options.subsets]
 
 
 def _treatment(options: SubsetOptions, run_steps: int, prior_loss_weight: float) -> Treatment:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,12 +56,14 @@ class MicroBatch:
         ids: int64 (B, K, 77) token ids, one tensor a text encoder, and behind them, where captions have weights, as
             many of float32 weights; none without a tokenizer or of cached text.
         quarantined: (name, reason) of samples that could not be used, replacements that could not either among them.
-        replaced: places where another sample than the planned one stands.
+        replaced: places where another sample than the planned one stands; of a stream, samples lost on the way.
         loss_weights_B: float32, what the samples' losses are multiplied by; without it 1.
         mirrored: of each sample, whether left and right are exchanged.
         masks_BHW: uint8 weights of the loss; None: all of it counts.
         moments: of cached latents: mean and standard deviation, each (B, channels, rows, columns).
         text: of cached text: what the text encoders gave, one tensor each with B first.
+        reader: of a stream: the number of the reader that it comes from, and where that is after it.
+        epoch: of a stream: the pass that it is of, from 0.
     """
 
     images_BHWC: Tensor | None
@@ -78,6 +81,8 @@ class MicroBatch:
     masks_BHW: Tensor | None = None
     moments: tuple[Tensor, ...] | None = None
     text: tuple[Tensor, ...] | None = None
+    reader: tuple[int, Any] | None = None
+    epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.names)
@@ -150,26 +155,20 @@ class MicroBatchDataset(Dataset):
             at = Place(self._plan.seed, step, place, batch.epoch)
             samples.append(self._readable(row, batch.bucket, at, quarantined))
             replaced += len(quarantined) > listed
-        captions = [sample.caption for sample in samples]
-        tokenize = None if self._caches.text is not None else self._tokenize
         masked = any(treatment.images.alpha_mask for treatment in self._treatments)
-        return MicroBatch(
-            None if self._caches.latents is not None else _pixels(samples),
-            captions,
-            torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32),
-            [sample.name for sample in samples],
+        made = micro_batch(
+            samples,
             step,
             micro,
-            torch.from_numpy(places),
-            () if tokenize is None else tokenize(captions),
+            places,
+            None if self._caches.text is not None else self._tokenize,
             quarantined,
             replaced,
-            torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),
-            [sample.mirrored for sample in samples],
-            _masks(samples, self._buckets.size(batch.bucket)) if masked else None,
-            _stacked([sample.moments for sample in samples]),
-            _stacked([sample.text for sample in samples]),
+            masked,
         )
+        made.moments = _stacked([sample.moments for sample in samples])
+        made.text = _stacked([sample.text for sample in samples])
+        return made
 
     def _readable(self, row: int, bucket: int, at: Place, quarantined: list[tuple[str, str]]) -> Sample:
         """The planned sample, or the first that can be read in an order of its bucket keyed by step and place."""
@@ -236,16 +235,18 @@ def row_fit(index: Index, buckets: Buckets, row: int, bucket: int, width: int, h
     return buckets.fit(bucket, width, height)
 
 
-def _pixels(samples: Sequence[Sample]) -> Tensor:
-    """(B, rows, columns, 3) uint8, in that order in memory whatever that of the decoders' arrays is."""
+def _pixels(samples: Sequence[Sample]) -> Tensor | None:
+    """(B, rows, columns, 3) uint8, in that order in memory whatever that of the decoders' arrays is; None of latents."""
     images = [sample.pixels_HWC for sample in samples if sample.pixels_HWC is not None]
+    if not images:
+        return None
     return torch.from_numpy(np.stack(images, out=np.empty((len(images), *images[0].shape), np.uint8)))
 
 
-def _masks(samples: Sequence[Sample], bucket_wh_px: tuple[int, int]) -> Tensor:
+def _masks(samples: Sequence[Sample]) -> Tensor:
     """(B, rows, columns) uint8; all of a sample without a mask counts."""
-    width, height = bucket_wh_px
-    masks_BHW = np.full((len(samples), height, width), 255, np.uint8)
+    _, _, _, _, height, width = samples[0].size_ids
+    masks_BHW = np.full((len(samples), int(height), int(width)), 255, np.uint8)
     for number, sample in enumerate(samples):
         if sample.mask_HW is not None:
             masks_BHW[number] = sample.mask_HW
@@ -258,10 +259,43 @@ def _stacked(entries: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...]
     return tuple(torch.stack(parts) for parts in zip(*found, strict=True)) if found else None
 
 
+def micro_batch(
+    samples: Sequence[Sample],
+    step: int,
+    micro: int,
+    places_B: np.ndarray,
+    tokenize: Tokenize | None,
+    quarantined: list[tuple[str, str]],
+    replaced: int,
+    masked: bool,
+) -> MicroBatch:
+    """Samples of one bucket put together, wherever they come from; the arguments are as MicroBatch has them.
+
+    Args:
+        masked: some treatment of the run makes masks.
+    """
+    captions = [sample.caption for sample in samples]
+    return MicroBatch(
+        _pixels(samples),
+        captions,
+        torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32),
+        [sample.name for sample in samples],
+        step,
+        micro,
+        torch.from_numpy(places_B),
+        () if tokenize is None else tokenize(captions),
+        quarantined,
+        replaced,
+        torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),
+        [sample.mirrored for sample in samples],
+        _masks(samples) if masked else None,
+    )
+
+
 class _Reporting(Dataset):
     """A dataset whose errors are values, since a DataLoader hands on exceptions as tracebacks."""
 
-    def __init__(self, inner: MicroBatchDataset) -> None:
+    def __init__(self, inner: Dataset) -> None:
         self._inner = inner
 
     def __getitem__(self, item: int) -> MicroBatch | _Failure:
@@ -298,13 +332,19 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 @dataclass(frozen=True)
 class Loader:
-    """An iterable of the micro-batches of the steps start_step … end_step - 1, in order."""
+    """An iterable of the micro-batches of the steps start_step … end_step - 1, in order.
 
-    dataset: MicroBatchDataset
+    Attributes:
+        dataset: item i is micro-batch i % accumulation of step i // accumulation.
+        handed_over: called with each micro-batch, in this process, before it is yielded.
+    """
+
+    dataset: Dataset
     accumulation: int
     start_step: int
     end_step: int
     workers: int
+    handed_over: Callable[[MicroBatch], None] = lambda batch: None
 
     def __len__(self) -> int:
         return (self.end_step - self.start_step) * self.accumulation
@@ -328,6 +368,7 @@ class Loader:
         for item in loader:
             if isinstance(item, _Failure):
                 raise item.error
+            self.handed_over(item)
             yield item
 
 

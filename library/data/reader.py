@@ -51,14 +51,7 @@ class Reader:
         else:
             path = (source.path / self.index.key(row)).with_suffix(source.caption_extension)
             data = self._file(path, MAX_CAPTION_BYTES)
-        try:
-            text = data.decode("utf-8-sig")
-            if kind == CaptionKind.JSON:
-                text = " ".join(str(json.loads(text)["caption"]).split())
-                text.encode()  # JSON can write halves of characters, which are no text
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SampleError(f"caption: {error}") from error
-        return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+        return caption_text(data, kind == CaptionKind.JSON)
 
     def close(self) -> None:
         """Close the shards; the next read opens them again."""
@@ -100,3 +93,19 @@ class Reader:
 
     def __del__(self) -> None:
         self.close()
+
+
+def caption_text(data: bytes, is_json: bool) -> str:
+    """The caption in a caption file, or in a JSON of a sample: its lines that are not empty, or one line.
+
+    Raises:
+        SampleError: it is not UTF-8, or the JSON has none.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+        if is_json:
+            text = " ".join(str(json.loads(text)["caption"]).split())
+            text.encode()  # JSON can write halves of characters, which are no text
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SampleError(f"caption: {error}") from error
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())

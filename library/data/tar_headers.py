@@ -5,7 +5,7 @@ with an object a member; this walker takes about a quarter of its time, which is
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,15 +35,25 @@ def members(fd: int) -> Iterator[Member]:
     Raises:
         TornTarError: after the last whole member, when the file is cut short or damaged there.
     """
-    file_bytes = os.fstat(fd).st_size
+    yield from walk(lambda size, position: os.pread(fd, size, position), os.fstat(fd).st_size)
+
+
+def walk(read_at: Callable[[int, int], bytes], file_bytes: int | None) -> Iterator[Member]:
+    """`members` of a tar that is read in any way.
+
+    Args:
+        read_at: so many bytes at a position, fewer only at the end; positions never fall.
+        file_bytes: of the whole tar; None where that is not known.
+    """
     position = 0
     shared_pax: dict[str, str] = {}
     pax: dict[str, str] = {}
     long_name: str | None = None
     while True:
-        header = os.pread(fd, BLOCK, position)
+        header = read_at(BLOCK, position)
         if len(header) < BLOCK:
-            raise TornTarError(f"it ends at byte {file_bytes} without an end mark")
+            end = position + len(header) if file_bytes is None else file_bytes
+            raise TornTarError(f"it ends at byte {end} without an end mark")
         if header[0] == 0 and not any(header):
             return
         if not _checksum_holds(header):
@@ -54,12 +64,14 @@ def members(fd: int) -> Iterator[Member]:
         extension = kind in b"LKxg"
         if not extension and "size" in (fields := {**shared_pax, **pax}):
             size = _decimal(fields["size"])
-        if offset + size > file_bytes:
+        if file_bytes is not None and offset + size > file_bytes:
             raise TornTarError(f"it ends at byte {file_bytes}, inside the member at byte {position}")
         if extension:
             if size > _MAX_EXTENSION_BYTES:
                 raise TornTarError(f"the extended header at byte {position} is {size} bytes long")
-            content = os.pread(fd, size, offset)
+            content = read_at(size, offset)
+            if len(content) < size:
+                raise TornTarError(f"it ends at byte {offset + len(content)}, inside the member at byte {position}")
             if kind == b"L":
                 long_name = _text(content)
             elif kind == b"x":

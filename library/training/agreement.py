@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from library.data.dataset import TrainingData
+from library.data.training_set import TrainingSet
 from library.errors import InputError
 from library.machines.facts import differences, software
 
@@ -50,7 +50,7 @@ def check_agreement(accelerator: Accelerator, description: Description) -> None:
     )
 
 
-def describe_run(options: Any, seed: int, data: TrainingData, module: nn.Module) -> Description:
+def describe_run(options: Any, seed: int, data: TrainingSet, module: nn.Module) -> Description:
     """What must be the same in all processes, each entry under the name that a message gives it.
 
     Paths may differ: machines may have the same data in different places.
@@ -59,16 +59,10 @@ def describe_run(options: Any, seed: int, data: TrainingData, module: nn.Module)
     return {**software(), **_flags(options), **describe_data(data), **facts}
 
 
-def describe_data(data: TrainingData) -> Description:
+def describe_data(data: TrainingSet) -> Description:
     """The samples, source by source, and their order."""
-    index, plan = data.index, data.plan
-    description = {"the number of samples": f"{len(index):,}", "the global batch": str(plan.global_batch)}
-    for source, table in zip(index.sources, index.tables, strict=True):
-        share = f" (share {source.share[0] + 1} of {source.share[1]})" if source.share[1] > 1 else ""
-        facts = _digest(repr(source.repeats).encode(), table.notes["digest"].encode())
-        description[f"{source.path.name}{share}"] = f"{table.notes['count']:,} samples, digest {facts}"
-    description["the samples' order and buckets"] = data.fingerprint()
-    return description
+    facts = {"the global batch": str(data.global_batch), "the samples' order and buckets": data.fingerprint()}
+    return data.description() | facts
 
 
 _OF_A_MACHINE = {"max_data_loader_n_workers"}  # flags that change nothing in what is trained

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from library.cli.run import RunOptions, SavingOptions
 from library.data.contact_sheet import write_contact_sheet
 from library.data.dataset import TrainingData, prepare_data
 from library.data.loader import MicroBatch, worker_deaths_reported
-from library.data.plan import Plan
+from library.data.training_set import TrainingSet
 from library.disk_space import missing_space
 from library.errors import InputError, TrainingError
 from library.models.attention import report as attention_report
@@ -53,14 +54,21 @@ from library.training.resume import (
     plain_options,
     versions,
 )
-from library.training.rules import check_caches, check_data, check_optimization, check_preview, check_saving
+from library.training.rules import (
+    check_caches,
+    check_data,
+    check_optimization,
+    check_preview,
+    check_saving,
+    check_without_epochs,
+)
 from library.training.run_lock import RunLock
 from library.training.saving import Cadence, Retention, epoch_name, last_name, step_name
 from library.training.sharding import MakeOptimizer, Replicated, shard, sharding_kind
 from library.training.state_choice import clear_left_behind, obsolete
 from library.training.state_files import StateInfo, read_state
 from library.training.state_writer import StateWriter
-from library.training.states import Resumed, StateCadence, States
+from library.training.states import Resumed, StateCadence, States, data_positions
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +169,9 @@ def run(
             accumulation=options.run.gradient_accumulation_steps,
             between=signals.stop_if_requested,
         )
-        steps, epochs = _length(options.run, data.plan)
+        if data.samples is None:
+            check_without_epochs(options.run, options.saving, options.preview)
+        steps, epochs = _length(options.run, data)
         if resumed is not None:
             _check_resumed(resumed, options, data, surroundings.seed, steps)
         if options.data.debug_dataset:
@@ -183,7 +193,10 @@ def run(
             return
         if accelerator.is_main_process:
             _check_room(options, task, groups)
-        data = replace(data, caches=make_caches(options, data, task.encoders, accelerator, signals, beside.progress))
+        if isinstance(data, TrainingData):
+            data = replace(
+                data, caches=make_caches(options, data, task.encoders, accelerator, signals, beside.progress)
+            )
         report = _train(options, task, groups, data, surroundings, steps, resumed)
         if accelerator.is_main_process:
             _finish(options, report, task.network_name, data, accelerator, started)
@@ -205,7 +218,7 @@ def _train(
     options: Options,
     task: Task,
     groups: Sequence[ParameterGroup],
-    data: TrainingData,
+    data: TrainingSet,
     surroundings: Surroundings,
     steps: int,
     resumed: Resumed | None,
@@ -242,7 +255,7 @@ def _train(
             task,
             accelerator,
             parallel,
-            data.plan,
+            data.epochs,
             _loop_options(options, data, steps),
             writer,
             states,
@@ -263,21 +276,21 @@ def _train(
     return report
 
 
-def _caption_lines(data: TrainingData, task: Task, accelerator: Accelerator) -> list[str]:
+def _caption_lines(data: TrainingSet, task: Task, accelerator: Accelerator) -> list[str]:
     """How many captions are cut off; only the main process, which logs it, reads them."""
     if not accelerator.is_main_process:
         return []
     counter = task.token_counter()
-    return [data.caption_line(counter, counter.most)]
+    return data.caption_lines(counter, counter.most)
 
 
 def _show_data(
-    options: Options, data: TrainingData, counter: TokenCounter, start_step: int, steps: int, signals: Signals
+    options: Options, data: TrainingSet, counter: TokenCounter, start_step: int, steps: int, signals: Signals
 ) -> None:
     """Report on the data, and write the first samples of the run, of all its processes, as a page."""
-    for line in (*data.report(), data.caption_line(counter, counter.most)):
+    for line in (*data.report(), *data.caption_lines(counter, counter.most)):
         logger.info(line)
-    shown = replace(data, share=data.share.of_one_process())
+    shown = data.of_one_process()
 
     def batches() -> Iterator[MicroBatch]:
         for batch in shown.loader(lambda captions: (), steps, start_step):
@@ -289,7 +302,7 @@ def _show_data(
         write_contact_sheet(page, batches(), counter, counter.most)
 
 
-def _states(options: Options, parallel: Replicated, data: TrainingData, surroundings: Surroundings) -> States:
+def _states(options: Options, parallel: Replicated, data: TrainingSet, surroundings: Surroundings) -> States:
     """What saves training states, as the flags have it."""
     saving, accelerator = options.saving, surroundings.accelerator
     writer = StateWriter(
@@ -309,7 +322,7 @@ def _states(options: Options, parallel: Replicated, data: TrainingData, surround
     def info(step: int, metrics: Mapping[str, Any]) -> StateInfo:
         return StateInfo(step, surroundings.seed, plan, plain, software, metrics)
 
-    return States(writer, parallel, cadence, info, partial(step_name, saving.output_name))
+    return States(writer, parallel, cadence, info, partial(step_name, saving.output_name), data.position)
 
 
 def _sharding(options: Options) -> str:
@@ -335,13 +348,14 @@ def _resumed(saving: SavingOptions, accelerator: Accelerator) -> Resumed | None:
     return None if folder is None else Resumed(folder, read_state(folder, verified=True))
 
 
-def _check_resumed(resumed: Resumed, options: Options, data: TrainingData, seed: int, steps: int) -> None:
+def _check_resumed(resumed: Resumed, options: Options, data: TrainingSet, seed: int, steps: int) -> None:
     """Whether this run may go on from the state."""
     info = resumed.state.info
-    now = Position(data.fingerprint(), seed, data.plan.global_batch)
+    now = Position(data.fingerprint(), seed, data.global_batch)
     check_position(info, now, resumed.folder, options.saving.resume_anyway)
     check_optimizer(info, options.optimization.optimizer_type, resumed.folder)
     check_length(resumed.step, steps, resumed.folder)
+    data.go_on_from(data_positions(resumed.state), options.saving.resume_anyway)
     log_changed_options(info, _plain_options(options))
 
 
@@ -386,18 +400,18 @@ def _seed(given: int | None, accelerator: Accelerator, resumed: Resumed | None) 
     return int(broadcast(drawn).item())
 
 
-def _length(options: RunOptions, plan: Plan) -> tuple[int, int]:
+def _length(options: RunOptions, data: TrainingSet) -> tuple[int, int]:
     """Optimizer steps of the run, and the epochs that they touch."""
     steps = options.max_train_steps
     if options.max_train_epochs is not None:
-        steps = plan.steps_before_epoch(options.max_train_epochs)
+        steps = data.epochs.steps_before_epoch(options.max_train_epochs)
         logger.info("override steps. steps for %d epochs is %d", options.max_train_epochs, steps)
         if steps == 0:
             raise InputError(
-                f"--max_train_epochs={options.max_train_epochs} has not one full batch of {plan.global_batch} images "
+                f"--max_train_epochs={options.max_train_epochs} has not one full batch of {data.global_batch} images "
                 "of one bucket; train more epochs, with a smaller --train_batch_size, or with fewer buckets"
             )
-    return steps, plan.epoch_of_step(steps - 1) + 1
+    return steps, data.epochs.epoch_of_step(steps - 1) + 1
 
 
 def _make_optimizer(options: OptimizationOptions) -> MakeOptimizer:
@@ -419,7 +433,7 @@ def _make_schedule(options: OptimizationOptions, steps: int, optimizer: torch.op
     )
 
 
-def _loop_options(options: Options, data: TrainingData, steps: int) -> loop.LoopOptions:
+def _loop_options(options: Options, data: TrainingSet, steps: int) -> loop.LoopOptions:
     """What the loop does between steps; at the last epoch the final checkpoint stands for the epoch's."""
     name = options.saving.output_name
     saves = Cadence(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)
@@ -446,12 +460,12 @@ def _loop_options(options: Options, data: TrainingData, steps: int) -> loop.Loop
     return loop.LoopOptions(
         max_train_steps=steps,
         accumulation=options.run.gradient_accumulation_steps,
-        global_batch=data.plan.global_batch,
+        global_batch=data.global_batch,
         max_grad_norm=options.optimization.max_grad_norm,
         output_dir=options.saving.output_dir,
-        epoch_samples=int(data.plan.samples_K.sum()),
+        epoch_samples=sys.maxsize if data.samples is None else data.samples,
         max_bad_samples=options.data.max_bad_samples,
-        left_out=data.index.bad,
+        left_out=data.left_out,
         preview_at_first=options.preview.sample_at_first,
         checkpoints_due=checkpoints_due,
         previews_due=previews_due,
@@ -463,7 +477,7 @@ def _finish(
     options: Options,
     report: loop.RunReport,
     network_name: str,
-    data: TrainingData,
+    data: TrainingSet,
     accelerator: Accelerator,
     started: float,
 ) -> None:
@@ -474,11 +488,11 @@ def _finish(
         images_per_second=report.images_per_second,
         train_loss=report.average_loss,
         duration_seconds=time.perf_counter() - started,
-        global_batch=data.plan.global_batch,
+        global_batch=data.global_batch,
         process_count=accelerator.num_processes,
         batch_per_device=options.data.train_batch_size,
         quarantined=report.quarantined,
-        left_out=len(data.index.bad),
+        left_out=len(data.left_out),
         overflows=report.overflows,
         steps_not_updated=report.steps_not_updated,
     )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from library import device as devices
 from library.data.loader import MicroBatch
+from library.data.training_set import Epochs
 from library.errors import Stopped, TrainingError
 from library.signals import Signals
 from library.training.companions import READING, SAMPLING, SAVING, TRAINING, WAITING, Progress
@@ -49,16 +50,6 @@ class Task(Protocol):
 
     def preview(self, position: str, step: int, module: nn.Module) -> None:
         """Sample pictures with the whole module. Called on the main process."""
-
-
-class Epochs(Protocol):
-    """Where epochs begin; `library.data.plan.Plan` is one."""
-
-    def epoch_of_step(self, step: int) -> int:
-        """The epoch that a step belongs to, from 0."""
-
-    def steps_before_epoch(self, epoch: int) -> int:
-        """How many steps all epochs before this one have."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from library.cli.caches import CacheOptions
 from library.cli.optimization import OptimizationOptions
 from library.cli.options import Options
 from library.cli.run import SavingOptions
-from library.data.dataset import TrainingData
+from library.data.training_set import TrainingSet
 from library.training.optimizers import ParameterGroup
 
 
 def plan_lines(
     options: Options,
-    data: TrainingData,
+    data: TrainingSet,
     steps: int,
     epochs: int,
     groups: Sequence[ParameterGroup],
@@ -36,12 +36,10 @@ def plan_lines(
         *_average_lines(optimization),
         *_fused_lines(optimization),
         *_sharding_lines(sharding, accelerator.num_processes),
-        f"num examples: {int(data.plan.samples_K.sum())}",
-        f"num batches per epoch: {data.plan.steps_before_epoch(1)} (first epoch; leftovers go to the next)",
-        f"num epochs: {epochs}",
+        *_epoch_lines(data, epochs),
         f"batch size per device: {options.data.train_batch_size}",
         f"gradient accumulation steps: {options.run.gradient_accumulation_steps}",
-        f"global batch: {data.plan.global_batch}",
+        f"global batch: {data.global_batch}",
         f"total optimization steps: {steps}",
         *_cache_lines(options.caches),
         f"gradient checkpointing: {options.run.gradient_checkpointing}",
@@ -65,6 +63,17 @@ def _fused_lines(optimization: OptimizationOptions) -> list[str]:
     """What --fused_backward_pass changes, where it is given."""
     clipped = f", each tensor's gradient clipped to {optimization.max_grad_norm:g}" * (optimization.max_grad_norm > 0)
     return [f"fused backward pass: weights are updated in backward{clipped}"] * optimization.fused_backward_pass
+
+
+def _epoch_lines(data: TrainingSet, epochs: int) -> list[str]:
+    """How long an epoch is and how many there are, as far as anybody knows."""
+    if data.samples is None:
+        return ["num examples: unknown", "num batches per epoch: unknown", "num epochs: unknown"]
+    return [
+        f"num examples: {data.samples}",
+        f"num batches per epoch: {data.epochs.steps_before_epoch(1)} (first epoch; leftovers go to the next)",
+        f"num epochs: {epochs}",
+    ]
 
 
 def _sharding_lines(sharding: str, processes: int) -> list[str]:

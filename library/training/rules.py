@@ -2,6 +2,7 @@
 
 import logging
 
+from library.cli.address import Address
 from library.cli.data import DataOptions
 from library.cli.optimization import EMA_DECAY, OptimizationOptions
 from library.cli.options import Options
@@ -112,6 +113,21 @@ def check_saving(options: SavingOptions) -> None:
             raise InputError(f"{flag} has nothing to act on without {other}; add that, or leave it out")
 
 
+def check_without_epochs(run: RunOptions, saving: SavingOptions, preview: PreviewOptions) -> None:
+    """Raise InputError where something happens by epochs of a stream whose number of samples nobody knows."""
+    needs = [
+        ("--max_train_epochs", run.max_train_epochs, "--max_train_steps"),
+        ("--save_every_n_epochs", saving.save_every_n_epochs, "--save_every_n_steps"),
+        ("--sample_every_n_epochs", preview.sample_every_n_epochs, "--sample_every_n_steps"),
+    ]
+    for flag, given, instead in needs:
+        if given:
+            raise InputError(
+                f"{flag}: how many samples an epoch of this stream has is not known. Give {instead}, or put a "
+                'sizes.json ({"00000.tar": 10000, …}) beside the shards'
+            )
+
+
 def check_preview(options: PreviewOptions) -> None:
     """Raise InputError where sample pictures are asked for without prompts, or the prompts cannot be read."""
     if options.sample_prompts is not None:
@@ -128,6 +144,11 @@ def check_caches(options: Options) -> None:
     if caches.text and options.optimization.train_text_encoder:
         raise InputError(f"{text} keeps what text encoders give that --train_text_encoder changes; leave out one")
     for subset in options.data.subsets:
+        if (caches.latents or caches.text) and isinstance(subset.train_data_dir, Address):
+            raise InputError(
+                f"{latents if caches.latents else text} needs an index, and --train_data_dir {subset.train_data_dir} is "
+                "a stream. Leave it out, or download the shards"
+            )
         against_latents = {
             "--random_crop": subset.random_crop,
             "--color_aug": subset.color_aug,

@@ -11,7 +11,7 @@ from library.training.sharding import Replicated
 from library.training.state_files import State, StateInfo
 from library.training.state_writer import StateWriter
 
-TRAINING, RUN = "training", "run"  # names of the state objects: each process's parts, and what all share
+TRAINING, RUN, DATA = "training", "run", "data"  # state objects: each process's parts, what all share, a stream's
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,16 @@ class States:
         cadence: StateCadence,
         info: Callable[[int, Mapping[str, Any]], StateInfo],
         step_stem: Callable[[int], str],
+        data_position: Callable[[], Mapping[str, Any] | None] = lambda: None,
     ) -> None:
         """
         Args:
             info: makes the state's description of the steps done and of what metrics go on from.
             step_stem: a step's number to the name of what is saved at it.
+            data_position: where this process's data is, as far as the step alone does not say it.
         """
         self.writer, self.parallel, self.cadence = writer, parallel, cadence
-        self._info, self._step_stem = info, step_stem
+        self._info, self._step_stem, self._data_position = info, step_stem, data_position
         self._saved_step: int | None = None
         self._last_save = time.monotonic()
 
@@ -71,10 +73,11 @@ class States:
         if self._saved_step == steps_done and stem is None:
             return
         is_main = self.writer.rank == 0
+        position = self._data_position()
         self.writer.snapshot(
             stem or self._step_stem(steps_done),
             self._info(steps_done, metrics),
-            {TRAINING: self.parallel.own_parts()},
+            {TRAINING: self.parallel.own_parts()} | ({} if position is None else {DATA: position}),
             {RUN: run} if is_main else None,
         )
         self._saved_step, self._last_save = steps_done, time.monotonic()
@@ -91,6 +94,11 @@ class States:
 def parts_by_process(state: State) -> list[Mapping[str, Part]]:
     """What each process of the run that saved wrote of weights and optimizer state."""
     return [own[TRAINING] for own in state.own]
+
+
+def data_positions(state: State) -> list[Mapping[str, Any]]:
+    """Where the data of each process was, if the step alone does not say it."""
+    return [own[DATA] for own in state.own if DATA in own]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from PIL import Image
 import sdxl_pretrain
 from library.cli.data import DataOptions
 from library.cli.dataset_config import data_options
+from library.cli.parser import fill
+from library.cli.run import PreviewOptions, RunOptions, SavingOptions
 
 
 def picture(width: int, height: int, seed: int = 0, format: str = "JPEG") -> bytes:
@@ -98,5 +100,17 @@ def make_options() -> Callable[..., DataOptions]:
         arguments += ["--resolution=32", "--enable_bucket", "--min_bucket_reso=16", "--max_bucket_reso=64"]
         arguments += ["--bucket_reso_steps=8", "--caption_extension=.txt", "--max_data_loader_n_workers=0", *more]
         return data_options(sdxl_pretrain.build_parser().parse_args(arguments))
+
+    return make
+
+
+@pytest.fixture
+def make_run_options() -> Callable[..., tuple[RunOptions, SavingOptions, PreviewOptions]]:
+    """The options of run, saving and preview out of arguments of the command line."""
+
+    def make(*more: str) -> tuple[RunOptions, SavingOptions, PreviewOptions]:
+        required = ["--pretrained_model_name_or_path=m", "--output_dir=o"]
+        args = sdxl_pretrain.build_parser().parse_args([*required, *more])
+        return fill(RunOptions, args), fill(SavingOptions, args), fill(PreviewOptions, args)
 
     return make
