@@ -54,7 +54,8 @@ def options(data: Path) -> DataOptions:
         caption_dropout_rate=0.0,
     )
     return DataOptions(
-        (subset,), None, GLOBAL_BATCH, shuffle_window_shards=0, max_data_loader_n_workers=0, max_bad_samples=1.0
+        (subset,), None, GLOBAL_BATCH, shuffle_window_shards=0, stream_shuffle_buffer=1, max_data_loader_n_workers=0,
+        max_bad_samples=1.0
     )
 
 
