@@ -23,7 +23,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.cli.data import DataOptions, SubsetOptions
+import sdxl_pretrain
+from library.cli.data import DataOptions
+from library.cli.dataset_config import data_options
 from library.data import index as index_module
 from library.data import parallel
 from library.data.dataset import TrainingData, prepare_data
@@ -36,32 +38,17 @@ GLOBAL_BATCH = 2048
 
 def options(data: Path) -> DataOptions:
     """SDXL's buckets over a folder of shards."""
-    subset = SubsetOptions(
-        train_data_dir=data,
-        in_json=None,
-        dataset_repeats=1,
-        class_tokens="",
-        resolution=(1024, 1024),
-        enable_bucket=True,
-        min_bucket_reso=512,
-        max_bucket_reso=2048,
-        bucket_reso_steps=64,
-        bucket_no_upscale=False,
-        caption_extension=".txt",
-        caption_separator=",",
-        shuffle_caption=False,
-        keep_tokens=0,
-        caption_dropout_rate=0.0,
-    )
-    return DataOptions(
-        (subset,), None, GLOBAL_BATCH, shuffle_window_shards=0, stream_shuffle_buffer=1, max_data_loader_n_workers=0,
-        max_bad_samples=1.0
-    )
+    arguments = ["--pretrained_model_name_or_path=none", "--output_dir=none", f"--train_data_dir={data}"]
+    arguments += ["--resolution=1024,1024", "--enable_bucket", "--min_bucket_reso=512", "--max_bucket_reso=2048"]
+    arguments += ["--caption_extension=.txt", f"--train_batch_size={GLOBAL_BATCH}", "--max_bad_samples=1"]
+    return data_options(sdxl_pretrain.build_parser().parse_args([*arguments, "--max_data_loader_n_workers=0"]))
 
 
 def prepared(data: Path) -> TrainingData:
     """The data as a training process prepares it."""
-    return prepare_data(options(data), 1, rank=0, world_size=1, accumulation=1)
+    found = prepare_data(options(data), 1, rank=0, world_size=1, accumulation=1)
+    assert isinstance(found, TrainingData)
+    return found
 
 
 def synthetic_part(rows: int, seed: int) -> Part:
