@@ -13,6 +13,7 @@ from typing import Any
 import toml
 
 from library.atomic_write import write_file
+from library.cli.address import Address
 from library.cli.read_config import read_config
 from library.errors import InputError
 
@@ -140,4 +141,6 @@ def _of_key(path: Path, key: str, value: Any, action: Action, parser: ArgumentPa
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
+    if isinstance(value, Address):
+        return value.text
     return str(value) if isinstance(value, Path) else value

@@ -140,6 +140,8 @@ class StreamedData:
         Raises:
             InputError: it had other readers.
         """
+        if not positions and anyway:
+            return
         if not positions:
             raise InputError("--resume: the state is of a run that read its data by an index; go on with the same data")
         then, now = dict(positions[0]["arrangement"]), self._arrangement()

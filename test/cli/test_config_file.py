@@ -69,9 +69,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
     assert "other.toml cannot be read: No such file" in capsys.readouterr().err
 
 
-def test_what_was_written_is_read_as_the_same_arguments(tmp_path, capsys):
+@pytest.mark.parametrize("data", ["data", "https://me:key@data.test/{0..9}.tar?x=1"])
+def test_what_was_written_is_read_as_the_same_arguments(tmp_path, capsys, data):
     given = [
-        *REQUIRED, "--resolution=1024,832", "--learning_rate=3e-5", "--enable_bucket", "--train_data_dir=data",
+        *REQUIRED, "--resolution=1024,832", "--learning_rate=3e-5", "--enable_bucket", f"--train_data_dir={data}",
         "--optimizer_args", "weight_decay=0.1",
     ]  # fmt: skip
     file = tmp_path / "run.toml"
