@@ -1,14 +1,19 @@
 """Data sets by hub name, against a small stand-in of the hub on the loopback interface."""
 
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from library.data import hub_data
 from library.data.dataset import prepare_data
+from library.errors import Stopped
 from test.models.hub_server import TOKEN, Hub
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +130,23 @@ def test_the_folder_in_the_cache_is_indexed_unless_there_is_a_path_of_the_name(
     (tmp_path / "tiny").mkdir()
     (client.base / "images").rename(tmp_path / "tiny" / "shards")
     assert len(prepare_data(options, 1, rank=0, world_size=1, accumulation=1).index) == 1
+
+
+def test_a_signal_ends_a_download_at_once(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        began = time.monotonic()
+
+        def between():
+            if time.monotonic() > began + 1:
+                raise Stopped(signal.SIGTERM)
+
+        with pytest.raises(Stopped):
+            hub_data.local_data(Path("tiny/shards"), "--train_data_dir", ".txt", between)
+    assert time.monotonic() < began + 10  # the hub is waited for for 20 s
+    assert multiprocessing.active_children() == []
 
 
 def test_only_what_is_spelt_as_a_hub_name_is_asked_for(monkeypatch, tmp_path):
