@@ -146,8 +146,8 @@ def check_caches(options: Options) -> None:
     for subset in options.data.subsets:
         if (caches.latents or caches.text) and isinstance(subset.train_data_dir, Address):
             raise InputError(
-                f"{latents if caches.latents else text} needs an index, and --train_data_dir {subset.train_data_dir} is "
-                "a stream. Leave it out, or download the shards"
+                f"{latents if caches.latents else text} needs an index, and --train_data_dir {subset.train_data_dir} "
+                "is a stream. Leave it out, or download the shards"
             )
         against_latents = {
             "--random_crop": subset.random_crop,

@@ -11,8 +11,11 @@ import pytest
 from PIL import Image
 
 import sdxl_pretrain
+from library.cli.caches import CacheOptions
 from library.cli.data import DataOptions
 from library.cli.dataset_config import data_options
+from library.cli.optimization import OptimizationOptions
+from library.cli.options import Options
 from library.cli.parser import fill
 from library.cli.run import PreviewOptions, RunOptions, SavingOptions
 
@@ -105,12 +108,13 @@ def make_options() -> Callable[..., DataOptions]:
 
 
 @pytest.fixture
-def make_run_options() -> Callable[..., tuple[RunOptions, SavingOptions, PreviewOptions]]:
-    """The options of run, saving and preview out of arguments of the command line."""
+def all_options() -> Callable[..., Options]:
+    """All options of a run out of arguments of the command line."""
 
-    def make(*more: str) -> tuple[RunOptions, SavingOptions, PreviewOptions]:
-        required = ["--pretrained_model_name_or_path=m", "--output_dir=o"]
+    def make(*more: str) -> Options:
+        required = ["--pretrained_model_name_or_path=m", "--output_dir=o", "--resolution=32"]
         args = sdxl_pretrain.build_parser().parse_args([*required, *more])
-        return fill(RunOptions, args), fill(SavingOptions, args), fill(PreviewOptions, args)
+        groups = (CacheOptions, OptimizationOptions, RunOptions, SavingOptions, PreviewOptions)
+        return Options(data_options(args), *(fill(group, args) for group in groups))
 
     return make

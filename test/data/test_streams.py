@@ -15,7 +15,7 @@ from library.data.stream_bytes import Patience
 from library.data.stream_reader import Layout, Position, Shard, StreamReader
 from library.data.stream_shard import StreamSubset, shard_samples
 from library.errors import InputError
-from library.training.rules import check_without_epochs
+from library.training.rules import check_caches, check_without_epochs
 from library.training.state_tree import pack, unpack
 from test.data.shard_server import ShardServer
 
@@ -337,6 +337,11 @@ class TestBefore:
         with pytest.raises(InputError, match=message):
             prepare(every(server), option)
 
+    def test_caches_need_an_index(self, server, all_options):
+        options = all_options(f"--train_data_dir={every(server)}", "--cache_latents")
+        with pytest.raises(InputError, match="--cache_latents needs an index, and --train_data_dir http"):
+            check_caches(options)
+
     def test_epochs_follow_the_numbers_of_samples_beside_the_shards(self, server, prepare):
         assert prepare(every(server))[0].samples is None
         for number in range(SHARDS):
@@ -348,16 +353,21 @@ class TestBefore:
         assert [data.epochs.steps_before_epoch(epoch) for epoch in range(3)] == [0, 9, 19]
         assert [data.epochs.epoch_of_step(step) for step in (0, 8, 9, 18, 19)] == [0, 0, 1, 1, 2]
 
-    def test_without_them_epochs_are_passes_and_nothing_happens_by_them(self, server, prepare, make_run_options):
+    def test_without_them_epochs_are_passes_and_nothing_happens_by_them(self, server, prepare, all_options):
         (data,) = prepare(every(server))
         epochs = []
         for batch in data.loader(lambda captions: (), 120):
             epochs.append(data.epochs.epoch_of_step(batch.step))
             assert data.epochs.steps_before_epoch(epochs[-1] + 1) != batch.step + 1
         assert epochs[0] == 0 and epochs[-1] >= 1
+
+        def groups(*more):
+            options = all_options(f"--train_data_dir={every(server)}", *more)
+            return options.run, options.saving, options.preview
+
         with pytest.raises(InputError, match="--max_train_epochs: how many samples an epoch of this stream has"):
-            check_without_epochs(*make_run_options("--max_train_epochs=1"))
-        check_without_epochs(*make_run_options())
+            check_without_epochs(*groups("--max_train_epochs=1"))
+        check_without_epochs(*groups())
 
     def test_a_run_is_of_streams_or_of_folders(self, server, make_shard, tmp_path, make_options):
         (tmp_path / "local").mkdir()
