@@ -236,7 +236,7 @@ def row_fit(index: Index, buckets: Buckets, row: int, bucket: int, width: int, h
 
 
 def _pixels(samples: Sequence[Sample]) -> Tensor | None:
-    """(B, rows, columns, 3) uint8, in that order in memory whatever that of the decoders' arrays is; None of latents."""
+    """(B, rows, columns, 3) uint8, in that order in memory whatever that of the decoders' arrays; None of latents."""
     images = [sample.pixels_HWC for sample in samples if sample.pixels_HWC is not None]
     if not images:
         return None
