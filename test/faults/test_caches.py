@@ -58,6 +58,7 @@ def test_a_process_that_is_stopped_while_it_fills_the_cache_stops_both_and_the_w
     assert 8 + 4 <= kept <= 8 + 5
 
 
+@pytest.mark.all
 def test_a_run_that_is_stopped_while_it_fills_the_cache_goes_on_with_it(start, undisturbed, small_shard, tmp_path):
     data = tmp_path / small_shard.name
     shutil.copytree(small_shard, data)
