@@ -26,6 +26,10 @@ class Stream(IntEnum):
     AUGMENTATION = 9
     MODEL_INIT = 10
     SOURCES = 11
+    VALIDATION = 12
+    VALIDATION_ORDER = 13
+    VALIDATION_NOISE = 14
+    VALIDATION_VAE = 15
 
 
 def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:

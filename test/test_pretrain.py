@@ -137,11 +137,17 @@ def test_regularisation_images_train_with_their_weight(train, shards, monkeypatc
     assert all(found == pytest.approx(expected, rel=1e-5) for _, found, expected in compared)
 
 
+def pictures(folder, count, caption):
+    """Small pictures of one size, each with the same caption."""
+    for number in range(count):
+        Image.new("RGB", (64, 64), (25 * number, 40, 90)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
 def test_weighted_captions_reach_the_loss_from_the_workers(train, shards, tmp_path, monkeypatch):
     """With trained text encoders and accumulation; the loss is that of the weights, and of the ids without brackets."""
-    for number in range(4):
-        Image.new("RGB", (64, 64), (60 * number, 40, 90)).save(tmp_path / f"{number}.png")
-        (tmp_path / f"{number}.txt").write_text("a (red:1.3) cat")
+    pictures(tmp_path, 4, "a (red:1.3) cat")
     found = []
     real = SDXLPretraining.loss
 
@@ -163,6 +169,56 @@ def test_weighted_captions_reach_the_loss_from_the_workers(train, shards, tmp_pa
         for weights in (weights1, weights2):
             assert (weights == 1.3).sum() == 2 and (weights == 1).sum() == 2 * 76
         assert with_weights.item() != without
+
+
+def test_validation_is_written_down_and_changes_nothing(train, tmp_path):
+    """Weights with it and without are the same bit for bit, and so are the numbers of a run that was resumed."""
+    common = ("--train_batch_size=1", "--max_train_steps=3", "--validation_split=0.5", "--save_model_as=safetensors")
+    data = pictures(tmp_path, 4, "a cat")
+    often = ("--validate_every_n_steps=1", f"--logging_dir={tmp_path / 'logs'}", "--save_state_every_n_steps=2")
+    for out, more in (("often", often), ("never", ("--validate_every_n_steps=99",))):
+        status, _, printed = train(*common, *more, out=out, data=data)
+        assert status == 0, printed
+    one, other = (load_file(tmp_path / out / "last.safetensors") for out in ("often", "never"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    lines = metrics(tmp_path / "often")
+    found = [line for line in lines if "loss/validation/step_average" in line]
+    assert [line["step"] for line in found] == [1, 2, 3]
+    losses = [line["loss/validation/step_average"] for line in found]
+    assert len(set(losses)) == 3
+    averages = [line["average_loss"] for line in lines if "average_loss" in line]
+    divergences = [line["loss/validation/step_divergence"] for line in found]
+    assert divergences == pytest.approx([loss - trained for loss, trained in zip(losses, averages, strict=True)])
+    assert not any("validation" in name for line in metrics(tmp_path / "never") for name in line)
+    assert any(b"loss/validation/step_average" in path.read_bytes() for path in (tmp_path / "logs").rglob("events*"))
+
+    state = tmp_path / "often" / "at-step00000002-state"
+    status, _, printed = train(*common, *often, f"--resume={state}", out="often", data=data)
+    assert status == 0, printed
+    again = [line for line in metrics(tmp_path / "often") if "loss/validation/step_average" in line]
+    assert again == found
+
+
+def test_numbers_of_two_moments_compare(train, tmp_path):
+    """At a learning rate of 0 they are the same: each is the mean over the images, in any batches and from caches."""
+    data = pictures(tmp_path, 7, "a cat")
+    numbers = []
+    caches = ("--cache_latents", "--cache_text_encoder_outputs")
+    for out, batch, more in (("few", 2, ()), ("many", 3, caches)):
+        arguments = (
+            f"--train_batch_size={batch}",
+            "--max_train_epochs=2",
+            "--validation_split=0.5",
+            "--learning_rate=0",
+        )
+        status, folder, printed = train(*arguments, *more, out=out, data=data)
+        assert status == 0, printed
+        numbers += [
+            line["loss/validation/epoch_average"] for line in metrics(folder) if "loss/validation/epoch_average" in line
+        ]
+    assert len(numbers) == 4
+    assert numbers == pytest.approx([numbers[0]] * 4, rel=1e-5)
+    assert numbers[0] == numbers[1]
 
 
 def test_what_is_asked_to_train_trains_and_nothing_else_does(train, tiny_sdxl_folder):

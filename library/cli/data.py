@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.cli.address import Address, location
-from library.cli.parser import non_negative_float, non_negative_int, positive_int, rate
+from library.cli.parser import non_negative_float, non_negative_int, positive_int, rate, seed
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 
@@ -46,6 +46,8 @@ class SubsetOptions:
     face_crop_aug_range: tuple[float, float] | None  # crop's shorter side over the face's longer one
     alpha_mask: bool
     resize_interpolation: str | None
+    validation_split: float  # share of the images that is held out
+    validation_seed: int | None  # None: the run's
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class DataOptions:
     prior_loss_weight: float  # of regularisation images
     masked_loss: bool
     debug_dataset: bool
+    validate_every_n_steps: int | None
+    validate_every_n_epochs: int | None
+    max_validation_steps: int | None  # batches
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -151,6 +156,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     _add_caption_arguments(group)
     _add_image_arguments(group)
+    _add_validation_arguments(group)
     group.add_argument(
         "--train_batch_size", type=positive_int, default=1, help="images per device and pass (%(default)s)"
     )
@@ -177,6 +183,27 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=rate,
         default=0.01,
         help="share of samples that may be unusable before the run stops; 0: none, 1: all (%(default)s)",
+    )
+
+
+def _add_validation_arguments(group: _ArgumentGroup) -> None:
+    group.add_argument(
+        "--validation_split",
+        type=rate,
+        default=0.0,
+        help="share of the images that is held out from training, to measure the loss on (%(default)s)",
+    )
+    group.add_argument("--validation_seed", type=seed, help="chooses those images and their noise (default: --seed)")
+    group.add_argument("--validate_every_n_steps", type=positive_int, help="validate each n steps")
+    group.add_argument(
+        "--validate_every_n_epochs",
+        type=positive_int,
+        help="validate each n epochs (default: each epoch, unless steps are given)",
+    )
+    group.add_argument(
+        "--max_validation_steps",
+        type=positive_int,
+        help="validate on that many batches of --train_batch_size at most (default: on all images held out)",
     )
 
 

@@ -102,6 +102,8 @@ _INHERITED: dict[str, tuple[str, Convert]] = {
     "face_crop_aug_range": ("face_crop_aug_range", _face_range),
     "alpha_mask": ("alpha_mask", _flag),
     "resize_interpolation": ("resize_interpolation", _interpolation),
+    "validation_split": ("validation_split", _share),
+    "validation_seed": ("validation_seed", _whole(0)),
 }
 _DATASET: dict[str, tuple[str, Convert]] = {
     "batch_size": ("train_batch_size", _whole(1)),
@@ -116,8 +118,6 @@ _DATASET: dict[str, tuple[str, Convert]] = {
 _NOT_YET: dict[str, tuple[Any, ...]] = {
     "conditioning_data_dir": (),
     "cache_info": (False,),
-    "validation_split": (0,),
-    "validation_seed": (),
     "network_multiplier": (1,),
 }
 
@@ -145,6 +145,9 @@ def data_options(args: Namespace) -> DataOptions:
                 raise InputError(f"--{name} and --dataset_config are two places of the data: give one of them.")
         found = read_dataset_config(args.dataset_config, base)
     subsets = tuple(SubsetOptions(**{name: values[name] for name in names}) for values in found)
+    for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
+        if getattr(args, name) is not None and not any(subset.validation_split for subset in subsets):
+            raise InputError(f"--{name} has nothing to act on without --validation_split; add that, or leave it out.")
     return fill(DataOptions, args, subsets=subsets, train_batch_size=found[0]["train_batch_size"])
 
 

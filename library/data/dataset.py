@@ -20,10 +20,11 @@ from library.data.bucket_rows import Buckets, bucket_rows
 from library.data.buckets import BucketOptions, check_options
 from library.data.cache import NO_CACHES, Caches
 from library.data.captions import CaptionOptions
+from library.data.held_out import Split, ValidationPlan, choices
 from library.data.hub_data import local_data
 from library.data.index import Index, build_index
 from library.data.index_cache import digest
-from library.data.loader import Loader, Share, Tokenize, make_loader
+from library.data.loader import Loader, MicroBatchDataset, Share, Tokenize, make_loader
 from library.data.plan import Plan, repeated
 from library.data.regularisation import balanced, regularisation_lines
 from library.data.report import caption_line, data_report
@@ -55,7 +56,9 @@ class TrainingData:
         first, second, *others = data_report(self.index, self.buckets, self.plan)
         images_SK, samples_SK, is_reg_S = self.buckets.images_SK, self.plan.samples_SK, self.is_reg_S
         reg = regularisation_lines(images_SK, samples_SK, is_reg_S, self.options.prior_loss_weight)
-        return [first, second, *reg, *others]
+        held = int(self.buckets.held_SK.sum())
+        validation = [f"{held} validation images, held out from training (--validation_split)"] if held else []
+        return [first, second, *reg, *validation, *others]
 
     def caption_lines(self, count_tokens: Callable[[Sequence[str]], list[int]], most_tokens: int) -> list[str]:
         """How many captions are cut off; see `library.data.report.caption_line`."""
@@ -75,12 +78,13 @@ class TrainingData:
     def fingerprint(self) -> str:
         """A digest of all that the order of samples depends on, but for seed and global batch.
 
-        It stays when the data is moved, and changes with the images, captions' sources, buckets, windows and what
-        regularisation images are balanced with.
+        It stays when the data is moved, and changes with the images, captions' sources, buckets, windows, what
+        regularisation images are balanced with, and what is held out.
         """
         buckets = [asdict(_bucket_options(subset)) for subset in self.options.subsets]
         balance = [(subset.is_reg, subset.dataset) for subset in self.options.subsets if self.is_reg_S.any()]
-        content = [self.index.fingerprint, buckets, self.plan.window_sources, *balance]
+        splits = [asdict(split) for split in _splits(self.options, self.plan.seed) if self.buckets.held_SK.any()]
+        content = [self.index.fingerprint, buckets, self.plan.window_sources, *balance, *splits]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -147,6 +151,22 @@ class TrainingData:
         """How the samples of each subset are prepared in a run of that many steps."""
         return [_treatment(subset, run_steps, self.options.prior_loss_weight) for subset in self.options.subsets]
 
+    def validation(self, tokenize: Tokenize) -> tuple[ValidationPlan, Loader] | None:
+        """The batches of the images that are held out, and this process's part of them; None if there are none.
+
+        Captions and images are as the data set has them: whole, in their order, without augmentations.
+        """
+        if not self.buckets.held_SK.any():
+            return None
+        seed = _splits(self.options, self.plan.seed)[0].seed
+        batch_size, ranks = self.share.batch_size, self.share.world_size
+        plan = ValidationPlan(self.buckets.held_out, seed, batch_size, self.options.max_validation_steps)
+        treatments = [_validation_treatment(subset) for subset in self.options.subsets]
+        own = Share(batch_size)
+        dataset = MicroBatchDataset(self.index, self.buckets, plan, own, treatments, tokenize, self.caches)
+        end = -(-plan.batches // ranks) * ranks  # as many for each process
+        return plan, Loader(dataset, 1, self.share.rank, end, self.workers, stride=ranks)
+
     @property
     def workers(self) -> int:
         """Processes that read and decode."""
@@ -182,7 +202,9 @@ def prepare_data(
     index = build_index(subsets, progress=_index_bar, between=between)
     check_left_out(index.bad, len(index), options.max_bad_samples)
     _check_faces(index, options.subsets)
-    buckets = bucket_rows(index, bucket_options, _bar("buckets"), between)
+    splits = _splits(options, seed)
+    held_out = choices(index, splits) if any(split.share for split in splits) else None
+    buckets = bucket_rows(index, bucket_options, _bar("buckets"), between, held_out)
     samples_SK = balanced(
         repeated(buckets.images_SK, index.repeats_S),
         _of_sources(index, [subset.is_reg for subset in options.subsets]),
@@ -234,6 +256,17 @@ def _subset(options: SubsetOptions, config: Path | None, between: Callable[[], N
     )
 
 
+def _splits(options: DataOptions, seed: int) -> list[Split]:
+    """What is held out of each subset; of regularisation images nothing."""
+    return [
+        Split(
+            0.0 if subset.is_reg else subset.validation_split,
+            seed if subset.validation_seed is None else subset.validation_seed,
+        )
+        for subset in options.subsets
+    ]
+
+
 def _of_sources(index: Index, of_subsets: Sequence[Any]) -> np.ndarray:
     """What is known of subsets, for each source."""
     return np.array(of_subsets)[[source.subset for source in index.sources]]
@@ -283,6 +316,21 @@ def _treatment(options: SubsetOptions, run_steps: int, prior_loss_weight: float)
         resize_interpolation=None if interpolation is None else FILTERS[interpolation],
     )
     return Treatment(captions, prior_loss_weight if options.is_reg else 1.0, images=images)
+
+
+def _validation_treatment(options: SubsetOptions) -> Treatment:
+    """As in training, but nothing is shuffled, left out, held back or augmented."""
+    trained = _treatment(options, 0, 1.0)
+    captions = replace(
+        trained.captions,
+        shuffle_caption=False,
+        token_warmup_steps=0.0,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0.0,
+    )
+    images = replace(trained.images, flip_aug=False, color_aug=False, random_crop=False, face_crop_aug_range=None)
+    return Treatment(captions, images=images)
 
 
 def _index_bar(subset: Subset) -> Callable[[int, int], None]:

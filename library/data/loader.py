@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from library.data.bucket_rows import Buckets
 from library.data.cache import MEND_CACHE, NO_CACHES, Caches, DamagedEntryError
 from library.data.decode import Fit, SampleError
+from library.data.held_out import ValidationPlan
 from library.data.index import Index
 from library.data.permutation import ROUNDS, permute
 from library.data.plan import Plan
@@ -126,7 +127,7 @@ class MicroBatchDataset(Dataset):
         self,
         index: Index,
         buckets: Buckets,
-        plan: Plan,
+        plan: Plan | ValidationPlan,
         share: Share,
         treatments: Sequence[Treatment],
         tokenize: Tokenize | None = None,
@@ -332,7 +333,7 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 
 @dataclass(frozen=True)
 class Loader:
-    """An iterable of the micro-batches of the steps start_step … end_step - 1, in order.
+    """An iterable of the micro-batches of the steps start_step … end_step - 1, in order; each stride-th of them.
 
     Attributes:
         dataset: item i is micro-batch i % accumulation of step i // accumulation.
@@ -345,9 +346,14 @@ class Loader:
     end_step: int
     workers: int
     handed_over: Callable[[MicroBatch], None] = lambda batch: None
+    stride: int = 1
 
     def __len__(self) -> int:
-        return (self.end_step - self.start_step) * self.accumulation
+        return len(self._items)
+
+    @property
+    def _items(self) -> range:
+        return range(self.start_step * self.accumulation, self.end_step * self.accumulation, self.stride)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Read ahead and yield.
@@ -359,7 +365,7 @@ class Loader:
         loader = DataLoader(
             _Reporting(self.dataset),
             batch_size=None,  # the dataset's items are batches already
-            sampler=range(self.start_step * self.accumulation, self.end_step * self.accumulation),
+            sampler=self._items,
             num_workers=workers,
             prefetch_factor=_PREFETCH if workers else None,
             worker_init_fn=_leave_signals_to_the_main_process,

@@ -290,6 +290,7 @@ def _check_subset(options: SubsetOptions, flag: str) -> None:
             options.bucket_no_upscale and options.enable_bucket,
             "its buckets follow from the sizes of all images",
         ),
+        ("--validation_split", options.validation_split > 0, "what is held out is chosen among all images"),
     ]
     for option, given, why in needs:
         if given:

@@ -34,7 +34,7 @@ from library.errors import InputError, TrainingError
 from library.models.attention import report as attention_report
 from library.models.token_counts import TokenCounter
 from library.signals import Signals
-from library.training import loop
+from library.training import loop, validation
 from library.training.agreement import check_agreement, describe_run
 from library.training.caching import Encoders, make_caches
 from library.training.companions import Companions, Progress, companions
@@ -69,6 +69,7 @@ from library.training.state_choice import clear_left_behind, obsolete
 from library.training.state_files import StateInfo, read_state
 from library.training.state_writer import StateWriter
 from library.training.states import Resumed, StateCadence, States, data_positions
+from library.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Surroundings:
         return self.accelerator.device
 
 
-class Task(loop.Task, Protocol):
+class Task(loop.Task, validation.Task, Protocol):
     """A loop's task that also says what trains and how captions become token ids."""
 
     @property
@@ -261,6 +262,7 @@ def _train(
             states,
             surroundings.signals,
             surroundings.progress,
+            _validator(task, data, surroundings, writer),
         )
         if resumed is not None:
             trainer.resume(resumed)
@@ -300,6 +302,18 @@ def _show_data(
     page = options.saving.output_dir / "debug_dataset" / "index.html"
     with worker_deaths_reported():
         write_contact_sheet(page, batches(), counter, counter.most)
+
+
+def _validator(task: Task, data: TrainingSet, surroundings: Surroundings, writer: MetricsWriter) -> Validator | None:
+    """What measures the loss on the images that are held out, if there are any."""
+    if not isinstance(data, TrainingData):
+        return None  # a stream, of which nothing is held out
+    found = data.validation(task.tokenize)
+    if found is None:
+        return None
+    steps, epochs = data.options.validate_every_n_steps, data.options.validate_every_n_epochs
+    cadence = Cadence(steps, epochs if steps or epochs else 1)
+    return Validator(task, surroundings.accelerator, *found, cadence, writer, surroundings.signals)
 
 
 def _states(options: Options, parallel: Replicated, data: TrainingSet, surroundings: Surroundings) -> States:

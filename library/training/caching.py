@@ -253,7 +253,8 @@ def _latent_bytes(data: TrainingData, encoders: Encoders) -> int:
     buckets = data.buckets
     sizes_K = np.array([encoders.image_bytes(*buckets.size(bucket)) for bucket in range(len(buckets.sizes_K2))])
     variants_S = np.array([1 + data.options.subsets[source.subset].flip_aug for source in data.index.sources])
-    return int(variants_S @ buckets.images_SK.astype(np.int64) @ sizes_K)
+    images_SK = buckets.images_SK.astype(np.int64) + buckets.held_SK
+    return int(variants_S @ images_SK @ sizes_K)
 
 
 def _check_bad(data: TrainingData, bad: dict[int, str], options: Options) -> None:

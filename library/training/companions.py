@@ -27,8 +27,17 @@ _SILENT_S = 5.0  # a process that writes nothing for so long is stopped, dead or
 _WARN_AT = 0.9  # of the time-out: the backend's own, when it comes, may end the process without a word
 _STOP_KEY = "companions/stop"
 # In the order in which a step goes through them; the last one is the only one in which nobody waits for the process.
-PHASES = ("preparing", "filling caches", "reading data", "training", "saving", "sampling", "waiting for the others")
-PREPARING, CACHING, READING, TRAINING, SAVING, SAMPLING, WAITING = PHASES
+PHASES = (
+    "preparing",
+    "filling caches",
+    "reading data",
+    "training",
+    "validating",
+    "saving",
+    "sampling",
+    "waiting for the others",
+)
+PREPARING, CACHING, READING, TRAINING, VALIDATING, SAVING, SAMPLING, WAITING = PHASES
 
 
 @dataclass

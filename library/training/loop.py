@@ -25,13 +25,14 @@ from library.data.loader import MicroBatch
 from library.data.training_set import Epochs
 from library.errors import Stopped, TrainingError
 from library.signals import Signals
-from library.training.companions import READING, SAMPLING, SAVING, TRAINING, WAITING, Progress
+from library.training.companions import READING, SAMPLING, SAVING, TRAINING, VALIDATING, WAITING, Progress
 from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
 from library.training.optimizers import set_schedule
 from library.training.quarantine import Quarantine
 from library.training.saving import AVERAGE_SUFFIX
 from library.training.sharding import Replicated
 from library.training.states import RUN, Resumed, States, parts_by_process
+from library.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class Trainer:
         states: States,
         signals: Signals,
         progress: Progress | None = None,
+        validator: Validator | None = None,
     ) -> None:
         """
         Args:
@@ -117,6 +119,7 @@ class Trainer:
         self.optimizer, self.schedule = parallel.optimizer, parallel.schedule
         self.epochs, self.options, self.writer = epochs, options, writer
         self.states, self.signals, self.progress = states, signals, progress or Progress()
+        self.validator = validator
         self.start_step = 0
         self.speed, self.average = SpeedMeter(), MovingAverage()
         self.overflows = self.not_updated = self.not_finite_running = 0
@@ -273,6 +276,10 @@ class Trainer:
         """Save and sample where it is due."""
         epoch = self.epochs.epoch_of_step(steps_done - 1) + 1
         epochs_done = epoch if self.epochs.steps_before_epoch(epoch) == steps_done else None
+        if self.validator is not None:  # before a state is saved, which says that this step is done with
+            self.progress.phase = VALIDATING
+            ends = epochs_done is not None
+            self.validator.run_if_due(self.parallel.module, steps_done, epoch, ends, self.average.value)
         for stem in self.options.checkpoints_due(steps_done, epochs_done):
             self.save(stem)
             if self.states.cadence.with_checkpoints:

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,16 @@ class MetricsWriter:
             {name: "nan" if value is None else f"{value:.4g}" for name, value in shown.items()}, refresh=False
         )
         self.bar.update(1)
+
+    def write_values(self, step: int, epoch: int, values: Mapping[str, float | None]) -> None:
+        """Record what is measured besides at a step, by TensorBoard's names: a line of its own in metrics.jsonl."""
+        if not self.main:
+            return
+        self._file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if self._board is not None and value is not None:
+                self._board.add_scalar(name, value, step)
 
     def write_text(self, line: str) -> None:
         """Print a line above the bar."""

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ from library.training.sdxl_encoders import SDXLEncoders
 from library.training.sharding import sharding_kind
 
 logger = logging.getLogger(__name__)
+
+VALIDATION_TIMESTEPS = 4  # 200, 400, 600 and 800 of 1000, as in the reference
 
 
 def load_token_counter(options: ModelOptions) -> TokenCounter:
@@ -167,10 +170,34 @@ class SDXLPretraining:
         2208.12242, equation 2) weighs the prior-preservation term by λ. A mask weighs each latent pixel's error.
         """
         places = batch.places_B.tolist()
-        latents_BCHW = self._latents(batch, places)
-        shape_CHW = (latents_BCHW.shape[1], latents_BCHW.shape[2], latents_BCHW.shape[3])
-        noise_BCHW = normal(self.seed, Stream.NOISE, batch.step, places, shape_CHW).to(self.device)
-        t_B = timesteps(self.seed, batch.step, places, self.schedule.timesteps).to(self.device)
+        shape_CHW = self._noise_shape(batch)
+        latents_BCHW = self._latents(batch, normal(self.seed, Stream.VAE, batch.step, places, shape_CHW))
+        noise_BCHW = normal(self.seed, Stream.NOISE, batch.step, places, shape_CHW)
+        t_B = timesteps(self.seed, batch.step, places, self.schedule.timesteps)
+        return (
+            self._losses(module, batch, latents_BCHW, noise_BCHW, t_B) * batch.loss_weights_B.to(self.device)
+        ).mean()
+
+    def validation_losses(self, module: nn.Module, batch: MicroBatch, seed: int, numbers: range) -> Tensor:
+        """Each sample's mean loss at four timesteps that divide the schedule evenly, its noise keyed by its number.
+
+        A batch may hold more samples than there are numbers: those beyond are not looked at.
+        """
+        keys = [*numbers, *[0] * (len(batch) - len(numbers))]
+        shape_CHW = self._noise_shape(batch)
+        latents_BCHW = self._latents(batch, normal(seed, Stream.VALIDATION_VAE, 0, keys, shape_CHW))
+        times = np.linspace(0, self.schedule.timesteps, VALIDATION_TIMESTEPS + 2, dtype=int)[1:-1].tolist()
+        losses = []
+        for time in times:
+            noise_BCHW = normal(seed, Stream.VALIDATION_NOISE, time, keys, shape_CHW)
+            losses.append(self._losses(module, batch, latents_BCHW, noise_BCHW, torch.full((len(batch),), time)))
+        return torch.stack(losses).mean(dim=0)[: len(numbers)]
+
+    def _losses(
+        self, module: nn.Module, batch: MicroBatch, latents_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor
+    ) -> Tensor:
+        """(B,) mean squared error of each sample's prediction; noise and timesteps come from the CPU."""
+        noise_BCHW, t_B = noise_BCHW.to(self.device), t_B.to(self.device)
         noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, t_B)
         ids1_BK77, ids2_BK77, weights = (None, None, None) if batch.text else self._on_device(batch.ids)
         text = tuple(part.to(self.device) for part in batch.text) if batch.text else None
@@ -180,18 +207,20 @@ class SDXLPretraining:
         loss_BCHW = nn.functional.mse_loss(predicted_BCHW.float(), target_BCHW, reduction="none")
         if batch.masks_BHW is not None:
             loss_BCHW = loss_BCHW * latent_weights(batch.masks_BHW, noisy_BCHW.shape[2:]).to(self.device)
-        return (loss_BCHW.mean(dim=(1, 2, 3)) * batch.loss_weights_B.to(self.device)).mean()
+        return loss_BCHW.mean(dim=(1, 2, 3))
 
     def _on_device(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Both encoders' token ids, and their weights if there are any."""
         ids1_BK77, ids2_BK77, *weights = (tensor.to(self.device) for tensor in tokens)
         return ids1_BK77, ids2_BK77, (weights[0], weights[1]) if weights else None
 
-    def _latents(self, batch: MicroBatch, places: Sequence[int]) -> Tensor:
-        """The images' latents (B, C, H, W), drawn from the VAE's posterior."""
+    def _noise_shape(self, batch: MicroBatch) -> tuple[int, int, int]:
+        """(C, H, W) of the batch's latents."""
         height_px, width_px = (int(side) for side in batch.size_ids_B6[0, 4:])  # the bucket's
-        shape_CHW = self._latent_shape(height_px, width_px)
-        noise_BCHW = normal(self.seed, Stream.VAE, batch.step, places, shape_CHW)
+        return self._latent_shape(height_px, width_px)
+
+    def _latents(self, batch: MicroBatch, noise_BCHW: Tensor) -> Tensor:
+        """The images' latents (B, C, H, W), drawn from the VAE's posterior by noise from the CPU."""
         if batch.moments is not None:
             mean_BCHW, std_BCHW = batch.moments
             return self.encoders.cached_latents(mean_BCHW, std_BCHW, noise_BCHW)

@@ -136,7 +136,7 @@ def test_what_is_not_there_yet_is_refused_where_it_is_asked_for(tmp_path, value)
             config(subset={"conditioning_data_dir": "x"}),
             r"conditioning_data_dir .* not available here yet",
         ),
-        (config(general={"validation_split": 0.1}), r"validation_split in \[general\] is not available"),
+        (config(general={"cache_info": True}), r"cache_info in \[general\] is not available"),
         ({"datasets": [{"subsets": [{"image_dir": "a"}]}]}, r"\[\[datasets\]\] 1 has no resolution"),
         ({"datasets": [{"resolution": 64, "subsets": [{}]}]}, r"1 of \[\[datasets\]\] 1 lacks image_dir"),
         ({"datasets": [{"resolution": 64}]}, r"no subsets of \[\[datasets\]\] 1"),

@@ -330,6 +330,7 @@ class TestBefore:
             ("--in_json=x.json", r"--in_json \(metadata_file\) needs an index"),
             ("--dataset_repeats=2", r"--dataset_repeats \(num_repeats\) needs an index"),
             ("--bucket_no_upscale", "--bucket_no_upscale needs an index"),
+            ("--validation_split=0.1", "--validation_split needs an index"),
             ("--shuffle_window_shards=4", "--shuffle_window_shards is for data with an index"),
         ],
     )

@@ -2,8 +2,8 @@
 
     torchrun ... sharding_child.py MODEL_FOLDER CASES.json OUTPUT_FOLDER
 
-For each case the main process writes {name}.safetensors (the whole weights) and {name}.json (a line of metrics a step,
-and the bytes of optimizer state of every process).
+For each case the main process writes {name}.safetensors (the whole weights) and {name}.json (a line of metrics a step
+and one a validation, and the bytes of optimizer state of every process).
 """
 
 import json
@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import nn
 
+from library.data.held_out import ValidationPlan
 from library.models.checkpoint import load_sdxl
 from library.models.conditioned_unet import ConditionedUNet
 from library.signals import Signals
@@ -23,9 +25,11 @@ from library.training.loop import LoopOptions, Trainer
 from library.training.metrics import MetricsWriter
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
+from library.training.saving import Cadence
 from library.training.sharding import shard
 from library.training.state_writer import StateWriter
 from library.training.states import StateCadence, States
+from library.training.validation import Validator
 from third_patch import PATCHES, apply
 
 GLOBAL_BATCH = 12  # 1, 2 or 4 processes with 1 or 3 micro-batches divide it
@@ -41,6 +45,14 @@ class NoisePrediction:
     def loss(self, module, batch):
         predicted = module(*(part.to(self.device) for part in batch.inputs))
         return nn.functional.mse_loss(predicted.float(), batch.target.to(self.device))
+
+    def validation_losses(self, module, batch, seed, numbers):
+        """Five samples of their own, in the batches that the plan makes of them."""
+        whole = sample(seed)
+        places = [*numbers, *[0] * (2 - len(numbers))]
+        predicted = module(*(part[places].to(self.device) for part in whole.inputs))
+        losses = (predicted.float() - whole.target[places].to(self.device)).square().mean(dim=(1, 2, 3))
+        return losses[: len(numbers)]
 
     def save(self, stem, module):
         self.saved[stem] = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
@@ -77,6 +89,23 @@ def micro_batches(steps, accumulation, rank, processes):
             part = slice(micro * size + rank, (micro + 1) * size, processes)
             inputs, target = tuple(one[part] for one in whole.inputs), whole.target[part]
             yield SimpleNamespace(step=step, inputs=inputs, target=target, names=["?"], quarantined=[], replaced=0)
+
+
+class FiveRows:
+    """What validation is done on: as many rows, in two buckets."""
+
+    images_SK = np.array([[2, 0], [1, 2]])
+
+    def rows(self, bucket, source, places):
+        return places
+
+
+def validator(task, accelerator, writer):
+    plan = ValidationPlan(FiveRows(), 99, 2)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    steps = range(rank, -(-plan.batches // processes) * processes, processes)
+    batches = [SimpleNamespace(step=step, quarantined=[]) for step in steps]
+    return Validator(task, accelerator, plan, batches, Cadence(10), writer, Signals())
 
 
 class OneEpoch:
@@ -119,7 +148,8 @@ def train(accelerator, model_folder, case, out):
     writer = MetricsWriter(folder, None, steps, accelerator.is_main_process)
     task = NoisePrediction(accelerator.device)
     states = quiet_states(parallel, folder)
-    trainer = Trainer(task, accelerator, parallel, OneEpoch(), options, writer, states, Signals())
+    validates = validator(task, accelerator, writer)
+    trainer = Trainer(task, accelerator, parallel, OneEpoch(), options, writer, states, Signals(), validator=validates)
     rank, processes = accelerator.process_index, accelerator.num_processes
     trainer.train(micro_batches(steps, case["accumulation"], rank, processes))
     trainer._preview(["preview"], steps)
@@ -128,7 +158,9 @@ def train(accelerator, model_folder, case, out):
     held = gather_object([state_bytes(parallel)])
     if accelerator.is_main_process:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        (out / f"{case['name']}.json").write_text(json.dumps({"steps": lines, "state_bytes": held}))
+        step_lines = [line for line in lines if "loss" in line]
+        found = {"steps": step_lines, "validations": [line for line in lines if "loss" not in line]}
+        (out / f"{case['name']}.json").write_text(json.dumps({**found, "state_bytes": held}))
         save_file(task.saved["whole"], out / f"{case['name']}.safetensors")
         save_file({"preview": task.saved["preview"]}, out / f"{case['name']}.preview.safetensors")
     accelerator.free_memory()

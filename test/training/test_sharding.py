@@ -57,10 +57,15 @@ def trained(tiny_sdxl_folder, tmp_path_factory):
 
 
 def assert_the_same_training(folder, name, reference_folder, reference_name):
-    one, reference = (
-        json.loads((place / f"{stem}.json").read_text())["steps"]
+    found, expected = (
+        json.loads((place / f"{stem}.json").read_text())
         for place, stem in ((folder, name), (reference_folder, reference_name))
     )
+    one, reference = found["steps"], expected["steps"]
+    assert [line["step"] for line in expected["validations"]] == [10, 20]
+    for mine, theirs in zip(found["validations"], expected["validations"], strict=True):
+        key = "loss/validation/step_average"
+        assert mine[key] == pytest.approx(theirs[key], rel=1e-4), name
     assert len(one) == len(reference) == 20
     for mine, theirs in zip(one, reference, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), name

@@ -1,0 +1,93 @@
+"""The loss on images that are held out from training, at fixed timesteps with keyed noise, so that moments compare."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from library.data.held_out import ValidationPlan
+from library.data.loader import MicroBatch
+from library.signals import Signals
+from library.training.metrics import MetricsWriter, finite_or_none
+from library.training.saving import Cadence
+
+
+class Task(Protocol):
+    """What a validation needs of a task."""
+
+    def validation_losses(self, module: nn.Module, batch: MicroBatch, seed: int, numbers: range) -> Tensor:
+        """(B',) losses of the first samples of a batch, which have these numbers among all; the same at each call."""
+
+
+@dataclass
+class Validator:
+    """Measures the loss when it is due; leaves nothing behind that training could notice. Every process has one.
+
+    Attributes:
+        batches: this process's, the same number on each.
+        cadence: without one, after each epoch.
+    """
+
+    task: Task
+    accelerator: Accelerator
+    plan: ValidationPlan
+    batches: Iterable[MicroBatch]
+    cadence: Cadence
+    writer: MetricsWriter
+    signals: Signals
+
+    def run_if_due(self, module: nn.Module, steps_done: int, epoch: int, epoch_ends: bool, train_loss: float) -> None:
+        """Measure and write down, if this step or this end of an epoch asks for it.
+
+        Args:
+            epoch: that the step belongs to, from 1.
+            train_loss: the average loss of training, to compare with.
+        """
+        due = ["step"] if self.cadence.step_is_due(steps_done) else []
+        if epoch_ends and self.cadence.epoch_is_due(epoch):
+            due.append("epoch")
+        loss = self._measure(module) if due else None
+        if loss is None:
+            return
+        values = {}
+        for kind in due:
+            values[f"loss/validation/{kind}_average"] = finite_or_none(loss)
+            values[f"loss/validation/{kind}_divergence"] = finite_or_none(loss - train_loss)
+        self.writer.write_values(steps_done, epoch, values)
+        self.writer.write_text(f"validation loss after step {steps_done}: {loss:.4f}")
+
+    def _measure(self, module: nn.Module) -> float | None:
+        """The mean over all images that are held out, of all processes; None if a signal asks to stop."""
+        modes = [(part, part.training) for part in module.modules()]  # those of frozen parts differ
+        module.eval()
+        total, count = 0.0, 0
+        try:
+            with torch.no_grad():
+                for batch in self.batches:
+                    if self._stop_asked():
+                        return None
+                    for name, reason in batch.quarantined:
+                        self.writer.write_text(f"validation: {name} stands for another image or is left out: {reason}")
+                    numbers = self.plan.numbers(batch.step)
+                    # Also where nothing counts: with sharded weights all processes have to compute together.
+                    losses_B = self.task.validation_losses(module, batch, self.plan.seed, numbers)
+                    total += float(losses_B.sum())
+                    count += len(numbers)
+        finally:
+            for part, was_training in modes:
+                part.training = was_training
+        sums = torch.tensor([total, count], dtype=torch.float32, device=self.accelerator.device)
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return total / count if count else math.nan
+
+    def _stop_asked(self) -> bool:
+        """Whether a signal asks any process to stop."""
+        asked = torch.tensor([self.signals.stop_signal or 0], device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
