@@ -1,5 +1,8 @@
 """Which device a process gets."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -31,3 +34,30 @@ def test_without_an_accelerator_it_is_the_cpu(monkeypatch):
     assert device.default_device() == torch.device("cpu")
     assert device.initial_loss_scale(torch.device("cpu")) == 2.0**16
     assert device.peak_memory_bytes(torch.device("cpu")) > 2**20
+
+
+_FAULTS = """
+import resource, torch
+from library import device
+device.keep_freed_memory(torch.device({kind!r}))
+def step():
+    return [torch.ones(2**20) for _ in range(40)]  # 160 MiB, freed together
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_on_the_cpu_a_step_gets_the_pages_again_that_the_last_one_freed():
+    """As it is without, whole steps' memory goes back to the system, and each page of 4 KiB is faulted in again."""
+
+    def faults(kind):
+        command = [sys.executable, "-c", _FAULTS.format(kind=kind)]
+        return int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+    assert faults("cpu") < 1000
+    assert faults("meta") > 10 * max(faults("cpu"), 100)

@@ -8,6 +8,7 @@ time embedding, V width of the vector conditions, X width of the text context.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from library.errors import InputError
 from library.models.attention import attention, check_name
+from library.models.lean import normed_convolution, normed_feed_forward, normed_linears
+from library.models.products import Linear
 
 NORM_GROUPS = 32
 SIZE_EMBEDDING_DIM = 256  # SDXL embeds each of the six size conditions this wide: 2816 = 1280 + 6·256
@@ -116,51 +119,53 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
-        h_BCHW = self.in_layers(x_BCHW) + self.emb_layers(emb_BE)[:, :, None, None]
-        return self.skip_connection(x_BCHW) + self.out_layers(h_BCHW)
+        inner: Any = self.in_layers
+        outer: Any = self.out_layers
+        h_BCHW = normed_convolution(x_BCHW, inner[0], inner[2]) + self.emb_layers(emb_BE)[:, :, None, None]
+        return self.skip_connection(x_BCHW) + normed_convolution(h_BCHW, outer[0], outer[3])
 
 
 class Attention(nn.Module):
-    """Multi-head attention from image tokens to image tokens or to the text."""
+    """Multi-head attention from image tokens, after their norm, to themselves or to the text."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
+    def __init__(self, channels: int, context_dim: int | None, heads: int) -> None:
+        """`context_dim`: width of the text's states; None for attention of the image tokens to themselves."""
         super().__init__()
-        self.heads = heads
+        self.heads, self.to_text = heads, context_dim is not None
         self.backend = "sdpa"
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        self.to_q = Linear(channels, channels, bias=False)
+        self.to_k = Linear(context_dim or channels, channels, bias=False)
+        self.to_v = Linear(context_dim or channels, channels, bias=False)
+        self.to_out = nn.Sequential(Linear(channels, channels))
 
-    def forward(self, x_BLC: Tensor, context_BTX: Tensor) -> Tensor:
-        split = (self.heads, -1)
-        q_BLND = self.to_q(x_BLC).unflatten(-1, split)
-        k_BTND = self.to_k(context_BTX).unflatten(-1, split)
-        v_BTND = self.to_v(context_BTX).unflatten(-1, split)
+    def forward(self, x_BLC: Tensor, norm: nn.LayerNorm, context_BTX: Tensor) -> Tensor:
+        if self.to_text:
+            (q_BLC,) = normed_linears(x_BLC, norm, self.to_q)
+            k_BTC, v_BTC = self.to_k(context_BTX), self.to_v(context_BTX)
+        else:
+            q_BLC, k_BTC, v_BTC = normed_linears(x_BLC, norm, self.to_q, self.to_k, self.to_v)
+        q_BLND, k_BTND, v_BTND = (one.unflatten(-1, (self.heads, -1)) for one in (q_BLC, k_BTC, v_BTC))
         return self.to_out(attention(q_BLND, k_BTND, v_BTND, self.backend).flatten(-2))
 
 
 class GEGLU(nn.Module):
-    """A linear layer gated by the GELU of another (Shazeer 2020, equation 6), both held in one matrix."""
+    """The matrix of a linear layer gated by the GELU of another; the feed-forward computes with it."""
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
         self.proj = nn.Linear(channels, 2 * inner)
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        value, gate = self.proj(x_BLC).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width, and back."""
+    """After a norm, GEGLU to four times the width, and back."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.net(x_BLC)
+    def forward(self, x_BLC: Tensor, norm: nn.LayerNorm) -> Tensor:
+        net: Any = self.net
+        return normed_feed_forward(x_BLC, norm, net[0].proj, net[2])
 
 
 class TransformerBlock(nn.Module):
@@ -168,7 +173,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
-        self.attn1 = Attention(channels, channels, heads)
+        self.attn1 = Attention(channels, None, heads)
         self.attn2 = Attention(channels, context_dim, heads)
         self.ff = FeedForward(channels)
         self.norm1 = nn.LayerNorm(channels)
@@ -176,10 +181,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
 
     def forward(self, x_BLC: Tensor, context_BTX: Tensor) -> Tensor:
-        normed_BLC = self.norm1(x_BLC)
-        x_BLC = x_BLC + self.attn1(normed_BLC, normed_BLC)
-        x_BLC = x_BLC + self.attn2(self.norm2(x_BLC), context_BTX)
-        return x_BLC + self.ff(self.norm3(x_BLC))
+        x_BLC = x_BLC + self.attn1(x_BLC, self.norm1, context_BTX)
+        x_BLC = x_BLC + self.attn2(x_BLC, self.norm2, context_BTX)
+        return x_BLC + self.ff(x_BLC, self.norm3)
 
 
 class SpatialTransformer(nn.Module):
@@ -190,11 +194,11 @@ class SpatialTransformer(nn.Module):
         self.linear = config.use_linear_in_transformer
         self.checkpointing = False
         self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, config.context_dim, config.heads(channels)) for _ in range(depth)
         )
-        self.proj_out = _zeroed(nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1))
+        self.proj_out = _zeroed(Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1))
 
     def forward(self, x_BCHW: Tensor, context_BTX: Tensor) -> Tensor:
         h_BCHW = self.norm(x_BCHW)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from library import device as devices
 from library.atomic_write import remove
 from library.cli.optimization import OptimizationOptions
 from library.cli.options import Options
@@ -143,6 +144,7 @@ def run(
     """
     with ExitStack() as stack:
         accelerator = make_accelerator(options.run.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
+        devices.keep_freed_memory(accelerator.device)
         beside = companions(accelerator.process_index, accelerator.num_processes, signals, 60 * options.run.ddp_timeout)
         stack.enter_context(beside)
         stack.enter_context(_waiting_explained(beside))

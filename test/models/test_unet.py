@@ -106,11 +106,14 @@ def test_outputs_and_all_gradients_are_those_of_diffusers(pair, rows, columns, c
 
     assert relative(found, expected) < 1e-4
     assert len(found_gradients) == len(expected_gradients)
-    wrong = {
-        name: relative(gradient, expected_gradients[names.get(name, name)])
-        for name, gradient in found_gradients.items()
-        if relative(gradient, expected_gradients[names.get(name, name)]) > 1e-4
-    }
+    # What a norm of one channel a group removes again has gradient zero, and what is computed of it is rounding.
+    rounding = 1e-7 * float(torch.stack([one.norm() for one in expected_gradients.values()]).norm())
+    wrong = []
+    for name, gradient in found_gradients.items():
+        wanted = expected_gradients[names.get(name, name)]
+        assert gradient.shape == wanted.shape
+        if (gradient - wanted).norm() > 1e-4 * wanted.norm() + rounding:
+            wrong.append(name)
     assert not wrong
 
 

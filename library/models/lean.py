@@ -1,0 +1,221 @@
+"""A norm and what follows it as one autograd function, which keeps the norm's input and recomputes the cheap rest.
+
+torch keeps the input of a norm, its output and each activation's after it for backward. These functions keep their
+inputs (the feed-forward its first product, too) and compute norms and activations again: a few per cent of a step's
+time for a third of its activations. Under autocast a norm is computed in fp32 and the product in half, as autocast has
+it; weights are cast anew for backward instead of being kept in half.
+Legend: B batch, C channels, H W latent rows and columns, L tokens, N K channels out of and into a linear layer.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from library.models.products import (
+    bias_gradient,
+    convolution,
+    convolution_gradients,
+    linear,
+    linear_input_gradient,
+    linear_weight_gradient,
+)
+
+_ATEN = torch.ops.aten
+
+
+def normed_convolution(x_BCHW: Tensor, norm: nn.GroupNorm, convolution: nn.Conv2d) -> Tensor:
+    """convolution(silu(norm(x))), the convolution 3×3 and padded by one."""
+    return _NormedConvolution.apply(
+        _precision(x_BCHW), norm.num_groups, norm.eps, x_BCHW, norm.weight, norm.bias, *_parameters(convolution)
+    )
+
+
+def normed_linears(x_BLC: Tensor, norm: nn.LayerNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Each layer's product with norm(x); the layers have no bias."""
+    weights = [layer.weight for layer in layers]
+    return _NormedLinears.apply(_precision(x_BLC), norm.eps, x_BLC, norm.weight, norm.bias, *weights)
+
+
+def normed_feed_forward(x_BLC: Tensor, norm: nn.LayerNorm, inner: nn.Linear, outer: nn.Linear) -> Tensor:
+    """outer(value · gelu(gate)), where value and gate are the halves of inner(norm(x)) (Shazeer 2020, equation 6)."""
+    return _NormedFeedForward.apply(
+        _precision(x_BLC), norm.eps, x_BLC, norm.weight, norm.bias, *_parameters(inner), *_parameters(outer)
+    )
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """What norms and what products are computed in."""
+
+    device_type: str
+    norm: torch.dtype
+    product: torch.dtype
+
+    def autocast_off(self) -> Any:
+        if not torch.amp.is_autocast_available(self.device_type):  # the meta device
+            return nullcontext()
+        return torch.autocast(self.device_type, enabled=False)
+
+
+def _precision(x: Tensor) -> _Precision:
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return _Precision(kind, torch.float32, torch.get_autocast_dtype(kind))
+    return _Precision(kind, x.dtype, x.dtype)
+
+
+def _parameters(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    return layer.weight, layer.bias
+
+
+class _NormedConvolution(torch.autograd.Function):
+    """GroupNorm, SiLU, convolution; keeps the norm's input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, precision: _Precision, groups: int, eps: float, x_BCHW: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        norm_weight, norm_bias, weight, bias = parameters
+        ctx.precision, ctx.groups, ctx.eps = precision, groups, eps
+        ctx.save_for_backward(x_BCHW, norm_weight, norm_bias, weight)
+        with precision.autocast_off():  # group norms' own kernels read rows of a channel together
+            x_BCHW, norm_weight, norm_bias = _to(precision.norm, x_BCHW.contiguous(), norm_weight, norm_bias)
+            active_BCHW = F.silu(F.group_norm(x_BCHW, groups, norm_weight, norm_bias, eps), inplace=True)
+            return convolution(*_to(precision.product, active_BCHW, weight, bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BOHW: Tensor) -> tuple[Tensor | None, ...]:
+        x_BCHW, norm_weight, norm_bias, weight = ctx.saved_tensors
+        precision: _Precision = ctx.precision
+        _, _, _, for_x, for_norm_weight, for_norm_bias, for_weight, for_bias = ctx.needs_input_grad
+        shape, dtypes = x_BCHW.shape, [one.dtype for one in (x_BCHW, norm_weight, norm_bias, weight, weight)]
+        inner = for_x or for_norm_weight or for_norm_bias
+        with precision.autocast_off():
+            x_BCHW, norm_weight, norm_bias = _to(precision.norm, x_BCHW.contiguous(), norm_weight, norm_bias)
+            sizes = (shape[0], shape[1], shape[2:].numel())
+            normed_BCHW, mean, rstd = _ATEN.native_group_norm(
+                x_BCHW, norm_weight, norm_bias, *sizes, ctx.groups, ctx.eps
+            )
+            active_BCHW, weight = _to(precision.product, F.silu(normed_BCHW), weight)
+            grad_BCHW, grad_weight, grad_bias = convolution_gradients(
+                grad_BOHW.to(precision.product).contiguous(), active_BCHW, weight, (inner, for_weight, for_bias)
+            )
+            del active_BCHW
+            gradients = [None, None, None, grad_weight, grad_bias]
+            if grad_BCHW is not None:
+                grad_BCHW = _ATEN.silu_backward(grad_BCHW.to(precision.norm), normed_BCHW).contiguous()
+                wanted = [for_x, for_norm_weight, for_norm_bias]
+                gradients[:3] = _ATEN.native_group_norm_backward(
+                    grad_BCHW, x_BCHW, mean, rstd, norm_weight, *sizes, ctx.groups, wanted
+                )
+            return None, None, None, *_back_to(dtypes, gradients)
+
+
+class _NormedLinears(torch.autograd.Function):
+    """LayerNorm and linear layers side by side; keeps the norm's input."""
+
+    @staticmethod
+    def forward(ctx: Any, precision: _Precision, eps: float, x_BLC: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        norm_weight, norm_bias, *weights = parameters
+        ctx.precision, ctx.eps = precision, eps
+        ctx.save_for_backward(x_BLC, norm_weight, norm_bias, *weights)
+        with precision.autocast_off():
+            normed_BLC = _normed(precision, eps, x_BLC, norm_weight, norm_bias)[0].to(precision.product)
+            return tuple(linear(normed_BLC, weight.to(precision.product)) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_BLC, norm_weight, norm_bias, *weights = ctx.saved_tensors
+        precision: _Precision = ctx.precision
+        with precision.autocast_off():
+            normed_BLC, mean, rstd = _normed(precision, ctx.eps, x_BLC, norm_weight, norm_bias)
+            half_BLC = normed_BLC.to(precision.product)
+            del normed_BLC
+            grad_weights: list[Tensor | None] = []
+            grad_BLC: Tensor | None = None
+            for grad, weight, wanted in zip(grads, weights, ctx.needs_input_grad[5:], strict=True):
+                grad = grad.to(precision.product)
+                part_BLC = linear_input_gradient(grad, weight.to(precision.product))
+                grad_BLC = part_BLC if grad_BLC is None else grad_BLC.add_(part_BLC)
+                grad_weights.append(linear_weight_gradient(grad, half_BLC).to(weight.dtype) if wanted else None)
+            del half_BLC
+            gradients = _norm_gradients(ctx, grad_BLC, x_BLC, mean, rstd, norm_weight, norm_bias)
+        return None, None, *gradients, *grad_weights
+
+
+class _NormedFeedForward(torch.autograd.Function):
+    """LayerNorm, GEGLU and the linear layer back; keeps the norm's input and the inner product."""
+
+    @staticmethod
+    def forward(ctx: Any, precision: _Precision, eps: float, x_BLC: Tensor, *parameters: Tensor) -> Tensor:
+        norm_weight, norm_bias, inner, inner_bias, outer, outer_bias = parameters
+        ctx.precision, ctx.eps = precision, eps
+        with precision.autocast_off():
+            normed_BLC = _normed(precision, eps, x_BLC, norm_weight, norm_bias)[0]
+            inner_BLN = linear(*_to(precision.product, normed_BLC, inner, inner_bias))
+            del normed_BLC
+            ctx.save_for_backward(x_BLC, norm_weight, norm_bias, inner, inner_bias, outer, outer_bias, inner_BLN)
+            value, gate = inner_BLN.chunk(2, dim=-1)
+            return linear(value * F.gelu(gate), *_to(precision.product, outer, outer_bias))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BLC: Tensor) -> tuple[Tensor | None, ...]:
+        x_BLC, norm_weight, norm_bias, inner, inner_bias, outer, outer_bias, inner_BLN = ctx.saved_tensors
+        precision: _Precision = ctx.precision
+        wanted = ctx.needs_input_grad[5:]
+        with precision.autocast_off():
+            grad_BLC = grad_BLC.to(precision.product)
+            value, gate = inner_BLN.chunk(2, dim=-1)
+            active = F.gelu(gate)
+            grad_outer = linear_weight_gradient(grad_BLC, value * active) if wanted[2] else None
+            grad_outer_bias = bias_gradient(grad_BLC) if wanted[3] else None
+            grad_hidden = linear_input_gradient(grad_BLC, outer.to(precision.product))
+            grad_inner_BLN = torch.cat(
+                [grad_hidden * active, _ATEN.gelu_backward(grad_hidden.mul_(value), gate)], dim=-1
+            )
+            del active, grad_hidden
+            normed_BLC, mean, rstd = _normed(precision, ctx.eps, x_BLC, norm_weight, norm_bias)
+            grad_inner = linear_weight_gradient(grad_inner_BLN, normed_BLC.to(precision.product)) if wanted[0] else None
+            grad_inner_bias = bias_gradient(grad_inner_BLN) if wanted[1] else None
+            del normed_BLC
+            grad_normed_BLC = linear_input_gradient(grad_inner_BLN, inner.to(precision.product))
+            gradients = _norm_gradients(ctx, grad_normed_BLC, x_BLC, mean, rstd, norm_weight, norm_bias)
+            dtypes = [one.dtype for one in (inner, inner_bias, outer, outer_bias)]
+            products = _back_to(dtypes, [grad_inner, grad_inner_bias, grad_outer, grad_outer_bias])
+        return None, None, *gradients, *products
+
+
+def _to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _back_to(dtypes: list[torch.dtype], gradients: list[Any]) -> list[Any]:
+    """Gradients in the precision of what they belong to."""
+    return [None if one is None else one.to(dtype) for one, dtype in zip(gradients, dtypes, strict=True)]
+
+
+def _normed(precision: _Precision, eps: float, x_BLC: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """The norm's output, its mean and its reciprocal deviation."""
+    x_BLC, weight, bias = _to(precision.norm, x_BLC, weight, bias)
+    return _ATEN.native_layer_norm(x_BLC, [x_BLC.shape[-1]], weight, bias, eps)
+
+
+def _norm_gradients(
+    ctx: Any, grad_BLC: Tensor | None, x_BLC: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> list[Any]:
+    """The gradients to the norm's input, weight and bias."""
+    assert grad_BLC is not None
+    dtypes = [one.dtype for one in (x_BLC, weight, bias)]
+    grad_BLC, x_BLC, weight, bias = _to(ctx.precision.norm, grad_BLC, x_BLC, weight, bias)
+    found = _ATEN.native_layer_norm_backward(
+        grad_BLC, x_BLC, [x_BLC.shape[-1]], mean, rstd, weight, bias, list(ctx.needs_input_grad[2:5])
+    )
+    return _back_to(dtypes, list(found))

@@ -1,0 +1,152 @@
+"""The U-Net's fused functions against torch's own layers: outputs, all gradients, what they keep, every precision."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from library.models import products
+from library.models.lean import normed_convolution, normed_feed_forward, normed_linears
+from library.models.products import Linear
+
+
+def layers(*made):
+    """Layers whose parameters are far from the trivial ones."""
+    for layer in made:
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.3)
+    return made
+
+
+def convolution_case(batch=2, channels=64, out=96, side=6):
+    norm, convolution = layers(nn.GroupNorm(32, channels), nn.Conv2d(channels, out, 3, padding=1))
+    x = torch.randn(batch, channels, side, side + 1)
+    return (
+        x,
+        (norm, convolution),
+        lambda x, norm, convolution: convolution(F.silu(norm(x))),
+        normed_convolution,
+    )
+
+
+def linears_case():
+    made = layers(nn.LayerNorm(48), *(nn.Linear(48, size, bias=False) for size in (48, 32, 64)))
+
+    def plain(x, norm, *linears):
+        return torch.cat([linear(norm(x)) for linear in linears], dim=-1)
+
+    return torch.randn(2, 10, 48), made, plain, lambda x, *made: torch.cat(normed_linears(x, *made), dim=-1)
+
+
+def feed_forward_case():
+    def plain(x, norm, inner, outer):
+        value, gate = inner(norm(x)).chunk(2, dim=-1)
+        return outer(value * F.gelu(gate))
+
+    made = layers(nn.LayerNorm(48), nn.Linear(48, 256), nn.Linear(128, 48))
+    return torch.randn(2, 10, 48), made, plain, normed_feed_forward
+
+
+CASES = {"convolution": convolution_case, "linears": linears_case, "feed-forward": feed_forward_case}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    torch.manual_seed(0)
+    return CASES[request.param]()
+
+
+def output_and_gradients(run, x, made):
+    x = x.clone().requires_grad_(True)
+    made = [copy.deepcopy(layer) for layer in made]
+    out = run(x, *made)
+    torch.manual_seed(1)
+    out.float().backward(torch.randn(out.shape))
+    return [out.detach(), x.grad, *(parameter.grad for layer in made for parameter in layer.parameters())]
+
+
+def assert_close(found, expected, tolerance):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert (one.float() - other.float()).norm() <= tolerance * other.float().norm()
+
+
+def test_output_and_all_gradients_are_those_of_torchs_layers(case):
+    x, made, plain, lean = case
+    assert_close(output_and_gradients(lean, x, made), output_and_gradients(plain, x, made), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_they_are_no_further_from_fp32_than_torchs_layers(case, dtype):
+    x, made, plain, lean = case
+    exact = output_and_gradients(plain, x, made)
+    with torch.autocast("cpu", dtype=dtype):
+        found, usual = output_and_gradients(lean, x, made), output_and_gradients(plain, x, made)
+    assert found[0].dtype == usual[0].dtype == dtype
+    for one, other, true in zip(found, usual, exact, strict=True):
+        assert one.dtype == other.dtype
+        error, usual_error = ((what.float() - true).norm() / true.norm() for what in (one, other))
+        assert error < 1.5 * usual_error + 1e-3
+
+
+def test_strides_of_neither_input_nor_gradient_matter():
+    x, made, plain, lean = convolution_case()
+
+    def permuted(run):
+        return lambda x, *made: run(x.to(memory_format=torch.channels_last), *made).permute(0, 2, 3, 1)
+
+    assert_close(output_and_gradients(permuted(lean), x, made), output_and_gradients(permuted(plain), x, made), 1e-5)
+
+
+def test_frozen_parameters_get_no_gradient(case):
+    x, made, _, lean = case
+    for layer in made:
+        layer.requires_grad_(False)
+    _, grad, *rest = output_and_gradients(lean, x, made)
+    assert grad is not None and all(one is None for one in rest)
+    made[-1].weight.requires_grad_(True)
+    out = lean(x, *made)
+    out.sum().backward()
+    assert made[-1].weight.grad is not None and made[0].weight.grad is None
+
+
+def test_less_is_kept_for_backward(case):
+    x, made, plain, lean = case
+    parameters = {parameter.data_ptr() for layer in made for parameter in layer.parameters()}
+
+    def kept(run):
+        found = {}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in parameters:
+                found[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = run(x.clone().requires_grad_(True), *made)
+        assert out.requires_grad
+        return sum(found.values())
+
+    assert kept(lean) < 0.6 * kept(plain)
+
+
+def test_weights_of_many_channels_over_few_pixels_get_the_same_gradient():
+    torch.manual_seed(0)
+    x, made, plain, lean = convolution_case(batch=2, channels=512, out=480, side=3)
+    assert products._few_pixels_for_many_weights(x, made[1].weight)
+    assert_close(output_and_gradients(lean, x, made), output_and_gradients(plain, x, made), 1e-5)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_torchs_with_onednn_and_without(monkeypatch, bias, onednn):
+    monkeypatch.setattr(products, "_HAS_ONEDNN", onednn and products._HAS_ONEDNN)
+    torch.manual_seed(0)
+    ours, theirs = Linear(24, 40, bias=bias), nn.Linear(24, 40, bias=bias)
+    theirs.load_state_dict(ours.state_dict())
+    for x in (torch.randn(2, 7, 24), torch.randn(24, 7, 2).transpose(0, 2)):
+        expected = output_and_gradients(lambda x, layer: layer(x), x, [theirs])
+        assert_close(output_and_gradients(lambda x, layer: layer(x), x, [ours]), expected, 1e-5)
