@@ -4,11 +4,12 @@
     python bench/train_step.py --size full --batch 4 --dtype bf16 --device cuda --gradient_checkpointing
 
 A step is: forward, mean squared error, backward, clipping of the gradients' norm to 1, AdamW. Ours takes the optimizer
-as the trainer makes it, diffusers' takes torch.optim.AdamW as in its train_text_to_image_sdxl.py. Both run in turns in
-one process, so that whatever else the machine does falls on both. The matrix products and convolutions of our step
-(forward and both products of backward) are recorded and timed alone, too: what remains is the share that a better
-program could save. On the CPU, memory is measured in a process each: the peak resident set above that after imports.
-The last line printed is one JSON object.
+and the allocator's settings as the trainer makes them, diffusers' takes torch.optim.AdamW as in its
+train_text_to_image_sdxl.py. Each lives in a process of its own, so that neither gets the other's allocator; the two
+take steps in turns, so that whatever else the machine does falls on both. The matrix products and convolutions of our
+step (forward and both products of backward) are recorded and timed alone in a third process, too: what remains is the
+share that a better program could save. Memory is the processes' own: on the CPU the peak resident set above that after
+imports. The last line printed is one JSON object.
 """
 
 import argparse
@@ -59,7 +60,12 @@ MIDDLE = UNetConfig(
     adm_in_channels=512 + SIZE_WIDTH,
 )
 # configuration, latent rows and columns, batch
-SIZES = {"small": (SMALL, (16, 16), 8), "middle": (MIDDLE, (32, 32), 2), "full": (UNetConfig(), (128, 128), 1)}
+SIZES = {
+    "tiny": (TINY, (8, 8), 1),
+    "small": (SMALL, (16, 16), 8),
+    "middle": (MIDDLE, (32, 32), 2),
+    "full": (UNetConfig(), (128, 128), 1),
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_TOKENS = 77
 LEARNING_RATE = 1e-5
@@ -178,6 +184,8 @@ def make_step(kind: str, case: Case) -> TrainStep:
 
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default, _ATEN.bmm.default, _ATEN.addmm.default, _ATEN.baddbmm.default}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _PRODUCTS.add(torch.ops.mkldnn._linear_pointwise.default)
 _CONVOLUTIONS = {_ATEN.convolution.default, _ATEN.convolution_backward.default}
 
 
@@ -238,13 +246,13 @@ def product_replay(recorder: ProductRecorder, device: torch.device) -> tuple[Cal
 # Measuring
 
 
-def timed_ms(run: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one run, in ms, with all that it launched on the device."""
+def timed_ms(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Wall time of one run, in ms, with all that it launched on the device; and what it returned."""
     devices.synchronize(device)
     started = time.perf_counter()
-    run()
+    result = run()
     devices.synchronize(device)
-    return (time.perf_counter() - started) * 1000
+    return (time.perf_counter() - started) * 1000, result
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -253,26 +261,81 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "quartile1": low, "quartile3": high}
 
 
-def measure_time(case: Case, steps: int, warmup: int) -> dict[str, Any]:
-    """Times in ms of both steps, of their halves and of the matrix arithmetic, taken in turns in changing order."""
-    trained = {kind: make_step(kind, case) for kind in KINDS}
-    losses = {kind: float(step()) for kind, step in trained.items()}
+def parts_of_step(kind: str, case: Case) -> dict[str, Callable[[], Any]]:
+    """What one process times: a step's halves by name, or the matrix arithmetic of ours."""
+    if kind != "diffusers":
+        devices.keep_freed_memory(case.device)
+    step = make_step("ours" if kind == "products" else kind, case)
+    if kind != "products":
+        return {f"{kind}: forward, backward": step.forward_backward, f"{kind}: clip, AdamW": step.update}
     with ProductRecorder() as recorder:
-        trained["ours"]()
-    products, product_calls = product_replay(recorder, case.device)
+        step()
+    return {"products": product_replay(recorder, case.device)[0]}
 
-    runs: dict[str, dict[str, Callable[[], Any]]] = {
-        kind: {f"{kind}: forward, backward": step.forward_backward, f"{kind}: clip, AdamW": step.update}
-        for kind, step in trained.items()
+
+def serve(kind: str, case: Case) -> None:
+    """Be one process of the measurement: a line of JSON for each line of input."""
+    on_cpu = devices.is_cpu(case.device)
+    if on_cpu:  # a first step of little size imports, and allocates, what is not this step's
+        make_step(kind if kind in KINDS else "ours", replace(case, config=TINY, latent_hw=(8, 8), batch=1))()
+    before = _resident_bytes() if on_cpu else 0
+    parts = parts_of_step(kind, case)
+    for line in sys.stdin:
+        if line.strip() == "memory":
+            answer: dict[str, Any] = {"peak": devices.peak_memory_bytes(case.device) - before}
+        else:
+            answer = {"ms": {}, "loss": None}
+            for name, run in parts.items():
+                answer["ms"][name], result = timed_ms(run, case.device)
+                answer["loss"] = float(result) if isinstance(result, Tensor) else answer["loss"]
+        print(json.dumps(answer), flush=True)
+
+
+class Process:
+    """One of the processes that take turns."""
+
+    def __init__(self, kind: str, arguments: list[str]) -> None:
+        command = [sys.executable, __file__, *arguments, f"--serve={kind}"]
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, question: str) -> dict[str, Any]:
+        """The answer to "step" or "memory"."""
+        assert self._child.stdin is not None and self._child.stdout is not None
+        print(question, file=self._child.stdin, flush=True)
+        return json.loads(self._child.stdout.readline())
+
+    def close(self) -> None:
+        self._child.communicate()
+
+
+def measure(arguments: list[str], case: Case, steps: int, warmup: int) -> dict[str, Any]:
+    """Times in ms of both steps, of their halves and of the matrix arithmetic, taken in turns in changing order."""
+    processes = {kind: Process(kind, arguments) for kind in (*KINDS, "products")}
+    try:
+        losses = {kind: processes[kind].ask("step")["loss"] for kind in KINDS}
+        processes["products"].ask("step")
+        times: dict[str, list[float]] = {}
+        for index in range(warmup + steps):
+            for kind in list(processes)[:: 1 if index % 2 else -1]:
+                parts = processes[kind].ask("step")["ms"]
+                if index >= warmup:
+                    for name, value in (parts | {kind: sum(parts.values())}).items():
+                        times.setdefault(name, []).append(value)
+        peaks = {kind: processes[kind].ask("memory")["peak"] for kind in KINDS}
+    finally:
+        for process in processes.values():
+            process.close()
+    with torch.device("meta"):
+        state = sum(parameter.numel() * parameter.element_size() for parameter in UNet(case.config).parameters()) * 4
+    return figures(losses, times) | {
+        "memory_bytes": {kind: {"peak": peak, "state": state} for kind, peak in peaks.items()},
+        "memory_ratio_ours_to_diffusers": peaks["ours"] / peaks["diffusers"],
+        "activation_ratio_ours_to_diffusers": (peaks["ours"] - state) / (peaks["diffusers"] - state),
     }
-    runs["products"] = {"products": products}
-    times: dict[str, list[float]] = {}
-    for index in range(warmup + steps):
-        for kind in list(runs)[:: 1 if index % 2 else -1]:
-            parts = {name: timed_ms(run, case.device) for name, run in runs[kind].items()}
-            if index >= warmup:
-                for name, value in (parts | {kind: sum(parts.values())}).items():
-                    times.setdefault(name, []).append(value)
+
+
+def figures(losses: dict[str, float], times: dict[str, list[float]]) -> dict[str, Any]:
+    """The result's ratios and spreads."""
 
     def ratio(one: str, other: str) -> dict[str, float]:
         return spread([a / b for a, b in zip(times[one], times[other], strict=True)])
@@ -285,29 +348,7 @@ def measure_time(case: Case, steps: int, warmup: int) -> dict[str, Any]:
         "network_time_ratio": ratio("ours: forward, backward", "diffusers: forward, backward"),
         "product_share_of_our_step": ratio("products", "ours"),
         "product_share_of_our_network": ratio("products", "ours: forward, backward"),
-        "product_calls": product_calls,
     }
-
-
-def measure_memory_here(kind: str, case: Case) -> dict[str, int]:
-    """Peak bytes of two steps, of which `state` is weights, gradients and AdamW's two moments."""
-    on_cpu = devices.is_cpu(case.device)
-    if on_cpu:  # a first step of little size imports, and allocates, what is not this step's
-        make_step(kind, replace(case, config=TINY, latent_hw=(8, 8), batch=1))()
-    before = _resident_bytes() if on_cpu else 0
-    step = make_step(kind, case)
-    for _ in range(2):
-        step()
-    devices.synchronize(case.device)
-    peak = devices.peak_memory_bytes(case.device) - before
-    return {"peak": peak, "state": 4 * sum(p.numel() * p.element_size() for p in step.network.parameters())}
-
-
-def measure_memory(kind: str) -> dict[str, int]:
-    """The same, in a process of its own with this one's arguments."""
-    command = [sys.executable, __file__, *sys.argv[1:], f"--memory_of={kind}"]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _resident_bytes() -> int:
@@ -328,8 +369,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="fp16 and bf16: fp32 weights under autocast")
     parser.add_argument("--device", help="cpu, cuda or npu; default is what the trainer would take")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--no_memory", action="store_true", help="leave the memory out")
-    parser.add_argument("--memory_of", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=[*KINDS, "products"], help=argparse.SUPPRESS)
     return parser
 
 
@@ -381,13 +421,14 @@ def print_table(result: dict[str, Any]) -> None:
         )
     if "memory_ratio_ours_to_diffusers" in result:
         print(f"{'peak memory, ours / diffusers':40}{result['memory_ratio_ours_to_diffusers']:10.3f}")
+        print(f"{'the same without the state':40}{result['activation_ratio_ours_to_diffusers']:10.3f}")
 
 
 def main() -> None:
     options = build_parser().parse_args()
     case = case_of(options)
-    if options.memory_of:
-        print(json.dumps(measure_memory_here(options.memory_of, case)))
+    if options.serve:
+        serve(options.serve, case)
         return
     result: dict[str, Any] = {
         "bench": "train_step",
@@ -399,11 +440,7 @@ def main() -> None:
         "steps": options.steps,
         **versions(case),
     }
-    if not options.no_memory:  # first, while this process holds no accelerator memory
-        memory = {kind: measure_memory(kind) for kind in KINDS}
-        result["memory_bytes"] = memory
-        result["memory_ratio_ours_to_diffusers"] = memory["ours"]["peak"] / memory["diffusers"]["peak"]
-    result |= measure_time(case, options.steps, options.warmup)
+    result |= measure(sys.argv[1:], case, options.steps, options.warmup)
     print_table(result)
     print(json.dumps(result))
 

@@ -47,10 +47,12 @@ def test_forward_and_both_products_of_backward_are_recorded_and_run_again(bench)
     assert sum(again.calls.values()) == calls
 
 
-def test_figures_are_one_json_object(bench, case, capsys):
-    result = bench.measure_time(case, steps=2, warmup=0)
+def test_figures_are_one_json_object_of_processes_that_take_turns(bench, case, capsys):
+    arguments = ["--size=tiny", "--latent=8x8", "--batch=1", "--device=cpu"]
+    result = bench.measure(arguments, case, steps=2, warmup=0)
     json.dumps(result)
     assert result["loss_relative_difference"] < 1e-5
     assert {"ours", "diffusers", "products"} <= set(result["ms"])
+    assert result["memory_bytes"]["ours"]["peak"] > 0
     bench.print_table(result)
     assert "step, ours / diffusers'" in capsys.readouterr().out
