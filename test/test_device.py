@@ -53,7 +53,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_on_the_cpu_a_step_gets_the_pages_again_that_the_last_one_freed():
-    """Without, some processes give whole steps back, and each page of 4 KiB is faulted in again: so several are tried."""
+    """Without, some processes give whole steps back, and each page is faulted in again: so several are tried."""
     for _ in range(3):
         found = subprocess.run([sys.executable, "-c", _FAULTS], check=True, stdout=subprocess.PIPE)
         assert int(found.stdout) < 1000
