@@ -7,9 +7,16 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from library.cli.options import Options
+from library.cli.run import SavingOptions
+from library.data.training_set import TrainingSet
 from library.errors import InputError
 from library.training.state_choice import newest_valid
-from library.training.state_files import StateInfo, verify
+from library.training.state_files import StateInfo, read_state, verify
+from library.training.states import Resumed, data_positions
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +121,35 @@ def log_changed_options(saved: StateInfo, now: Mapping[str, Any]) -> None:
                 )
 
 
-def plain_options(*groups: Any) -> dict[str, Any]:
+def resumed_state(saving: SavingOptions, accelerator: Accelerator) -> Resumed | None:
+    """The state that --resume asks for: the main process chooses and verifies it, all read it."""
+    if saving.resume is None:
+        return None
+    chosen = choose_state(saving.resume, saving.output_dir, saving.output_name) if accelerator.is_main_process else None
+    (folder,) = broadcast_object_list([chosen])
+    return None if folder is None else Resumed(folder, read_state(folder, verified=True))
+
+
+def check_resumed(resumed: Resumed, options: Options, data: TrainingSet, seed: int, steps: int) -> None:
+    """Whether this run may go on from the state."""
+    info = resumed.state.info
+    now = Position(data.fingerprint(), seed, data.global_batch)
+    check_position(info, now, resumed.folder, options.saving.resume_anyway)
+    check_optimizer(info, options.optimization.optimizer_type, resumed.folder)
+    check_length(resumed.step, steps, resumed.folder)
+    data.go_on_from(data_positions(resumed.state), options.saving.resume_anyway)
+    log_changed_options(info, options_by_flag(options))
+
+
+def options_by_flag(options: Options) -> dict[str, Any]:
+    """By the flags' names, those of the only subset among them; several subsets stand as a list."""
+    plain = _by_flag(options.data, options.caches, options.optimization, options.run, options.saving, options.preview)
+    if len(options.data.subsets) == 1:
+        plain |= plain.pop("subsets")[0]
+    return plain
+
+
+def _by_flag(*groups: Any) -> dict[str, Any]:
     """Option groups as values that JSON has, by the flags' names."""
     merged: dict[str, Any] = {}
     for group in groups:
@@ -135,7 +170,7 @@ def versions() -> dict[str, str]:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return plain_options(value)
+        return _by_flag(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
