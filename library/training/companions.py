@@ -130,7 +130,7 @@ class Companions:
                 self._pass_on_stop()
                 now = time.monotonic()
                 if here != (here := (self.progress.step, self.progress.phase)):
-                    since, warned = now, False
+                    since, warned, self.verdict = now, False, ""
                 waited_s = now - since
                 # Caches are filled without a collective, however long that takes.
                 if waited_s < min(10 * _PERIOD_S, self._timeout_s / 2) or self.progress.phase == CACHING:

@@ -72,4 +72,5 @@ def test_who_is_waited_for_is_known_before_the_time_is_over(two, caplog):
             wait_until(lambda: two[0].verdict)
         assert two[0].verdict.startswith("rank 1 on ") and ": still reading data, step 5. " in two[0].verdict
         two[0].progress.at(5, TRAINING)
+        wait_until(lambda: not two[0].verdict)  # an error that comes now has another reason
         wait_until(lambda: "no longer answers" in two[0].verdict)
