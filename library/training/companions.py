@@ -115,10 +115,8 @@ class Companions:
         self._end.set()
         if self._thread is not None:
             self._thread.join(5 * _PERIOD_S)  # it may wait for a store that is gone
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the signal that ends this process may be younger than its last look
-                self._pass_on_stop()
+            with contextlib.suppress(RuntimeError):
+                self._pass_on_stop()  # the signal that ends this process may be younger than the thread's last look
 
     def _run(self) -> None:
         """The thread; it ends when the store does, which is the end of the run."""
@@ -132,8 +130,8 @@ class Companions:
                 if here != (here := (self.progress.step, self.progress.phase)):
                     since, warned, self.verdict = now, False, ""
                 waited_s = now - since
-                # Caches are filled without a collective, however long that takes.
-                if waited_s < min(10 * _PERIOD_S, self._timeout_s / 2) or self.progress.phase == CACHING:
+                # An index is made, and caches are filled, without a collective, however long that takes.
+                if waited_s < min(10 * _PERIOD_S, self._timeout_s / 2) or self.progress.phase in (PREPARING, CACHING):
                     continue
                 reports = self._reports(now)
                 if waited_s >= _WARN_AT * self._timeout_s and not warned:
