@@ -28,9 +28,10 @@ from data import BATCH, bucket_options, jpeg, photo_like, write_shard
 
 from library.data.bucket_rows import bucket_rows
 from library.data.cache import Cache, Caches, MemoryShelf, Shelf, blocks_of
-from library.data.cache_files import BlockShelf, NpzShelf, Picture
+from library.data.cache_files import BlockShelf
 from library.data.cache_fill import fill
 from library.data.cache_making import LatentMaking
+from library.data.cache_npz import NpzShelf, Picture
 from library.data.index import build_index
 from library.data.loader import MicroBatchDataset, Share
 from library.data.plan import Plan, repeated

@@ -105,6 +105,9 @@ def test_training_from_a_cache_is_training_without_bit_for_bit(train, encoded):
         assert same_weights(cached, plain), out
         assert (cached / "quarantine.jsonl").read_text() == (plain / "quarantine.jsonl").read_text()
         assert sum(encoded) == (0 if out == "again" else 15), out
+    assert len(list(train.data.glob("*_te_outputs.npz"))) == 10
+    blocks = [path.parent.parent.name for path in (train.data / ".sdxl_cache").rglob("*.safetensors")]
+    assert sorted(blocks) == ["latents", "text_encoder_outputs"]  # of the shard alone
 
 
 def test_mirrored_images_and_sample_pictures_are_as_without_a_cache(train, tmp_path):
@@ -153,18 +156,24 @@ def test_a_cache_that_cannot_fit_into_memory_is_refused(train, monkeypatch):
 
 
 def test_another_vae_and_sd_scripts_files_are_told(train, tmp_path, vae):
-    status, _, printed = train("--cache_latents_to_disk", "--max_train_steps=1")
-    assert status == 0 and "15 computed" in printed
+    text = "--cache_text_encoder_outputs_to_disk"
+    status, _, printed = train("--cache_latents_to_disk", text, "--max_train_steps=1")
+    assert status == 0 and "15 computed" in printed and "16 computed" in printed
     other = copy.deepcopy(vae)
     torch.nn.init.normal_(other.encoder.conv_in.weight, std=0.1)
     other.save_pretrained(tmp_path / "vae")
     (train.data / "2_0064x0064_sdxl.npz").unlink()
     latents = {"latents": np.ones((4, 32, 32), np.float32), "original_size": [64, 64], "crop_ltrb": [0, 0, 64, 64]}
     np.savez(train.data / "2.npz", **latents)
-    common = ("--cache_latents_to_disk", "--max_train_steps=1", f"--vae={tmp_path / 'vae'}")
+    with np.load(train.data / "2_te_outputs.npz") as file:
+        outputs = {key: file[key] for key in ("hidden_state1", "hidden_state2", "pool2")}
+    np.savez(train.data / "2_te_outputs.npz", **outputs)
+    common = ("--cache_latents_to_disk", text, "--max_train_steps=1", f"--vae={tmp_path / 'vae'}")
     status, _, printed = train(*common, "--skip_cache_check", out="unchecked")
     assert status == 0 and "1 entries kept, 14 computed" in printed, printed
-    assert "1 .npz of another program are used as they are" in printed
+    assert printed.count("1 .npz of another program are used as they are") == 2
+    assert "text_encoder_outputs: 16 entries kept, 0 computed" in printed
     status, _, printed = train(*common, out="checked")
     assert status == 0 and "14 entries kept, 1 computed" in printed, printed
-    assert "do not say of which image" in printed
+    assert "do not say of which image" in printed and "do not say of which caption" in printed
+    assert "text_encoder_outputs: 15 entries kept, 1 computed" in printed

@@ -51,7 +51,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="encode all captions before training and keep the results in memory; the text encoders leave the device",
     )
     group.add_argument(
-        "--cache_text_encoder_outputs_to_disk", action="store_true", help="keep them on disk, in .sdxl_cache"
+        "--cache_text_encoder_outputs_to_disk",
+        action="store_true",
+        help="keep them on disk: beside images as .npz that sd-scripts reads, of shards in .sdxl_cache beside them",
     )
     group.add_argument(
         "--text_encoder_batch_size",

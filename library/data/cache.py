@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from library.data.decode import SampleError, SizeIds
@@ -187,8 +186,3 @@ def digest_bytes(content: bytes) -> str:
 def digest_of(*facts: Any) -> str:
     """32 hexadecimal digits for anything that JSON can hold (others by their text)."""
     return digest_bytes(json.dumps(facts, default=str, sort_keys=True).encode("utf-8", "surrogateescape"))
-
-
-def entry_bytes(shapes_and_dtypes: Sequence[tuple[Sequence[int], torch.dtype]]) -> int:
-    """What the tensors of an entry take."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes_and_dtypes)

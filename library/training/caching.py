@@ -7,7 +7,6 @@ the store by which they once found each other, whether the others are done.
 import logging
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,12 +24,19 @@ from tqdm import tqdm
 from library.cli.options import Options
 from library.data.bad_samples import check_left_out
 from library.data.cache import NO_CACHES, Block, Cache, Caches, MemoryShelf, Shelf, blocks_of
-from library.data.cache_files import BlockShelf, NpzShelf, Picture
 from library.data.cache_fill import Filled, Making, fill
 from library.data.cache_making import CaptionMaking, LatentMaking
+from library.data.cache_npz import TextLayout
+from library.data.cache_places import (
+    BesideOf,
+    cache_root,
+    clear_left_behind,
+    disk_shelf,
+    pictures_of,
+    sources_beside_images,
+    text_outputs_of,
+)
 from library.data.dataset import TrainingData
-from library.data.index import Index
-from library.data.index_cache import digest, kept_name
 from library.data.mapped import Opened
 from library.errors import InputError, Stopped, TrainingError
 from library.signals import Signals
@@ -38,11 +44,10 @@ from library.training.companions import CACHING, PREPARING, Progress
 
 logger = logging.getLogger(__name__)
 
-_FOLDER = ".sdxl_cache"
 _POLL_SECONDS = 0.2
 _GIB = 2**30
 _NAMED = 5
-_LEFT_BEHIND_SECONDS = 24 * 3600  # what a killed process left half written is deleted when it is older
+_MADE_OF = {"latents": "image, VAE and crop", "text_encoder_outputs": "caption and text encoders"}
 
 
 class Encoders(Protocol):
@@ -63,6 +68,10 @@ class Encoders(Protocol):
     @property
     def latent_px(self) -> int:
         """Pixels a side that one latent stands for."""
+
+    @property
+    def first_text_width(self) -> int:
+        """How many channels of the text states are the first text encoder's."""
 
     def image_bytes(self, width_px: int, height_px: int) -> int:
         """What the tensors of one image take."""
@@ -97,7 +106,8 @@ def make_caches(
         making = LatentMaking(data.index, data.buckets, images, encoders.image_digest(), encoders.encode_images, size)
         needed = _latent_bytes(data, encoders)
         on_disk, encoder = asked.cache_latents_to_disk, encoders.image_digest()
-        shelves = work.shelves("latents", on_disk, needed, encoder, encoders.latent_px)
+        beside = partial(pictures_of, data, encoders.latent_px)
+        shelves = work.shelves("latents", on_disk, needed, encoder, beside)
         latents = Cache(data.index, shelves, work.filled("latents", making, shelves))
     if asked.text:
         size = asked.text_encoder_batch_size or batch_size
@@ -107,7 +117,14 @@ def make_caches(
         empty = captions.empty()
         needed = len(data.index) * sum(tensor.nbytes for tensor in empty.tensors)
         on_disk = asked.cache_text_encoder_outputs_to_disk
-        shelves = work.shelves("text_encoder_outputs", on_disk, needed, encoders.caption_digest())
+        states_TC, pooled_P = empty.tensors
+        layout = TextLayout(
+            (tuple(states_TC.shape), tuple(pooled_P.shape)),
+            (states_TC.dtype, pooled_P.dtype),
+            encoders.first_text_width,
+        )
+        outputs = partial(text_outputs_of, data.index, layout)
+        shelves = work.shelves("text_encoder_outputs", on_disk, needed, encoders.caption_digest(), outputs)
         text = Cache(data.index, shelves, work.filled("text_encoder_outputs", captions, shelves), empty)
     encoders.release(asked.latents, asked.text)
     progress.at(0, PREPARING)
@@ -125,19 +142,19 @@ class _Work:
         self._rounds = 0
 
     def shelves(
-        self, kind: str, on_disk: bool, needed_bytes: int, encoder: str, latent_px: int = 0
+        self, kind: str, on_disk: bool, needed_bytes: int, encoder: str, beside: BesideOf
     ) -> Callable[[int], Shelf]:
         """Where the entries of each source go."""
         if not on_disk:
             _check_memory(kind, needed_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             memory = self._memory[kind] = {number: MemoryShelf() for number in range(len(self._index.sources))}
             return memory.__getitem__
-        roots = [_root(subset.path, self._options.saving.output_dir) for subset in self._index.subsets]
+        roots = [cache_root(subset.path, self._options.saving.output_dir) for subset in self._index.subsets]
         for root in dict.fromkeys(roots):
-            _clear_left_behind(root)
+            clear_left_behind(root)
         logger.info("cache %s on disk: %.2f GiB in all", kind, needed_bytes / _GIB)
-        npz = _beside_images(self._index) if kind == "latents" else frozenset()
-        return Opened(partial(_disk_shelf, self._data, kind, encoder, latent_px, roots, npz)).__getitem__
+        npz = sources_beside_images(self._index)
+        return Opened(partial(disk_shelf, self._index, kind, encoder, beside, roots, npz)).__getitem__
 
     def filled(self, kind: str, making: Making, shelves: Callable[[int], Shelf]) -> dict[int, str]:
         """Fill this process's share and wait for the others; returns the reasons of rows without entry."""
@@ -166,7 +183,7 @@ class _Work:
         rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
         shares = [(rank, ranks)] * len(self._index.subsets)
         if not in_memory and ranks > 1:
-            roots = [_root(subset.path, self._options.saving.output_dir) for subset in self._index.subsets]
+            roots = [cache_root(subset.path, self._options.saving.output_dir) for subset in self._index.subsets]
             seen = _sharers(list(dict.fromkeys(roots)), self._accelerator)
             shares = [seen[root] for root in roots]
         number = 0
@@ -235,10 +252,11 @@ class _Work:
             logger.warning("cache %s: %d .npz of another program are used as they are", kind, foreign)
         elif foreign:
             logger.warning(
-                "cache %s: %d .npz of another program do not say of which image, VAE and crop they are: computed anew. "
+                "cache %s: %d .npz of another program do not say of which %s they are: computed anew. "
                 "--skip_cache_check uses such files as they are",
                 kind,
                 foreign,
+                _MADE_OF[kind],
             )
         if damaged := [name for one in everywhere for name in one.damaged]:
             more = f"; and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
@@ -291,59 +309,6 @@ def _available_bytes() -> int:
     return available
 
 
-def _root(data: Path, output_dir: Path) -> Path:
-    """The folder of a subset's block files: beside the data, or in --output_dir where that may not be written."""
-    folder = data if data.is_dir() else data.parent
-    return folder / _FOLDER if _writable(folder) else output_dir / "cache" / digest(str(folder.resolve()))
-
-
-def _writable(folder: Path) -> bool:
-    """Permission bits are read, too, because root may write where nobody is meant to."""
-    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
-
-
-def _beside_images(index: Index) -> frozenset[int]:
-    """Sources whose latents are kept as .npz beside the images: one source a folder, and one image a name."""
-    seen: set[tuple[Path, tuple[int, int]]] = set()
-    found = []
-    for number, source in enumerate(index.sources):
-        if source.is_shard or (source.path, source.share) in seen or not _writable(source.path):
-            continue
-        seen.add((source.path, source.share))
-        rows = range(int(index.starts_S[number]), int(index.starts_S[number + 1]))
-        if len({Path(index.key(row)).stem for row in rows}) == len(rows):
-            found.append(number)
-    return frozenset(found)
-
-
-def _disk_shelf(
-    data: TrainingData,
-    kind: str,
-    encoder: str,
-    latent_px: int,
-    roots: Sequence[Path],
-    npz: frozenset[int],
-    number: int,
-) -> Shelf:
-    """The shelf of a source; another encoder has another."""
-    index = data.index
-    source = index.sources[number]
-    if number in npz:
-        buckets_n, first = data.buckets.buckets_of(number), int(index.starts_S[number])
-        mirrored = data.options.subsets[source.subset].flip_aug
-
-        def picture(place: int) -> Picture:
-            record = index.record(first + place)
-            path = source.path / index.key(first + place)
-            size = data.buckets.size(int(buckets_n[place]))
-            return Picture(path, (int(record["width"]), int(record["height"])), size, mirrored, latent_px)
-
-        return NpzShelf(picture)
-    name = str(source.path.relative_to(index.subsets[source.subset].path))
-    made_from = [source.subset, source.share, source.caption_extension, encoder]
-    return BlockShelf(roots[source.subset] / kind / kept_name(name, made_from, index.tables[number].notes["digest"]))
-
-
 def _sharers(roots: Sequence[Path], accelerator: Accelerator) -> dict[Path, tuple[int, int]]:
     """Of each folder: this process's place among those that see the same one, and how many they are."""
     (token,) = broadcast_object_list([secrets.token_hex(4)])
@@ -363,15 +328,6 @@ def _sharers(roots: Sequence[Path], accelerator: Accelerator) -> dict[Path, tupl
         agreed = rank in members and all(all_views[other][number] == members for other in members)
         shares[root] = (members.index(rank), len(members)) if agreed else (0, 1)
     return shares
-
-
-def _clear_left_behind(root: Path) -> None:
-    """Delete what a killed process left half written."""
-    old = time.time() - _LEFT_BEHIND_SECONDS
-    with suppress(OSError):
-        for path in root.rglob(".*.partial.*"):
-            if path.stat().st_mtime < old:
-                path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

@@ -117,6 +117,11 @@ class SDXLEncoders:
         """Pixels a side that one latent stands for."""
         return downscale_factor(self.vae)
 
+    @property
+    def first_text_width(self) -> int:
+        """How many channels of the text states are the first text encoder's, until it is released."""
+        return self._module.text_encoder1.config.hidden_size
+
     def image_bytes(self, width_px: int, height_px: int) -> int:
         """Of the moments of one image."""
         channels, rows, columns = latent_shape(self.vae, height_px, width_px)

@@ -5,9 +5,10 @@ import torch
 from library.data.bucket_rows import bucket_rows
 from library.data.buckets import BucketOptions
 from library.data.cache import BLOCK, Cache, Caches, Entry, Made, MemoryShelf, blocks_of
-from library.data.cache_files import BlockShelf, NpzShelf, Picture
+from library.data.cache_files import BlockShelf
 from library.data.cache_fill import fill
 from library.data.cache_making import CaptionMaking, LatentMaking
+from library.data.cache_npz import NpzShelf, Picture, TextLayout, TextOutputs
 from library.data.captions import CaptionOptions
 from library.data.decode import SampleError
 from library.data.index import build_index
@@ -292,6 +293,77 @@ def test_text_entries_are_of_the_caption_and_dropped_ones_are_the_empty_one(fold
     assert (found.kept, found.computed) == (0, 12)
 
 
+TEXT_LAYOUT = TextLayout(((5, 7), (4,)), (torch.float32, torch.float32), 3)
+
+
+class Captions:
+    """Text-encoder outputs beside the images of a folder, of a stand-in for the encoders."""
+
+    def __init__(self, folder, encoder="clip", layout=TEXT_LAYOUT):
+        index = build_index([Subset(folder, ".txt")], use_cache=False)
+        self._index = index
+        self.shelf = NpzShelf(lambda place: TextOutputs(folder / index.key(place), layout))
+        self.making = CaptionMaking(index, [TREATMENT], encoder, self._encode, 5)
+
+    def _encode(self, captions):
+        numbers_BN = torch.tensor([[float(len(caption) + n) for n in range(35)] for caption in captions])
+        return numbers_BN.unflatten(1, (5, 7)) / 3, numbers_BN[:, :4] / 7
+
+    def fill(self, **options):
+        return fill(self.making, self._index, lambda source: self.shelf, list(blocks_of(self._index, 0)), **options)
+
+
+def test_text_outputs_beside_images_are_what_sd_scripts_reads(folder):
+    """Its keys and shapes: the states of each encoder (tokens, channels), the second one's pooled text (channels,)."""
+    captions = Captions(folder)
+    assert captions.fill().computed == 12
+    with np.load(folder / "03_te_outputs.npz") as file:
+        assert [file[key].shape for key in ("hidden_state1", "hidden_state2", "pool2")] == [(5, 3), (5, 4), (4,)]
+        states = np.concatenate([file["hidden_state1"], file["hidden_state2"]], axis=-1)
+        assert states.dtype == np.float32 and states.ravel()[-1] == np.float32(len("number 3") + 34) / np.float32(3)
+        assert file["pool2"][0] == np.float32(len("number 3")) / np.float32(7)
+    context, pooled = captions.shelf.read(3).tensors
+    wanted = captions.making.encode(["number 3"])
+    assert torch.equal(context, wanted[0][0]) and torch.equal(pooled, wanted[1][0])
+    assert Captions(folder).fill().kept == 12
+    (folder / "07.txt").write_text("another caption")
+    changed = Captions(folder).fill()
+    assert (changed.kept, changed.computed, changed.outdated) == (11, 1, 1)
+    assert Captions(folder, encoder="another").fill().outdated == 12
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_text_outputs_of_sd_scripts_train_as_they_are_if_one_asks_for_it(folder, dtype):
+    generator = np.random.default_rng(0)
+    shapes = {"hidden_state1": (5, 3), "hidden_state2": (5, 4), "pool2": (4,)}
+    arrays = {key: generator.standard_normal(shape).astype(dtype) for key, shape in shapes.items()}
+    np.savez(folder / "00_te_outputs.npz", **arrays)
+    captions = Captions(folder)
+    filled = captions.fill(check=False)
+    assert (filled.foreign, filled.kept, filled.computed) == (1, 1, 11)
+    context, pooled = captions.shelf.read(0).tensors
+    assert context.dtype == pooled.dtype == torch.float32
+    assert np.array_equal(context.numpy(), np.concatenate([arrays["hidden_state1"], arrays["hidden_state2"]], axis=1))
+    assert np.array_equal(pooled.numpy(), arrays["pool2"])
+    filled = Captions(folder).fill()
+    assert (filled.foreign, filled.kept, filled.computed) == (1, 11, 1)
+    assert captions.shelf.read(0).made.settings
+
+
+def test_text_outputs_of_another_length_are_not_taken_and_strange_ones_are_named(folder):
+    """As with another --max_token_length; the second file holds what no program of this kind writes."""
+    np.savez(
+        folder / "00_te_outputs.npz", hidden_state1=np.zeros((9, 3)), hidden_state2=np.zeros((9, 4)), pool2=np.zeros(4)
+    )
+    np.savez(
+        folder / "01_te_outputs.npz", hidden_state1=np.array("a"), hidden_state2=np.zeros((5, 4)), pool2=np.zeros(4)
+    )
+    filled = Captions(folder).fill(check=False)
+    assert (filled.foreign, filled.kept, filled.computed) == (0, 0, 12)
+    (damaged,) = filled.damaged
+    assert "01_te_outputs.npz" in damaged
+
+
 def test_precisions_survive_the_disk(tmp_path):
     """bf16 has no place in numpy, and is kept exactly all the same."""
     tensors = tuple(torch.randn(3, 4, 5).to(dtype) for dtype in (torch.bfloat16, torch.float32))
@@ -304,3 +376,9 @@ def test_precisions_survive_the_disk(tmp_path):
         assert again.made == entry.made and again.size_ids == entry.size_ids
         assert all(torch.equal(one.float(), other.float()) for one, other in zip(again.tensors, tensors, strict=True))
     assert block.read(0).tensors[0].dtype == torch.bfloat16
+    layout = TextLayout(((4, 5), (5,)), (torch.bfloat16, torch.float16), 2)
+    text = Entry(Made("a", "b"), (), (torch.randn(4, 5).bfloat16(), torch.randn(5).half()))
+    beside = NpzShelf(lambda place: TextOutputs(tmp_path / "image.png", layout))
+    beside.write({0: text})
+    for one, other in zip(beside.read(0).tensors, text.tensors, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)

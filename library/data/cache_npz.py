@@ -1,0 +1,228 @@
+"""Shelves beside images: .npz that sd-scripts reads and writes, of an image's latents or its caption's encoding."""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.data.cache import DamagedEntryError, Entry, Found, Made
+from library.data.cache_files import write_shared
+from library.keyed_random import Stream, generator
+
+_LATENTS_ENDING = "_sdxl.npz"
+_TEXT_ENDING = "_te_outputs.npz"
+_TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")  # of CLIP-L, of OpenCLIP bigG, its pooled text
+_FACTS = "sdxl_pretrain"  # the key of .npz files under which this project says what they were made of
+
+
+class Beside(Protocol):
+    """The .npz of one image: where it is, and how an entry lies in it."""
+
+    @property
+    def candidates(self) -> Sequence[Path]:
+        """Where it may be; the first is where it is written."""
+
+    def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
+        """What is written, by key."""
+
+    def entry(self, file: Any) -> Entry:
+        """What a file says that this project or another program wrote; `made` is of "" in the latter.
+
+        Raises:
+            KeyError: it holds nothing that can be used here.
+        """
+
+
+class NpzShelf:
+    """Beside every image a file of its own."""
+
+    def __init__(self, beside: Callable[[int], Beside]) -> None:
+        """
+        Args:
+            beside: from a place to its file.
+        """
+        self._beside = beside
+
+    def find(self, places: Sequence[int], verify: bool) -> Found:
+        """As Shelf."""
+        found = Found()
+        for place in places:
+            try:
+                found.made[place] = self.read(place).made
+            except KeyError:
+                continue
+            except DamagedEntryError as error:
+                found.damaged.append(str(error))
+        return found
+
+    def read(self, place: int) -> Entry:
+        """As Shelf."""
+        beside = self._beside(place)
+        path = next((path for path in beside.candidates if path.is_file()), None)
+        if path is None:
+            raise KeyError(place)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return beside.entry(file)
+        except KeyError:
+            raise
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DamagedEntryError(f"{path} is damaged") from error
+
+    def write(self, entries: Mapping[int, Entry]) -> None:
+        """As Shelf."""
+        for place, entry in entries.items():
+            beside = self._beside(place)
+            arrays = beside.arrays(entry)
+
+            def save(path: Path, arrays: dict[str, np.ndarray] = arrays) -> None:
+                with path.open("wb") as file:  # given a path, numpy would add an ending of its own
+                    np.savez(file, **arrays)  # type: ignore[arg-type]
+
+            write_shared(beside.candidates[0], save)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The .npz of an image's latents: one sample of them, as sd-scripts trains on, and their moments.
+
+    A file that another program made has latents alone: they are the mean, and the standard deviation is 0.
+
+    Attributes:
+        path: the image's file.
+        size_wh_px: the image's.
+        bucket_wh_px: that it is cropped to.
+        mirrored: whether latents of the mirrored image are needed, too.
+        latent_px: pixels a side that one latent stands for.
+    """
+
+    path: Path
+    size_wh_px: tuple[int, int]
+    bucket_wh_px: tuple[int, int]
+    mirrored: bool = False
+    latent_px: int = 8
+
+    @property
+    def candidates(self) -> list[Path]:
+        """As Beside; the last as sd-scripts named them once."""
+        width, height = self.size_wh_px
+        stem = self.path.with_suffix("")
+        return [
+            stem.with_name(f"{stem.name}_{width:04d}x{height:04d}{_LATENTS_ENDING}"),
+            stem.with_name(f"{stem.name}.npz"),
+        ]
+
+    def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
+        """One sample in sd-scripts' keys, whose noise is a function of what was encoded, and the moments in ours."""
+        (height, width, top, left, bucket_h, bucket_w), _ = entry.variant(False)
+        mean, std = (_array(tensor) for tensor in entry.tensors[:2])
+        key = int(digest[:16], 16) if (digest := entry.made.content) else 0
+        noise = generator(key, Stream.VAE).standard_normal(mean.shape, dtype=np.float32)
+        arrays = {
+            "latents": mean.astype(np.float32) + std.astype(np.float32) * noise,
+            "original_size": np.array([width, height]),
+            "crop_ltrb": np.array([left, top, left + bucket_w, top + bucket_h]),
+            _FACTS: np.array(json.dumps([entry.made.content, entry.made.settings, entry.size_ids])),
+            f"{_FACTS}_0": mean,
+            f"{_FACTS}_1": std,
+        }
+        if len(entry.tensors) == 4:
+            mean, std = (_array(tensor) for tensor in entry.tensors[2:])
+            arrays["latents_flipped"] = mean.astype(np.float32) + std.astype(np.float32) * noise[..., ::-1]
+            arrays |= {f"{_FACTS}_2": mean, f"{_FACTS}_3": std}
+        return arrays
+
+    def entry(self, file: Any) -> Entry:
+        """An entry of this project, or of another program's latents of the bucket's size.
+
+        Raises:
+            KeyError: it holds no latents of that size, or none of the mirrored image where they are needed.
+        """
+        if _FACTS in file:
+            content, settings, size_ids = json.loads(str(file[_FACTS]))
+            tensors: list[Tensor] = []
+            while (name := f"{_FACTS}_{len(tensors)}") in file:
+                tensors.append(torch.from_numpy(file[name]))
+            return Entry(Made(content, settings), tuple(size_ids), tuple(tensors))
+        bucket_w, bucket_h = self.bucket_wh_px
+        rows, columns = bucket_h // self.latent_px, bucket_w // self.latent_px
+        for suffix in (f"_{rows}x{columns}", ""):
+            if f"latents{suffix}" in file and file[f"latents{suffix}"].shape[-2:] == (rows, columns):
+                break
+        else:
+            raise KeyError("latents")
+        width, height = (int(side) for side in file[f"original_size{suffix}"])
+        left, top = (int(side) for side in file[f"crop_ltrb{suffix}"][:2])
+        size_ids = (height, width, top, left, bucket_h, bucket_w)
+        names = ("latents", "latents_flipped") if self.mirrored else ("latents",)
+        means = [torch.from_numpy(file[f"{name}{suffix}"]).float() for name in names]
+        moments = tuple(part for mean in means for part in (mean, torch.zeros_like(mean)))
+        # Their crop is at the centre: the same from either side, to a pixel.
+        return Entry(Made("", ""), size_ids * len(names), moments)
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """What text states (T, C) and pooled text (P,) of one caption are.
+
+    Attributes:
+        first_width: how many of the C channels are the first text encoder's.
+    """
+
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    first_width: int
+
+
+@dataclass(frozen=True)
+class TextOutputs:
+    """The .npz of what the text encoders make of an image's caption, each encoder's states by themselves.
+
+    Attributes:
+        path: the image's file.
+        layout: of what is trained with; outputs for another --max_token_length or of other encoders are not taken.
+    """
+
+    path: Path
+    layout: TextLayout
+
+    @property
+    def candidates(self) -> list[Path]:
+        """As Beside."""
+        return [self.path.with_name(f"{self.path.stem}{_TEXT_ENDING}")]
+
+    def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
+        """The numbers in sd-scripts' keys, and of what they were made in ours."""
+        states_TC, pooled_P = (_array(tensor) for tensor in entry.tensors)
+        first = self.layout.first_width
+        parts = (states_TC[:, :first], states_TC[:, first:], pooled_P)
+        facts = np.array(json.dumps([entry.made.content, entry.made.settings]))
+        return {**dict(zip(_TEXT_KEYS, parts, strict=True)), _FACTS: facts}
+
+    def entry(self, file: Any) -> Entry:
+        """An entry of this project or of another program, in the dtypes that are trained with.
+
+        Raises:
+            KeyError: it holds no outputs of the layout's shapes.
+        """
+        parts = states1_TC, states2_TC, pooled_P = [torch.from_numpy(file[key]) for key in _TEXT_KEYS]
+        (tokens, channels), pooled_shape = self.layout.shapes
+        widths = (self.layout.first_width, channels - self.layout.first_width)
+        if [tuple(part.shape) for part in parts] != [(tokens, widths[0]), (tokens, widths[1]), tuple(pooled_shape)]:
+            raise KeyError(_TEXT_KEYS[0])
+        made = Made(*json.loads(str(file[_FACTS]))) if _FACTS in file else Made("", "")
+        states_dtype, pooled_dtype = self.layout.dtypes
+        states_TC = torch.cat((states1_TC, states2_TC), dim=-1)
+        return Entry(made, (), (states_TC.to(states_dtype), pooled_P.to(pooled_dtype)))
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The same numbers in a dtype that numpy has."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,0 +1,98 @@
+"""Where caches on disk lie: beside the images of plain folders, else in block files beside the data or the output."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from library.data.cache import Shelf
+from library.data.cache_files import BlockShelf
+from library.data.cache_npz import Beside, NpzShelf, Picture, TextLayout, TextOutputs
+from library.data.dataset import TrainingData
+from library.data.index import Index
+from library.data.index_cache import digest, kept_name
+
+_FOLDER = ".sdxl_cache"
+_LEFT_BEHIND_SECONDS = 24 * 3600  # what a killed process left half written is deleted when it is older
+
+BesideOf = Callable[[int], Callable[[int], Beside]]  # from a source's number and a place in it to the row's .npz
+
+
+def cache_root(data: Path, output_dir: Path) -> Path:
+    """The folder of a subset's block files: beside the data, or in --output_dir where that may not be written."""
+    folder = data if data.is_dir() else data.parent
+    return folder / _FOLDER if _writable(folder) else output_dir / "cache" / digest(str(folder.resolve()))
+
+
+def sources_beside_images(index: Index) -> frozenset[int]:
+    """Sources whose entries are kept as .npz beside the images: one source a folder, and one image a name."""
+    seen: set[tuple[Path, tuple[int, int]]] = set()
+    found = []
+    for number, source in enumerate(index.sources):
+        if source.is_shard or (source.path, source.share) in seen or not _writable(source.path):
+            continue
+        seen.add((source.path, source.share))
+        rows = range(int(index.starts_S[number]), int(index.starts_S[number + 1]))
+        if len({Path(index.key(row)).stem for row in rows}) == len(rows):
+            found.append(number)
+    return frozenset(found)
+
+
+def disk_shelf(
+    index: Index,
+    kind: str,
+    encoder: str,
+    beside: BesideOf,
+    roots: Sequence[Path],
+    npz: frozenset[int],
+    number: int,
+) -> Shelf:
+    """The shelf of a source; another encoder has another.
+
+    Args:
+        roots: of each subset, the folder of its block files.
+        npz: the sources whose entries lie beside the images.
+    """
+    source = index.sources[number]
+    if number in npz:
+        return NpzShelf(beside(number))
+    name = str(source.path.relative_to(index.subsets[source.subset].path))
+    made_from = [source.subset, source.share, source.caption_extension, encoder]
+    return BlockShelf(roots[source.subset] / kind / kept_name(name, made_from, index.tables[number].notes["digest"]))
+
+
+def pictures_of(data: TrainingData, latent_px: int, number: int) -> Callable[[int], Picture]:
+    """The .npz of the latents of a source's images, by place."""
+    index, source = data.index, data.index.sources[number]
+    buckets_n, first = data.buckets.buckets_of(number), int(index.starts_S[number])
+    mirrored = data.options.subsets[source.subset].flip_aug
+
+    def picture(place: int) -> Picture:
+        record = index.record(first + place)
+        path = source.path / index.key(first + place)
+        size = data.buckets.size(int(buckets_n[place]))
+        return Picture(path, (int(record["width"]), int(record["height"])), size, mirrored, latent_px)
+
+    return picture
+
+
+def text_outputs_of(index: Index, layout: TextLayout, number: int) -> Callable[[int], TextOutputs]:
+    """The .npz of what the text encoders make of a source's captions, by place."""
+    folder, first = index.sources[number].path, int(index.starts_S[number])
+    return lambda place: TextOutputs(folder / index.key(first + place), layout)
+
+
+def clear_left_behind(root: Path) -> None:
+    """Delete what a killed process left half written."""
+    old = time.time() - _LEFT_BEHIND_SECONDS
+    with suppress(OSError):
+        for path in root.rglob(".*.partial.*"):
+            if path.stat().st_mtime < old:
+                path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+def _writable(folder: Path) -> bool:
+    """Permission bits are read, too, because root may write where nobody is meant to."""
+    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
