@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from library.data.scaling import Filter, scaled_crop
 
@@ -156,6 +155,8 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
 
 def _plain_jpeg(data: bytes) -> np.ndarray:
     """(height, width, 3) uint8. torchvision's tensor is a turned view of just that."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # takes a second, which what only reads headers need not wait
+
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy, since torch warns of bytes as read-only
     return decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from library.errors import InputError
 from library.hub import is_hub_name
 from library.models import hub, infer_configs, model_kind, single_file
+from library.models.deferred_imports import defer_imports
 from library.models.diffusers_config import unet_config_from_diffusers
 from library.models.meta_load import build
 from library.models.sdxl import DEFAULT_SCHEDULER, SDXLModel
@@ -41,6 +42,7 @@ def load_sdxl(
         InputError: something is not there, not readable, or no SDXL model.
     """
     path = locate(source, MODEL_FLAG, hub.pipeline_files)
+    defer_imports()
     if path.is_dir():
         model = _from_folder(path, dtype, vae, tokenizer1, tokenizer2)
     else:
@@ -64,6 +66,7 @@ def load_tokenizers(source: str, tokenizer1: str | None = None, tokenizer2: str 
     Raises:
         InputError: they cannot be found or read.
     """
+    defer_imports()
     own: Path | None = None
     if tokenizer1 is None or tokenizer2 is None:
         path = locate(source, MODEL_FLAG, hub.pipeline_tokenizer_files)
@@ -95,6 +98,7 @@ def load_vae(source: str, dtype: torch.dtype) -> Any:
         InputError: it cannot be found, read, or is no VAE.
     """
     path = locate(source, "--vae", hub.vae_files)
+    defer_imports()
     if path.is_dir():
         return _vae_from_folder(path / "vae" if (path / "vae" / "config.json").is_file() else path, dtype)
     tensors, metadata = read_weights(path)
@@ -144,7 +148,7 @@ def _build_unet(config: UNetConfig, tensors: Mapping[str, Tensor], dtype: torch.
 
 
 def _vae_from_folder(folder: Path, dtype: torch.dtype) -> Any:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     config = read_json(folder / "config.json")
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
@@ -159,7 +163,7 @@ def _vae_from_tensors(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype, origin: str, kind: str
 ) -> Any:
     """A VAE from diffusers' names."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     factor = single_file.scaling_factor(metadata, origin)
     config = _inferred(lambda: infer_configs.vae_config(tensors, factor), origin, "VAE", kind)
