@@ -108,8 +108,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 def keep_freed_memory(device: torch.device) -> None:
     """On the CPU, have the process keep what it frees for its next step, up to blocks of 32 MiB.
 
-    glibc gives it back to the system, and each step pays for getting the same pages again: some 7 % of its time
-    (docs/measurements/train_step.md). Nothing happens with another C library.
+    glibc gives it back to the system, and each step pays for getting the same pages again: some 3 % of forward and
+    backward (docs/measurements/train_step.md). Nothing happens with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if is_cpu(device) and mallopt is not None:
