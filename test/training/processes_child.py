@@ -124,7 +124,7 @@ def train(
         trainer.train(rows(step, RANK, accelerator.num_processes) for step in range(start, end or steps))
         if averages is not None:
             with parallel.averages_in_place(), parallel.whole_module() as whole:
-                averages += [one.detach().cpu().clone() for one in whole.parameters()]
+                averages += [one.detach().cpu().clone() for one in whole.parameters()] if RANK == 0 else []
         if take is not None:
             take += gather_object([copy.deepcopy(parallel.own_parts())])
         writer.close()
