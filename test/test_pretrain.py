@@ -342,6 +342,35 @@ def test_a_dry_run_tells_the_plan_and_trains_nothing(train):
     assert not list(out.rglob("*"))
 
 
+def test_a_dry_run_tells_what_a_limit_of_memory_has_recomputed(train):
+    limited = ("--gradient_checkpointing", "--checkpoint_policy=auto", "--checkpoint_memory_gb=64")
+    status, _, printed = train("--train_batch_size=4", "--max_train_steps=7", "--dry_run", *limited)
+    assert status == 0, printed
+    (line,) = [line for line in printed.splitlines() if "checkpoint policy: auto" in line]
+    (estimated,) = [line for line in printed.splitlines() if "estimated device memory" in line]
+    assert " 0 of " in line and "64 GiB" in line  # all fits, so nothing is
+    assert re.search(r"estimated ([\d.]+) GiB", line)[1] in estimated
+
+
+@pytest.mark.all
+def test_a_run_with_a_limit_of_memory_is_the_run_without(train):
+    arguments = ("--train_batch_size=4", "--max_train_steps=2", "--save_model_as=safetensors")
+    status, plain, printed = train(*arguments, out="plain")
+    assert status == 0, printed
+    expected = load_file(plain / "last.safetensors")
+    peaks = []
+    for checkpointing in ((), ("--gradient_checkpointing",)):
+        printed = train(*arguments, "--dry_run", *checkpointing)[2]
+        peaks.append(float(re.search(r"estimated device memory of a step: ([\d.]+)", printed)[1]))
+    between = f"--checkpoint_memory_gb={sum(peaks) / 2:.4f}"
+    status, limited, printed = train(*arguments, "--gradient_checkpointing", "--checkpoint_policy=auto", between)
+    assert status == 0, printed
+    chosen, blocks = map(int, re.search(r"auto, (\d+) of (\d+) blocks", printed).groups())
+    assert 0 < chosen < blocks
+    found = load_file(limited / "last.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -349,6 +378,13 @@ def test_a_dry_run_tells_the_plan_and_trains_nothing(train):
         (["--fused_backward_pass", "--gradient_accumulation_steps=2"], "--gradient_accumulation_steps=2"),
         (["--fused_backward_pass", "--mixed_precision=fp16"], "--mixed_precision=bf16 or no"),
         (["--fused_backward_pass", "--sharding=zero1"], "--sharding=zero1"),
+        (["--checkpoint_policy=auto", "--checkpoint_memory_gb=9"], "without --gradient_checkpointing"),
+        (["--gradient_checkpointing", "--checkpoint_policy=auto"], "add --checkpoint_memory_gb"),
+        (["--gradient_checkpointing", "--checkpoint_memory_gb=9"], "without --checkpoint_policy=auto"),
+        (
+            ["--gradient_checkpointing", "--checkpoint_policy=auto", "--checkpoint_memory_gb=0.001"],
+            "--checkpoint_memory_gb=0.001: with every block checkpointed",
+        ),
         (["--optimizer_type=AdaFactor", "--sharding=fsdp"], "--sharding=fsdp"),
         (["--train_batch_size=100"], "24"),
         (["--resolution=64", "--bucket_reso_steps=12"], "bucket_reso_steps"),

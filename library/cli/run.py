@@ -7,6 +7,8 @@ from pathlib import Path
 from library.cli.parser import file_stem, positive_float, positive_int, seed
 from library.diffusion.samplers import NAMES
 
+CHECKPOINT_POLICIES = ("full", "auto")
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -17,6 +19,8 @@ class RunOptions:
     mixed_precision: str
     seed: int | None
     gradient_checkpointing: bool
+    checkpoint_policy: str
+    checkpoint_memory_gb: float | None
     gradient_accumulation_steps: int
     ddp_timeout: int  # minutes
     dry_run: bool
@@ -74,6 +78,20 @@ def add_run_arguments(parser: ArgumentParser) -> None:
         "--gradient_checkpointing",
         action="store_true",
         help="recompute activations in backward: less memory, more time",
+    )
+    group.add_argument(
+        "--checkpoint_policy",
+        choices=CHECKPOINT_POLICIES,
+        default="full",
+        help="what --gradient_checkpointing recomputes: full: every block; auto: as few blocks of the U-Net as "
+        "--checkpoint_memory_gb needs, the cheapest by arithmetic per byte first (%(default)s)",
+    )
+    group.add_argument(
+        "--checkpoint_memory_gb",
+        type=positive_float,
+        metavar="GIB",
+        help="with --checkpoint_policy=auto: what a step may take of a device's memory, in GiB as --dry_run has it; "
+        "leave some room, for the estimate sees neither fragmentation nor libraries' workspaces",
     )
     group.add_argument(
         "--gradient_accumulation_steps", type=positive_int, default=1, help="passes per optimizer step (%(default)s)"

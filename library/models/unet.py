@@ -7,6 +7,7 @@ time embedding, V width of the vector conditions, X width of the text context.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,8 @@ def size_embedding(size_ids_B6: Tensor, dim: int = SIZE_EMBEDDING_DIM) -> Tensor
 class ResBlock(nn.Module):
     """Two convolutions with the time embedding added between them, around a skip connection."""
 
+    checkpointing = False
+
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
@@ -171,6 +174,8 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward; each after its norm and added to its input."""
 
+    checkpointing = False
+
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
         self.attn1 = Attention(channels, None, heads)
@@ -192,7 +197,6 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, depth: int, config: UNetConfig) -> None:
         super().__init__()
         self.linear = config.use_linear_in_transformer
-        self.checkpointing = False
         self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
         self.proj_in = Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -204,7 +208,7 @@ class SpatialTransformer(nn.Module):
         h_BCHW = self.norm(x_BCHW)
         h_BLC = self.proj_in(_tokens(h_BCHW)) if self.linear else _tokens(self.proj_in(h_BCHW))
         for block in self.transformer_blocks:
-            h_BLC = _run(block, self.checkpointing, h_BLC, context_BTX)
+            h_BLC = _run(block, h_BLC, context_BTX)
         size = x_BCHW.shape[-2:]
         out = _pixels(self.proj_out(h_BLC), size) if self.linear else self.proj_out(_pixels(h_BLC, size))
         return x_BCHW + out
@@ -235,13 +239,11 @@ class Upsample(nn.Module):
 class Stage(nn.Sequential):
     """The layers that share one number in Stability's keys; each is given what its kind needs."""
 
-    checkpointing = False
-
     def forward(self, x_BCHW: Tensor, emb_BE: Tensor, context_BTX: Tensor, next_hw: torch.Size) -> Tensor:  # type: ignore[override]
         """next_hw: rows and columns that an Upsample in here must reach."""
         for layer in self:
             if isinstance(layer, ResBlock):
-                x_BCHW = _run(layer, self.checkpointing, x_BCHW, emb_BE)
+                x_BCHW = _run(layer, x_BCHW, emb_BE)
             elif isinstance(layer, SpatialTransformer):
                 x_BCHW = layer(x_BCHW, context_BTX)
             elif isinstance(layer, Upsample):
@@ -307,11 +309,18 @@ class UNet(nn.Module):
             if isinstance(module, Attention):
                 module.backend = name
 
+    def blocks(self) -> list["ResBlock | TransformerBlock"]:
+        """Residual blocks and transformer layers, in the order in which they compute."""
+        return [module for module in self.modules() if isinstance(module, (ResBlock, TransformerBlock))]
+
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only the inputs of residual blocks and transformer layers, and compute the rest again for backward."""
-        for module in self.modules():
-            if isinstance(module, (Stage, SpatialTransformer)):
-                module.checkpointing = enabled
+        """Keep only the inputs of all `blocks`, and compute the rest again for backward."""
+        self.checkpoint_blocks(range(len(self.blocks())) if enabled else ())
+
+    def checkpoint_blocks(self, chosen: Collection[int]) -> None:
+        """The same for those of the `blocks` that have these numbers alone."""
+        for number, block in enumerate(self.blocks()):
+            block.checkpointing = number in chosen
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, context_BTX: Tensor, vector_BV: Tensor | None = None) -> Tensor:
         """The prediction, of the latents' shape.
@@ -351,11 +360,11 @@ def _zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _run(module: nn.Module, checkpointing: bool, *inputs: Tensor) -> Tensor:
-    """The module's output, its inner activations dropped and recomputed if checkpointing. Nothing in it is random."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return module(*inputs)
+def _run(block: Any, *inputs: Tensor) -> Tensor:
+    """The block's output, its inner activations dropped and recomputed if it says so. Nothing in it is random."""
+    if block.checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
 
 
 def _tokens(x_BCHW: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from library.training.precision import make_accelerator
 from library.training.resume import check_resumed, options_by_flag, resumed_state, versions
 from library.training.rules import (
     check_caches,
+    check_checkpointing,
     check_data,
     check_optimization,
     check_preview,
@@ -104,6 +105,9 @@ class Task(loop.Task, validation.Task, Protocol):
     def checkpoint_bytes(self) -> int:
         """About what a checkpoint takes on disk."""
 
+    def choose_checkpoints(self, bucket_px: tuple[int, int]) -> None:
+        """Decide what is recomputed in backward, by the largest bucket's width and height."""
+
     def memory_lines(self, bucket_px: tuple[int, int]) -> list[str]:
         """What a step needs in memory at a bucket's width and height, for --dry_run."""
 
@@ -138,6 +142,7 @@ def run(
         check_optimization(options.optimization, options.run)
         check_preview(options.preview)
         check_saving(options.saving)
+        check_checkpointing(options.run)
         check_caches(options)
         if not options.run.dry_run:
             prepare_output(options)
@@ -168,6 +173,7 @@ def run(
         task = make_task(surroundings)
         if accelerator.num_processes > 1:  # describing reads all code and some of every weight
             check_agreement(accelerator, describe_run(options, surroundings.seed, data, task.module))
+        task.choose_checkpoints(data.largest_bucket)
         groups = task.parameter_groups()
         logger.info("seed: %d", surroundings.seed)
         resolved = plan_lines(options, data, steps, epochs, groups, accelerator, _sharding(options))

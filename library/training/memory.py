@@ -8,7 +8,7 @@ What it cannot see: the allocator's fragmentation, libraries' workspaces, CUDA's
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +38,7 @@ class _FusedShapes(torch.autograd.Function):
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """On the meta device torch writes attention out, as no device does; this puts the fused kernels' shapes there.
 
     The function is exchanged, not overridden by a mode: modes do not reach into the recomputation of checkpoints.
@@ -104,15 +104,15 @@ class MemoryEstimate:
         return [f"estimated device memory of a step: {self.total / GIB:.3f} GiB ({listed})"]
 
 
-def estimate(
+def estimator(
     module: Any,
     vae: nn.Module,
     compute_dtype: torch.dtype,
     step: Callable[[nn.Module], Tensor],
     encode: Callable[[nn.Module], Tensor],
     training: Training,
-) -> MemoryEstimate:
-    """Run one encoding, forward and backward on shapes.
+) -> Callable[[], MemoryEstimate]:
+    """Run one encoding on shapes; what comes back does so with forward and backward, as `module` checkpoints then.
 
     Args:
         module: what trains, as it will be held; its `sharding_units` are what fsdp gathers one by one.
@@ -126,18 +126,23 @@ def estimate(
     everything = sum(_bytes(tensor) for part in (module, vae) for tensor in (*part.parameters(), *part.buffers()))
     held = held_bytes(trained, _units(module), training)
     vae_shapes = without_data(vae)
-    with LiveBytes() as encoding, _fused_attention():
+    with LiveBytes() as encoding, fused_attention():
         encode(vae_shapes)
     weights = everything - sum(map(_bytes, trained)) + held.weights
-    backward = _backward(module, compute_dtype, step, training, held)
-    return MemoryEstimate(
+    without_backward = MemoryEstimate(
         weights,
         held.optimizer,
-        backward,
+        0,
         encoding.peak + held.gradients_at_rest,
         held.gradients + held.update,
         held.averages,
     )
+    return lambda: replace(without_backward, backward=_backward(module, compute_dtype, step, training, held))
+
+
+def estimate(*arguments: Any) -> MemoryEstimate:
+    """What `estimator` with these arguments says of the module as it is now."""
+    return estimator(*arguments)()
 
 
 def _backward(
@@ -155,7 +160,7 @@ def _backward(
     if not collected:
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(_forget)
-    with LiveBytes() as live, _fused_attention():
+    with LiveBytes() as live, fused_attention():
         live.hold([*shapes.parameters(), *shapes.buffers()])
         at_start = live.bytes
         step(shapes).backward()

@@ -26,6 +26,24 @@ def check_data(options: DataOptions, run: RunOptions) -> None:
         )
 
 
+def check_checkpointing(run: RunOptions) -> None:
+    """Raise InputError where flags that say what is recomputed have nothing to act on, or no limit."""
+    auto = run.checkpoint_policy == "auto"
+    if auto and not run.gradient_checkpointing:
+        raise InputError(
+            "--checkpoint_policy=auto has nothing to act on without --gradient_checkpointing; add that, or leave it out"
+        )
+    if auto and run.checkpoint_memory_gb is None:
+        raise InputError(
+            "--checkpoint_policy=auto needs to know what a step may take; add --checkpoint_memory_gb, or use "
+            "--checkpoint_policy=full"
+        )
+    if run.checkpoint_memory_gb is not None and not auto:
+        raise InputError(
+            "--checkpoint_memory_gb has nothing to act on without --checkpoint_policy=auto; add that, or leave it out"
+        )
+
+
 def check_optimization(options: OptimizationOptions, run: RunOptions) -> None:
     """Raise InputError where optimizer, sharding, rates and schedule cannot go together."""
     choice = choose_optimizer(options.optimizer_type, options.optimizer_args)

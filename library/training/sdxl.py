@@ -4,7 +4,7 @@ Legend: B batch, C channels, H W latent rows and columns, T text tokens, V vecto
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,9 @@ from library.models.text_encoders import tokenize, tokenize_weighted
 from library.models.token_counts import TokenCounter
 from library.models.vae import encode_images, latent_shape
 from library.training.assembly import Surroundings
+from library.training.checkpoint_policy import choose_checkpoints
 from library.training.held import Training
-from library.training.memory import estimate
+from library.training.memory import GIB, MemoryEstimate, estimator
 from library.training.optimizers import ParameterGroup, make_optimizer
 from library.training.precision import DTYPES, SAVE_DTYPES
 from library.training.preview import GuidedDenoiser, Previewer
@@ -92,6 +93,7 @@ class SDXLPretraining:
             trained |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         self.model.scheduler_config = {**self.model.scheduler_config, **trained}
         self.previewer = self._previewer(schedule)
+        self.checkpoint_lines: list[str] = []
         self._place(schedule)
 
     def _place(self, schedule: NoiseSchedule) -> None:
@@ -137,6 +139,7 @@ class SDXLPretraining:
             f"checkpoints as: {self.options.saving.save_model_as or self._loaded_form()}, "
             f"precision: {self.options.saving.save_precision or 'float'}",
             f"sample prompts: {prompts}",
+            *self.checkpoint_lines,
         ]
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
@@ -302,6 +305,20 @@ class SDXLPretraining:
 
     def memory_lines(self, bucket_px: tuple[int, int]) -> list[str]:
         """What a step needs at a bucket's width and height, found by running it on shapes alone."""
+        _, predict = self._on_shapes(bucket_px)
+        return predict().lines()
+
+    def choose_checkpoints(self, bucket_px: tuple[int, int]) -> None:
+        """With --checkpoint_policy=auto recompute only what a bucket of that width and height needs for the limit."""
+        run = self.options.run
+        if run.checkpoint_memory_gb is not None:
+            step, predict = self._on_shapes(bucket_px)
+            limit = run.checkpoint_memory_gb * GIB
+            compute_dtype = DTYPES[run.mixed_precision]
+            self.checkpoint_lines = choose_checkpoints(self.module, compute_dtype, step, predict, limit)
+
+    def _on_shapes(self, bucket_px: tuple[int, int]) -> tuple[Callable[[Any], Tensor], Callable[[], MemoryEstimate]]:
+        """A step of a data-less copy of the module, and the estimate of its memory."""
         width, height = bucket_px
         batch = self.options.data.train_batch_size
         ids_BK77 = self.tokenize([""] * batch)[0].to("meta")
@@ -324,4 +341,4 @@ class SDXLPretraining:
             optimization.fused_backward_pass,
             optimization.use_ema and not optimization.offload_ema,
         )
-        return estimate(self.module, self.encoders.vae, compute_dtype, step, encode, training).lines()
+        return step, estimator(self.module, self.encoders.vae, compute_dtype, step, encode, training)
