@@ -83,7 +83,7 @@ def main(model: str, folder: Path) -> None:
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
-    print(f"first step ends {time.time()} loss {loss.item()}")
+    print(f"loss {loss.item()} first step ends {time.time()} {time.process_time()}")
 
 
 if __name__ == "__main__":
