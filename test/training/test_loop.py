@@ -338,6 +338,7 @@ for step in range(10):
     except TrainingError as error:
         (Path(sys.argv[1]) / f"stopped{rank}").write_text(f"{step} {error}")
         break
+accelerator.end_training()  # torch's threads may abort a process that ends with them
 """
 
 
