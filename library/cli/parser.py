@@ -25,8 +25,8 @@ class StrictParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def fill(options_type: type[Options], args: argparse.Namespace, **overrides: Any) -> Options:
-    """Build a dataclass from the parsed arguments of the same names; `overrides` replace or add fields."""
+def fill(options_type: type[Options], args: Any, **overrides: Any) -> Options:
+    """Build a dataclass from attributes of the same names, as of parsed arguments; `overrides` replace or add some."""
     names = [field.name for field in dataclasses.fields(options_type)]  # type: ignore[arg-type]
     values = {name: getattr(args, name) for name in names if name not in overrides}
     return options_type(**values, **overrides)

@@ -53,6 +53,10 @@ class Entry:
         return (height, width, top, left, target_h, target_w), self.tensors[2 * first : 2 * first + 2]
 
 
+class DamagedEntryError(Exception):
+    """An entry that is there, but not as it was written; the message says where."""
+
+
 @dataclass
 class Found:
     """What lies on a shelf of some places.
@@ -65,9 +69,15 @@ class Found:
     made: dict[int, Made] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
 
-
-class DamagedEntryError(Exception):
-    """An entry that is there, but not as it was written; the message says where."""
+    def take(self, places: Sequence[int], read: Callable[[int], Made]) -> None:
+        """Read some places; one that `read` raises KeyError for is not there."""
+        for place in places:
+            try:
+                self.made[place] = read(place)
+            except KeyError:
+                continue
+            except DamagedEntryError as error:
+                self.damaged.append(str(error))
 
 
 class Shelf(Protocol):

@@ -36,13 +36,7 @@ class BlockShelf:
             return found
         except DamagedEntryError:
             return Found(damaged=[str(path)])
-        for place in places:
-            try:
-                found.made[place] = block.read(place, verify).made
-            except KeyError:
-                continue
-            except DamagedEntryError as error:
-                found.damaged.append(str(error))
+        found.take(places, lambda place: block.read(place, verify).made)
         return found
 
     def read(self, place: int) -> Entry:

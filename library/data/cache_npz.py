@@ -53,13 +53,7 @@ class NpzShelf:
     def find(self, places: Sequence[int], verify: bool) -> Found:
         """As Shelf."""
         found = Found()
-        for place in places:
-            try:
-                found.made[place] = self.read(place).made
-            except KeyError:
-                continue
-            except DamagedEntryError as error:
-                found.damaged.append(str(error))
+        found.take(places, lambda place: self.read(place).made)
         return found
 
     def read(self, place: int) -> Entry:

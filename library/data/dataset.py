@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from library.cli.data import DataOptions, SubsetOptions
+from library.cli.parser import fill
 from library.data.augmentation import ImageOptions, face_in
 from library.data.bad_samples import check_left_out
 from library.data.bucket_rows import Buckets, bucket_rows
@@ -273,14 +274,7 @@ def _of_sources(index: Index, of_subsets: Sequence[Any]) -> np.ndarray:
 
 
 def _bucket_options(options: SubsetOptions) -> BucketOptions:
-    return BucketOptions(
-        resolution=options.resolution,
-        enable_bucket=options.enable_bucket,
-        min_bucket_reso=options.min_bucket_reso,
-        max_bucket_reso=options.max_bucket_reso,
-        bucket_reso_steps=options.bucket_reso_steps,
-        bucket_no_upscale=options.bucket_no_upscale,
-    )
+    return fill(BucketOptions, options)
 
 
 def _treatments(options: DataOptions, run_steps: int) -> list[Treatment]:
@@ -291,30 +285,10 @@ def _treatments(options: DataOptions, run_steps: int) -> list[Treatment]:
 def _treatment(options: SubsetOptions, run_steps: int, prior_loss_weight: float) -> Treatment:
     """How a subset's samples are prepared in a run of that many steps."""
     warmup = options.token_warmup_step
-    captions = CaptionOptions(
-        caption_prefix=options.caption_prefix,
-        caption_suffix=options.caption_suffix,
-        shuffle_caption=options.shuffle_caption,
-        keep_tokens=options.keep_tokens,
-        keep_tokens_separator=options.keep_tokens_separator,
-        caption_separator=options.caption_separator,
-        secondary_separator=options.secondary_separator,
-        enable_wildcard=options.enable_wildcard,
-        caption_dropout_rate=options.caption_dropout_rate,
-        caption_dropout_every_n_epochs=options.caption_dropout_every_n_epochs,
-        caption_tag_dropout_rate=options.caption_tag_dropout_rate,
-        token_warmup_min=options.token_warmup_min,
-        token_warmup_steps=warmup if warmup >= 1 else int(warmup * run_steps),
-    )
+    warmup_steps = warmup if warmup >= 1 else int(warmup * run_steps)
+    captions = fill(CaptionOptions, options, token_warmup_steps=warmup_steps)
     interpolation = options.resize_interpolation
-    images = ImageOptions(
-        flip_aug=options.flip_aug,
-        color_aug=options.color_aug,
-        random_crop=options.random_crop,
-        face_crop_aug_range=options.face_crop_aug_range,
-        alpha_mask=options.alpha_mask,
-        resize_interpolation=None if interpolation is None else FILTERS[interpolation],
-    )
+    images = fill(ImageOptions, options, resize_interpolation=None if interpolation is None else FILTERS[interpolation])
     return Treatment(captions, prior_loss_weight if options.is_reg else 1.0, images=images)
 
 

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from library.signals import Signals
 
@@ -164,6 +166,14 @@ class Companions:
             _, host, step, phase = json.loads(content)
             reports.append(Report(rank, host, step, phase, now - self._seen[rank][1]))
         return reports
+
+
+def largest_of_all(accelerator: Accelerator, numbers: Sequence[int]) -> list[int]:
+    """The largest of each number over all processes: a collective, by which they agree at the same step."""
+    asked = torch.tensor(numbers, device=accelerator.device)
+    if accelerator.num_processes > 1:
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    return asked.tolist()
 
 
 def companions(rank: int, ranks: int, signals: Signals, timeout_s: float) -> Companions:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -25,7 +24,16 @@ from library.data.loader import MicroBatch
 from library.data.training_set import Epochs
 from library.errors import Stopped, TrainingError
 from library.signals import Signals
-from library.training.companions import READING, SAMPLING, SAVING, TRAINING, VALIDATING, WAITING, Progress
+from library.training.companions import (
+    READING,
+    SAMPLING,
+    SAVING,
+    TRAINING,
+    VALIDATING,
+    WAITING,
+    Progress,
+    largest_of_all,
+)
 from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
 from library.training.optimizers import set_schedule
 from library.training.quarantine import Quarantine
@@ -309,11 +317,8 @@ class Trainer:
     def _agreed(self) -> tuple[int, bool]:
         """The signal that asks any process to stop, or 0, and whether any asks for a state now."""
         save = self.signals.take_save_request() or self.states.minutes_are_up()
-        asked = torch.tensor([self.signals.stop_signal or 0, int(save)], device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        stop_signal, save = asked.tolist()
-        return stop_signal, bool(save)
+        stop_signal, anyone_saves = largest_of_all(self.accelerator, [self.signals.stop_signal or 0, int(save)])
+        return stop_signal, bool(anyone_saves)
 
     def save_state(self, steps_done: int, stem: str | None = None) -> None:
         """Save a training state. Every process calls; it is written in the background."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.data.held_out import ValidationPlan
 from library.data.loader import MicroBatch
 from library.signals import Signals
+from library.training.companions import largest_of_all
 from library.training.metrics import MetricsWriter, finite_or_none
 from library.training.saving import Cadence
 
@@ -69,7 +69,7 @@ class Validator:
         try:
             with torch.no_grad():
                 for batch in self.batches:
-                    if self._stop_asked():
+                    if any(largest_of_all(self.accelerator, [self.signals.stop_signal or 0])):
                         return None
                     for name, reason in batch.quarantined:
                         self.writer.write_text(f"validation: {name} stands for another image or is left out: {reason}")
@@ -84,10 +84,3 @@ class Validator:
         sums = torch.tensor([total, count], dtype=torch.float32, device=self.accelerator.device)
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         return total / count if count else math.nan
-
-    def _stop_asked(self) -> bool:
-        """Whether a signal asks any process to stop."""
-        asked = torch.tensor([self.signals.stop_signal or 0], device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())

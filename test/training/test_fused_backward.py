@@ -23,6 +23,7 @@ from library.training.precision import make_accelerator
 from library.training.sharding import shard
 from library.training.state_writer import StateWriter
 from library.training.states import StateCadence, States
+from test.training.gradients import NaNGradient
 
 ADAFACTOR = ("AdaFactor", ["relative_step=False", "scale_parameter=False"])
 KINDS = [("AdamW", ["weight_decay=0.1"]), ADAFACTOR, ("SGDNesterov", [])]
@@ -149,21 +150,9 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_state_alone(sdxl, tmp_path
     assert all(part["state"]["step"] == 1 for part in fused.own_parts().values() if part["state"])
 
 
-class _NaNGradient(torch.autograd.Function):
-    """Finite forward, NaN backward."""
-
-    @staticmethod
-    def forward(ctx, loss):
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * math.nan
-
-
 def test_a_gradient_that_is_not_finite_ends_the_run_and_says_why(sdxl, tmp_path):
     with pytest.raises(TrainingError, match=r"gradient is not finite.*--fused_backward_pass has updated other weights"):
-        train(made(sdxl, True), tmp_path, Noise({1: _NaNGradient.apply}))
+        train(made(sdxl, True), tmp_path, Noise({1: NaNGradient.apply}))
 
 
 @pytest.mark.parametrize("before", [False, True])

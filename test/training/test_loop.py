@@ -22,6 +22,7 @@ from library.training.precision import make_accelerator
 from library.training.sharding import shard
 from library.training.state_writer import StateWriter
 from library.training.states import StateCadence, States
+from test.training.gradients import InfiniteGradient, NaNGradient
 
 ROOT = Path(__file__).resolve().parents[2]
 FEATURES = 6
@@ -164,34 +165,10 @@ def test_gradients_that_overflow_at_every_scale_stop_the_run_and_name_the_sample
     class Broken(Regression):
         def loss(self, module, batch):
             loss = super().loss(module, batch)
-            return _NaNGradient.apply(loss)
+            return NaNGradient.apply(loss)
 
     with pytest.raises(TrainingError, match=r"overflow fp16 at every loss scale.*0-0, 0-1"):
         train(tmp_path, Broken(), precision="fp16")
-
-
-class _InfiniteGradient(torch.autograd.Function):
-    """Finite forward, infinite backward."""
-
-    @staticmethod
-    def forward(ctx, loss):
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * math.inf
-
-
-class _NaNGradient(torch.autograd.Function):
-    """Finite forward, NaN backward."""
-
-    @staticmethod
-    def forward(ctx, loss):
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * math.nan
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
@@ -230,7 +207,7 @@ def test_an_overflow_that_passes_leaves_the_weights_of_a_run_without_it(tmp_path
             loss = super().loss(module, batch)
             if batch.step == 3 and not self.done:
                 self.done = True
-                return _InfiniteGradient.apply(loss)
+                return InfiniteGradient.apply(loss)
             return loss
 
     once, report, _ = train(tmp_path / "b", OverflowsOnce(), precision="fp16")
@@ -275,7 +252,7 @@ def test_a_gradient_that_is_not_finite_in_fp32_never_reaches_the_weights(tmp_pat
     class Broken(Regression):
         def loss(self, module, batch):
             loss = super().loss(module, batch)
-            return _NaNGradient.apply(loss) if batch.step == 4 else loss
+            return NaNGradient.apply(loss) if batch.step == 4 else loss
 
     module, report, metrics = train(tmp_path, Broken())
     assert report.steps_not_updated == 1 and not metrics[4]["updated"]
