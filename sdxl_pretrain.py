@@ -16,12 +16,11 @@ whole configuration: `bash test/pretrain_full_1m_1p_sdxl.sh --demo` shows it at 
 """
 
 import argparse
-import sys
 import time
 from functools import partial
 
 from library.cli import caches, config_file, data, dataset_config, model, optimization, run
-from library.cli.main import run_main
+from library.cli.main import run_main, run_script
 from library.cli.parser import StrictParser, fill
 from library.signals import Signals
 
@@ -77,4 +76,4 @@ def train(args: argparse.Namespace, signals: Signals, started: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

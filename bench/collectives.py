@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import scaling
 
+from library.cli.main import run_script
 from library.models.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
@@ -247,7 +248,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = measure_here()
         if dist.get_rank() == 0:
             print(json.dumps(result), flush=True)
-        dist.destroy_process_group()
         return
     results = [measure(processes) for processes in options.processes]
     texts = tables(results)
@@ -261,4 +261,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

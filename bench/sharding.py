@@ -41,6 +41,7 @@ import collectives
 import scaling
 import train_step
 
+from library.cli.main import run_script
 from library.cli.optimization import SHARDINGS
 from library.models.unet import UNet, size_embedding
 from library.training import sharding
@@ -58,6 +59,7 @@ CASE = train_step.Case(
     gradient_checkpointing=False,
 )
 MAX_NORM, LEARNING_RATE = 1.0, 1e-4
+RELEASE_S = 0.3  # time in which gloo's threads let go of the tensors of collectives that are over
 FIRST_STEPS = 2  # DistributedDataParallel makes its buckets anew in the second
 SDXL_PARAMETERS = 3_378_094_596  # that train, docs/scaling.md
 OSS_IN_PROPORTION = "oss, buckets in SDXL's proportion"
@@ -105,6 +107,7 @@ class Storages(TorchDispatchMode):
     def alive(self) -> dict[int, int]:
         """Present bytes of each that still is."""
         gc.collect()
+        time.sleep(RELEASE_S)
         storages = [reference() for reference in self._seen.values()]
         return {storage._cdata: storage.nbytes() for storage in storages if storage is not None}
 
@@ -354,4 +357,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,5 +1,6 @@
 """What stands around every script's work: logging, and exit statuses that a launcher can trust."""
 
+import atexit
 import json
 import logging
 import os
@@ -12,6 +13,27 @@ from pathlib import Path
 from library.errors import InputError, Stopped, TrainingError
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run `main` as all that this process does, and leave with the exit status that it returns.
+
+    One of several processes ends without taking its interpreter apart. Gloo's threads let go of a collective's tensors
+    some time after it is over, for which they need the interpreter's lock; if they ask for it while the interpreter is
+    being taken apart, CPython ends them by force, and C++ answers with abort() in place of the exit status. All that
+    was registered with `atexit` is done before.
+    """
+    ended: list[int] = []
+
+    def leave() -> None:
+        if ended and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended[0])
+
+    atexit.register(leave)  # functions run in reverse: what `main` imports registers its own after this one
+    ended.append(main() or EXIT_OK)
+    sys.exit(ended[0])
 
 
 def run_main(work: Callable[[], object]) -> int:

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -133,7 +132,6 @@ def run(
     """
     with ExitStack() as stack:
         accelerator = make_accelerator(options.run.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
-        stack.callback(_leave_process_group, accelerator.device)
         devices.keep_freed_memory(accelerator.device)
         beside = companions(accelerator.process_index, accelerator.num_processes, signals, 60 * options.run.ddp_timeout)
         stack.enter_context(beside)
@@ -201,15 +199,6 @@ def run(
         if accelerator.is_main_process:
             finish(options, report, task.network_name, data, accelerator, started)
         accelerator.end_training()
-
-
-def _leave_process_group(device: torch.device) -> None:
-    """Also when the run has failed: gloo's threads may abort a process that ends with them, whatever its exit status.
-
-    Not on accelerators, whose backends may wait for work that another process will never do.
-    """
-    if devices.is_cpu(device) and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from library.cli.main import run_main
+from library.cli.main import run_main, run_script
 from library.errors import InputError
 
 
@@ -30,7 +30,6 @@ def work() -> None:
         if step == 2:
             come_to(end)
         time.sleep(0.1)
-    dist.destroy_process_group()
 
 
 def come_to(end: str | None) -> None:
@@ -43,4 +42,4 @@ def come_to(end: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(work))
+    run_script(lambda: run_main(work))

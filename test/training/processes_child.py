@@ -23,6 +23,7 @@ from gradients import InfiniteGradient
 from sharding_child import OneEpoch, quiet_states
 from torch import nn
 
+from library.cli.main import run_script
 from library.signals import Signals
 from library.training.fused_backward import FusedBackward
 from library.training.loop import LoopOptions, Trainer
@@ -353,8 +354,7 @@ def main():
             except Exception:
                 failures[name] = traceback.format_exc()
             (OUT / f"{RANK}.json").write_text(json.dumps(failures))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import nn
 
+from library.cli.main import run_script
 from library.data.held_out import ValidationPlan
 from library.models.checkpoint import load_sdxl
 from library.models.conditioned_unet import ConditionedUNet
@@ -172,9 +173,8 @@ def main(model_folder, cases, out):
     accelerator = make_accelerator("no")
     for case in json.loads(Path(cases).read_text()):
         train(accelerator, model_folder, case, Path(out))
-    accelerator.end_training()
     undo()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_script(lambda: main(*sys.argv[1:]))

@@ -300,6 +300,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from accelerate import Accelerator
+from library.cli.main import run_script
 from library.errors import TrainingError
 from library.training.quarantine import Quarantine
 
@@ -315,7 +316,7 @@ for step in range(10):
     except TrainingError as error:
         (Path(sys.argv[1]) / f"stopped{rank}").write_text(f"{step} {error}")
         break
-accelerator.end_training()  # torch's threads may abort a process that ends with them
+run_script(lambda: None)
 """
 
 

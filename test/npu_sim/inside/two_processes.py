@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch_npu  # noqa: F401  makes "npu" and "hccl" known
 from torch import nn
 
+from library.cli.main import run_script
+
 RANK, SIZE = int(os.environ["RANK"]), 2
 NPU = torch.device("npu", RANK)
 
@@ -251,8 +253,7 @@ def main(folder: str) -> None:
             except Exception:
                 failures[name] = traceback.format_exc()
             (Path(folder) / f"{RANK}.json").write_text(json.dumps(failures))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_script(lambda: main(sys.argv[1]))
