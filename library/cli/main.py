@@ -9,13 +9,14 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from library.errors import InputError, Stopped, TrainingError
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
-def run_script(main: Callable[[], int | None]) -> None:
+def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` as all that this process does, and leave with the exit status that it returns.
 
     One of several processes ends without taking its interpreter apart. Gloo's threads let go of a collective's tensors
@@ -27,13 +28,18 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     def leave() -> None:
         if ended and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(ended[0])
+            leave_at_once(ended[0])
 
     atexit.register(leave)  # functions run in reverse: what `main` imports registers its own after this one
     ended.append(main() or EXIT_OK)
     sys.exit(ended[0])
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """End the process with its output written and its interpreter left as it is: threads may be at work in it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run_main(work: Callable[[], object]) -> int:

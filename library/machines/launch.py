@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from library.cli.main import EXIT_BAD_INPUT, EXIT_OK
+from library.cli.main import EXIT_BAD_INPUT, EXIT_OK, leave_at_once
 from library.errors import InputError
 from library.machines.address import network_variables
 from library.machines.facts import software
@@ -178,7 +178,4 @@ def _rendezvous(options: LaunchOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    exit_status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_status)  # the watch's threads may be inside the store, which must not be torn down under them
+    leave_at_once(main())  # the watch's threads may be inside the store, which must not be torn down under them

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
@@ -19,6 +20,7 @@ import transformers  # noqa: E402
 
 import sdxl_pretrain  # noqa: E402
 import third_patch  # noqa: E402
+from library.cli.main import run_script  # noqa: E402
 
 _LAZY = (diffusers.AutoencoderKL, transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
 _LAZY += (transformers.CLIPTokenizer, diffusers.DDIMScheduler, third_patch.PATCHES)
@@ -27,8 +29,13 @@ _LAZY += (transformers.CLIPTokenizer, diffusers.DDIMScheduler, third_patch.PATCH
 def start(arguments: list[str], log: str, env: dict[str, str], faults: list[list]) -> int:
     """A run in a process of its own, with faults planted; returns its pid in the parent."""
     child = os.fork()
-    if child:
-        return child
+    if not child:
+        become(arguments, log, env, faults)
+    return child
+
+
+def become(arguments: list[str], log: str, env: dict[str, str], faults: list[list]) -> NoReturn:
+    """Make this process the run, to its end."""
     os.setpgid(0, 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -38,7 +45,7 @@ def start(arguments: list[str], log: str, env: dict[str, str], faults: list[list
     os.environ.update(env)
     for name, *values in faults:
         getattr(planted, name)(*values)
-    sys.exit(sdxl_pretrain.main(arguments))
+    run_script(lambda: sdxl_pretrain.main(arguments))
 
 
 def wait(pid: int, timeout_s: float) -> int | None:
