@@ -107,7 +107,6 @@ class Storages(TorchDispatchMode):
     def alive(self) -> dict[int, int]:
         """Present bytes of each that still is."""
         gc.collect()
-        time.sleep(RELEASE_S)
         storages = [reference() for reference in self._seen.values()]
         return {storage._cdata: storage.nbytes() for storage in storages if storage is not None}
 
@@ -192,6 +191,7 @@ def memory(trained: Trained, storages: Storages) -> dict[str, int]:
 
     def rest() -> int:
         named = storages_of([*weights, *state])
+        time.sleep(RELEASE_S)
         alive = storages.alive()
         missed = named.keys() - alive.keys()
         if missed:
