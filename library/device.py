@@ -11,6 +11,7 @@ import resource
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from library.errors import InputError
 
@@ -88,6 +89,14 @@ def synchronize(device: torch.device) -> None:
     module = _module(device)
     if module is not None:
         module.synchronize(device)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, made without waiting for the work that it still has; on the CPU the tensor itself.
+
+    A plain `.to` of memory that is not pinned returns when the device has done all that was launched before.
+    """
+    return tensor if is_cpu(device) else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def release_memory(device: torch.device) -> None:

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch import Tensor
 
-from library.signals import Signals
+from library.device import upload
+from library.signals import STOPPING, Signals
 
 logger = logging.getLogger(__name__)
 
@@ -168,12 +170,53 @@ class Companions:
         return reports
 
 
-def largest_of_all(accelerator: Accelerator, numbers: Sequence[int]) -> list[int]:
-    """The largest of each number over all processes: a collective, by which they agree at the same step."""
-    asked = torch.tensor(numbers, device=accelerator.device)
-    if accelerator.num_processes > 1:
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-    return asked.tolist()
+@dataclass(frozen=True)
+class Requests:
+    """What signals and clocks ask for: to save and stop, to save and go on."""
+
+    stop_signal: int = 0
+    save: bool = False
+
+    @property
+    def counts(self) -> list[int]:
+        """As numbers of which those of all processes can be added up."""
+        return [*(int(self.stop_signal == number) for number in STOPPING), int(self.save)]
+
+    @staticmethod
+    def of_counts(counts: Sequence[float]) -> "Requests":
+        """What any process asks for, by the sums of their counts."""
+        *stops, saves = counts
+        asked = [int(number) for number, count in zip(STOPPING, stops, strict=True) if count]
+        return Requests(asked[0] if asked else 0, bool(saves))
+
+    def __or__(self, other: "Requests") -> "Requests":
+        return Requests(self.stop_signal or other.stop_signal, self.save or other.save)
+
+
+def sums_of_all(
+    accelerator: Accelerator,
+    numbers: Sequence[int],
+    on_device: Sequence[Tensor] = (),
+    as_they_are: Sequence[Tensor] = (),
+) -> list[float]:
+    """Numbers added up over all processes in one collective, read from the device in one transfer.
+
+    Args:
+        numbers: of the host, below 2^24, where float32 counts exactly.
+        on_device: scalars, which are added up, too.
+        as_they_are: scalars of the device that are the same on each process.
+
+    Returns:
+        All of them in this order.
+    """
+    scalars = [scalar.detach().float() for scalar in (*on_device, *as_they_are)]
+    if accelerator.num_processes == 1:
+        return [*map(float, numbers), *(torch.stack(scalars).tolist() if scalars else ())]
+    sums = upload(torch.tensor(numbers, dtype=torch.float32), accelerator.device)
+    if on_device:
+        sums = torch.cat([sums, torch.stack(scalars[: len(on_device)])])
+    dist.all_reduce(sums)
+    return torch.cat([sums, *(scalar[None] for scalar in scalars[len(on_device) :])]).tolist()
 
 
 def companions(rank: int, ranks: int, signals: Signals, timeout_s: float) -> Companions:

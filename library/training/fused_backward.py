@@ -81,18 +81,17 @@ class FusedBackward(Replicated):
             optimizer.param_groups = groups
         parameter.grad = None
 
-    def clip(self, max_norm: float) -> float:
-        """The norm of all gradients together, before each was clipped by itself.
-
-        Raises:
-            TrainingError: it is not finite.
-        """
-        norm = float(torch.linalg.vector_norm(torch.stack(self._norms))) if self._norms else 0.0
+    def clip(self, max_norm: float) -> Tensor:
+        """The norm of all gradients together, before each was clipped by itself."""
+        norms = torch.stack(self._norms) if self._norms else torch.zeros(1, device=self.accelerator.device)
         self._norms.clear()
+        return torch.linalg.vector_norm(norms)
+
+    def check_norm(self, norm: float) -> None:
+        """Raise TrainingError where the norm is not finite: other weights have been updated by then."""
         if not math.isfinite(norm):
             raise TrainingError(
                 "a gradient is not finite though the loss is, and --fused_backward_pass has updated other weights by "
                 "then. Resume from the last training state with a lower learning rate, or without the flag, which "
                 "leaves such steps out"
             )
-        return norm

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -32,7 +32,8 @@ from library.training.companions import (
     VALIDATING,
     WAITING,
     Progress,
-    largest_of_all,
+    Requests,
+    sums_of_all,
 )
 from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
 from library.training.optimizers import set_schedule
@@ -80,14 +81,33 @@ class LoopOptions:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did. `updated` is False where the weights were left alone."""
+class StepNumbers:
+    """What the host learns of a step, over all processes, when its gradients are there."""
 
     loss: float
     grad_norm: float
+    replaced: int  # samples
+    requests: Requests
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. `updated` is False where the weights were left alone."""
+
+    numbers: StepNumbers
     overflows: int
     updated: bool
     lr: dict[str, float]  # by parameter group, as this step used it
+
+    @property
+    def loss(self) -> float:
+        """The mean over all micro-batches and processes."""
+        return self.numbers.loss
+
+    @property
+    def grad_norm(self) -> float:
+        """Before clipping."""
+        return self.numbers.grad_norm
 
 
 @dataclass(frozen=True)
@@ -176,13 +196,12 @@ class Trainer:
             waited = time.perf_counter() - began
             self.progress.at(step, TRAINING)
             result = self.train_step(step_batches)
-            devices.synchronize(self.accelerator.device)
             self._log(step, step_batches, result, waited, time.perf_counter() - began)
             self._stop_if_not_finite(step, step_batches, result)
             self.quarantine.stop_if_too_many((step + 1) * self.options.global_batch)
             if step == self.start_step:
                 self.states.reserve()
-            self._after_step(step + 1)
+            self._after_step(step + 1, result.numbers.requests)
         return RunReport(
             self.speed.images_per_second,
             self.average.value,
@@ -195,24 +214,28 @@ class Trainer:
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
         """One optimizer step over the micro-batches; after an fp16 overflow the same again at a smaller loss scale."""
         lr = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
+        asked = Requests()
         for overflows in range(MAX_OVERFLOWS):
-            loss = self._forward_backward(batches)
-            if not math.isfinite(loss):
-                self.parallel.zero_grad()
-                return StepResult(loss, math.nan, overflows, False, lr)
-            grad_norm = self.parallel.clip(self.options.max_grad_norm)
-            if self.accelerator.scaler is None and not math.isfinite(grad_norm):
-                self.parallel.zero_grad()
-                return StepResult(loss, grad_norm, overflows, False, lr)
+            total = self._forward_backward(batches)
+            numbers = self._numbers(batches, total, self.parallel.clip(self.options.max_grad_norm))
+            asked |= numbers.requests
+            numbers = replace(numbers, requests=asked)
+            if not math.isfinite(numbers.loss):
+                self._leave_weights_alone()
+                return StepResult(replace(numbers, grad_norm=math.nan), overflows, False, lr)
+            self.parallel.check_norm(numbers.grad_norm)
+            if self.accelerator.scaler is None and not math.isfinite(numbers.grad_norm):
+                self._leave_weights_alone()
+                return StepResult(numbers, overflows, False, lr)
             if self._update():
-                return StepResult(loss, grad_norm, overflows, True, lr)
+                return StepResult(numbers, overflows, True, lr)
         raise TrainingError(
             f"the gradients of one step overflow fp16 at every loss scale, after {MAX_OVERFLOWS} halvings; "
             f"train with --mixed_precision=bf16 or no. Samples: {self._names(batches)}"
         )
 
-    def _forward_backward(self, batches: Sequence[MicroBatch]) -> float:
-        """Add the gradients of all micro-batches; returns their mean loss over all processes."""
+    def _forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """Add the gradients of all micro-batches; returns their mean loss, of this process."""
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
             # Gradients travel between processes once a step, with the last micro-batch.
@@ -221,7 +244,22 @@ class Trainer:
                 loss = self.task.loss(self.parallel.module, batch) / len(batches)
                 self.parallel.backward(loss)
             total += loss.detach().float()
-        return float(self.accelerator.reduce(total, reduction="mean"))
+        return total
+
+    def _numbers(self, batches: Sequence[MicroBatch], loss: Tensor, grad_norm: Tensor) -> StepNumbers:
+        """The host's one wait for the device in a step, and the processes' one exchange of numbers."""
+        replaced = sum(batch.replaced for batch in batches)
+        everywhere, *counts, losses, norm = sums_of_all(
+            self.accelerator, [replaced, *self._own_requests().counts], on_device=[loss], as_they_are=[grad_norm]
+        )
+        return StepNumbers(losses / self.accelerator.num_processes, norm, int(everywhere), Requests.of_counts(counts))
+
+    def _leave_weights_alone(self) -> None:
+        """Forget the gradients."""
+        self.parallel.zero_grad()
+        scaler = self.accelerator.scaler
+        if scaler is not None:  # it has seen these gradients: have it forget them, too, with the scale as it is
+            scaler.update(scaler.get_scale())
 
     def _update(self) -> bool:
         """Step optimizer and schedule; False if an overflow skipped both (then the loss scale has fallen)."""
@@ -239,7 +277,7 @@ class Trainer:
         self.average.add(result.loss)
         self.overflows += result.overflows
         self.not_updated += not result.updated
-        self.quarantine.add(step, batches)
+        self.quarantine.add(step, batches, result.numbers.replaced)
         scaler = self.accelerator.scaler
         self.writer.write(
             StepMetrics(
@@ -280,27 +318,35 @@ class Trainer:
         """The samples of one step over all processes, for a message."""
         return ", ".join(gather_object([name for batch in batches for name in batch.names]))
 
-    def _after_step(self, steps_done: int) -> None:
-        """Save and sample where it is due."""
+    def _after_step(self, steps_done: int, requests: Requests) -> None:
+        """Save and sample where it is due.
+
+        Args:
+            requests: of any process, as this step's numbers have them.
+        """
         epoch = self.epochs.epoch_of_step(steps_done - 1) + 1
         epochs_done = epoch if self.epochs.steps_before_epoch(epoch) == steps_done else None
+        took_long = steps_done == self.options.max_train_steps  # or it is the last time to ask
         if self.validator is not None:  # before a state is saved, which says that this step is done with
             self.progress.phase = VALIDATING
             ends = epochs_done is not None
-            self.validator.run_if_due(self.parallel.module, steps_done, epoch, ends, self.average.value)
-        for stem in self.options.checkpoints_due(steps_done, epochs_done):
+            took_long |= self.validator.run_if_due(self.parallel.module, steps_done, epoch, ends, self.average.value)
+        checkpoints = self.options.checkpoints_due(steps_done, epochs_done)
+        for stem in checkpoints:
             self.save(stem)
             if self.states.cadence.with_checkpoints:
                 self.save_state(steps_done, stem)
-        self._preview(self.options.previews_due(steps_done, epochs_done), steps_done)
-        stop_signal, save = self._agreed()
-        if save or stop_signal or self.states.step_is_due(steps_done):
+        previews = self.options.previews_due(steps_done, epochs_done)
+        self._preview(previews, steps_done)
+        if took_long or checkpoints or previews:
+            requests |= self._agreed()
+        if requests.save or requests.stop_signal or self.states.step_is_due(steps_done):
             self.save_state(steps_done)
-        if stop_signal:
+        if requests.stop_signal:
             self.progress.phase = SAVING
             self.states.wait()
             self._wait_for_others()  # torchrun gives the others 30 s once one has left
-            raise Stopped(stop_signal)
+            raise Stopped(requests.stop_signal)
 
     def stop_if_asked(self) -> None:
         """Before the first step, when there is nothing to save yet. Every process calls.
@@ -308,17 +354,20 @@ class Trainer:
         Raises:
             Stopped: a signal has asked any process for it.
         """
-        stop_signal, save = self._agreed()
-        if save:
+        requests = self._agreed()
+        if requests.save:
             self.signals.save_requested = True  # after the first step
-        if stop_signal:
-            raise Stopped(stop_signal)
+        if requests.stop_signal:
+            raise Stopped(requests.stop_signal)
 
-    def _agreed(self) -> tuple[int, bool]:
-        """The signal that asks any process to stop, or 0, and whether any asks for a state now."""
+    def _own_requests(self) -> Requests:
+        """What this process asks for; an order to save is taken by it."""
         save = self.signals.take_save_request() or self.states.minutes_are_up()
-        stop_signal, anyone_saves = largest_of_all(self.accelerator, [self.signals.stop_signal or 0, int(save)])
-        return stop_signal, bool(anyone_saves)
+        return Requests(self.signals.stop_signal or 0, save)
+
+    def _agreed(self) -> Requests:
+        """What any process asks for now. Every process calls."""
+        return Requests.of_counts(sums_of_all(self.accelerator, self._own_requests().counts))
 
     def save_state(self, steps_done: int, stem: str | None = None) -> None:
         """Save a training state. Every process calls; it is written in the background."""

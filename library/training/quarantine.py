@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -53,15 +52,19 @@ class Quarantine:
         if not steps_done:
             self._write(0, left_out)
 
-    def add(self, step: int, batches: Sequence[MicroBatch]) -> None:
-        """List the bad samples of a step (from 0), count the replaced ones. Every process calls it at every step."""
+    def add(self, step: int, batches: Sequence[MicroBatch], replaced: int) -> None:
+        """List the bad samples of a step (from 0), count the replaced ones. Every process calls it at every step.
+
+        Args:
+            batches: of this process.
+            replaced: samples over all processes.
+        """
         bad = [entry for batch in batches for entry in batch.quarantined]
         self._write(step + 1, bad)
         self._kinds.update(kind(reason) for _, reason in bad)
         for name, reason in bad:
             self._write_text(f"sample {name} replaced: {reason}")
-        everywhere = torch.tensor(sum(batch.replaced for batch in batches), device=self._accelerator.device)
-        self.count += int(self._accelerator.reduce(everywhere, reduction="sum"))
+        self.count += replaced
 
     def stop_if_too_many(self, seen: int) -> None:
         """Stop on all processes at the same step, since all have the same count.

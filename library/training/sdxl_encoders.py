@@ -47,12 +47,14 @@ class SDXLEncoders:
 
     def latents(self, images_BHWC: Tensor, noise_BChw: Tensor) -> Tensor:
         """A sample of the posterior of images."""
-        moments = encode_moments(self.vae, images_BHWC.to(self._device), slice_size=self._vae_batch_size)
-        return sample_latents(self.vae, *moments, noise_BChw.to(self._device))
+        moments = encode_moments(self.vae, devices.upload(images_BHWC, self._device), slice_size=self._vae_batch_size)
+        return sample_latents(self.vae, *moments, devices.upload(noise_BChw, self._device))
 
     def cached_latents(self, mean_BChw: Tensor, std_BChw: Tensor, noise_BChw: Tensor) -> Tensor:
         """A sample of a cached posterior."""
-        mean_BChw, std_BChw, noise_BChw = (part.to(self._device) for part in (mean_BChw, std_BChw, noise_BChw))
+        mean_BChw, std_BChw, noise_BChw = (
+            devices.upload(part, self._device) for part in (mean_BChw, std_BChw, noise_BChw)
+        )
         return sample_latents(self.vae, mean_BChw, std_BChw, noise_BChw)
 
     def decode(self, latents_BChw: Tensor) -> Tensor:

@@ -107,16 +107,20 @@ class Replicated:
         """Add the loss's gradients to those that there are."""
         self.accelerator.backward(loss)
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm: float) -> Tensor:
         """Undo the loss scale, clip the gradient's norm to `max_norm` (0: leave it), return the norm before that.
 
-        The norm is that of all gradients of all processes together, so it is the same on each.
+        The norm is that of all gradients of all processes together, so it is the same on each: a scalar that is still
+        on the device, for which nothing has waited.
         """
         if max_norm > 0:
-            return float(self.accelerator.clip_grad_norm_(self.parameters, max_norm))
+            return self.accelerator.clip_grad_norm_(self.parameters, max_norm)
         self.accelerator.unscale_gradients()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        return float(nn.utils.get_total_norm(gradients))
+        return nn.utils.get_total_norm(gradients)
+
+    def check_norm(self, norm: float) -> None:
+        """Raise TrainingError where the gradients of that norm have made the weights worthless."""
 
     def zero_grad(self) -> None:
         """Forget the gradients. Those in DistributedDataParallel's buckets, which stay, become zero in place.
@@ -219,9 +223,9 @@ class OptimizerSharded(_ByParameter):
         agree_on_overflow(self.accelerator.scaler)
         super()._prepare(groups, partial(make_optimizer, construct=_oss), make_schedule)
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm: float) -> Tensor:
         """A process has the gradients of its own share alone: OSS adds the shares up even where nothing is clipped."""
-        return float(self.accelerator.clip_grad_norm_(self.parameters, max_norm or float("inf")))
+        return self.accelerator.clip_grad_norm_(self.parameters, max_norm or float("inf"))
 
 
 class ZeroRedundancy(_ByParameter):
@@ -268,7 +272,7 @@ class FullySharded(Replicated):
         """While accumulating, too, gradients are scattered after each pass; until then they are whole."""
         return contextlib.nullcontext()
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm: float) -> Tensor:
         """The squared norms of all shares, added up, are the gradient's."""
         for name, whole in self._sharded.items():
             self.named[name].grad = None if whole.grad is None else whole.grad.to_local()
@@ -279,7 +283,7 @@ class FullySharded(Replicated):
         norm = squared.sqrt()
         if max_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
-        return float(norm)
+        return norm
 
     def zero_grad(self) -> None:
         """Forget the gradients of the shards, and those that FSDP would add to."""

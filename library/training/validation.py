@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from library.data.held_out import ValidationPlan
 from library.data.loader import MicroBatch
 from library.signals import Signals
-from library.training.companions import largest_of_all
+from library.training.companions import sums_of_all
 from library.training.metrics import MetricsWriter, finite_or_none
 from library.training.saving import Cadence
 
@@ -41,25 +41,31 @@ class Validator:
     writer: MetricsWriter
     signals: Signals
 
-    def run_if_due(self, module: nn.Module, steps_done: int, epoch: int, epoch_ends: bool, train_loss: float) -> None:
+    def run_if_due(self, module: nn.Module, steps_done: int, epoch: int, epoch_ends: bool, train_loss: float) -> bool:
         """Measure and write down, if this step or this end of an epoch asks for it.
 
         Args:
             epoch: that the step belongs to, from 1.
             train_loss: the average loss of training, to compare with.
+
+        Returns:
+            Whether it was asked for; the same on all processes.
         """
         due = ["step"] if self.cadence.step_is_due(steps_done) else []
         if epoch_ends and self.cadence.epoch_is_due(epoch):
             due.append("epoch")
-        loss = self._measure(module) if due else None
+        if not due:
+            return False
+        loss = self._measure(module)
         if loss is None:
-            return
+            return True
         values = {}
         for kind in due:
             values[f"loss/validation/{kind}_average"] = finite_or_none(loss)
             values[f"loss/validation/{kind}_divergence"] = finite_or_none(loss - train_loss)
         self.writer.write_values(steps_done, epoch, values)
         self.writer.write_text(f"validation loss after step {steps_done}: {loss:.4f}")
+        return True
 
     def _measure(self, module: nn.Module) -> float | None:
         """The mean over all images that are held out, of all processes; None if a signal asks to stop."""
@@ -69,7 +75,7 @@ class Validator:
         try:
             with torch.no_grad():
                 for batch in self.batches:
-                    if any(largest_of_all(self.accelerator, [self.signals.stop_signal or 0])):
+                    if any(sums_of_all(self.accelerator, [int(self.signals.stop_requested)])):
                         return None
                     for name, reason in batch.quarantined:
                         self.writer.write_text(f"validation: {name} stands for another image or is left out: {reason}")

@@ -80,7 +80,7 @@ def train(parallel, tmp_path, task=None, max_grad_norm=0.0, start=0, end=STEPS):
         task or Noise(), parallel.accelerator, parallel, OneEpoch(), options, writer, states, Signals()
     )  # fmt: skip
     for step in range(start, end):
-        results.append(trainer.train_step([SimpleNamespace(step=step, names=["?"])]))
+        results.append(trainer.train_step([SimpleNamespace(step=step, names=["?"], replaced=0)]))
     writer.close()
     return results
 

@@ -302,6 +302,7 @@ from types import SimpleNamespace
 from accelerate import Accelerator
 from library.cli.main import run_script
 from library.errors import TrainingError
+from library.training.companions import sums_of_all
 from library.training.quarantine import Quarantine
 
 accelerator = Accelerator(cpu=True)
@@ -310,7 +311,8 @@ quarantine = Quarantine(accelerator, Path(sys.argv[1]), print, samples=40, share
 quarantine.begin(0, [("0.tar:x", "no image")])
 for step in range(10):
     bad = [(f"0.tar:{step}", "cut")] if rank == 1 and step >= 2 else []
-    quarantine.add(step, [SimpleNamespace(quarantined=bad, replaced=len(bad))])
+    (replaced,) = sums_of_all(accelerator, [len(bad)])
+    quarantine.add(step, [SimpleNamespace(quarantined=bad)], int(replaced))
     try:
         quarantine.stop_if_too_many((step + 1) * 4)
     except TrainingError as error:
