@@ -2,14 +2,16 @@
 
     python bench/train_step.py --size small --steps 20
     python bench/train_step.py --size full --batch 4 --dtype bf16 --device cuda --gradient_checkpointing
+    python bench/train_step.py --size full --dtype bf16 --device cuda --gradient_checkpointing --torch_compile
 
 A step is: forward, mean squared error, backward, clipping of the gradients' norm to 1, AdamW. Ours takes the optimizer
 and the allocator's settings as the trainer makes them, diffusers' takes torch.optim.AdamW as in its
 train_text_to_image_sdxl.py. Each lives in a process of its own, so that neither gets the other's allocator; the two
 take steps in turns, so that whatever else the machine does falls on both. The matrix products and convolutions of our
 step (forward and both products of backward) are recorded and timed alone in a third process, too: what remains is the
-share that a better program could save. Memory is the processes' own: on the CPU the peak resident set above that after
-imports. The last line printed is one JSON object.
+share that a better program could save. With --torch_compile both networks with compiled blocks take their turns, too:
+ours as the trainer compiles them, diffusers' by its `compile_repeated_blocks`; compiling is not timed. Memory is the
+processes' own: on the CPU the peak resident set above that after imports. The last line printed is one JSON object.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from torch.utils._pytree import tree_map_only
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library import device as devices
+from library.models.compiled import compile_blocks
 from library.models.diffusers_config import unet_config_to_diffusers
 from library.models.key_maps import rename, unet_to_diffusers
 from library.models.unet import UNet, UNetConfig, size_embedding
@@ -70,6 +73,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_TOKENS = 77
 LEARNING_RATE = 1e-5
 KINDS = ("ours", "diffusers")
+COMPILED = ("ours compiled", "diffusers compiled")
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,12 @@ class Case:
     dtype: torch.dtype
     device: torch.device
     gradient_checkpointing: bool
+    dynamo_backend: str | None = None  # compiled networks are measured, too
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The networks that take steps in turns."""
+        return KINDS if self.dynamo_backend is None else (*KINDS, *COMPILED)
 
 
 @dataclass(frozen=True)
@@ -135,14 +145,16 @@ class TrainStep:
 
 
 def make_step(kind: str, case: Case) -> TrainStep:
-    """Ours or diffusers' network with its optimizer, ready to train."""
+    """Ours or diffusers' network with its optimizer, ready to train; its blocks compiled if the kind says so."""
     forward: Callable[[Inputs], Tensor]
-    if kind == "ours":
+    if kind.startswith("ours"):
         with torch.device("meta"):
             ours = UNet(case.config)
         ours.load_state_dict(weights(case), assign=True)
         network: nn.Module = ours.requires_grad_(True).to(case.device)
         ours.enable_gradient_checkpointing(case.gradient_checkpointing)
+        if kind in COMPILED:
+            compile_blocks(ours, str(case.dynamo_backend), "sdpa", case.dtype)
         optimizer = make_optimizer("AdamW", [ParameterGroup("unet", list(network.parameters()), LEARNING_RATE)], [])
 
         def forward(batch: Inputs) -> Tensor:
@@ -156,6 +168,8 @@ def make_step(kind: str, case: Case) -> TrainStep:
         if case.gradient_checkpointing:
             theirs.enable_gradient_checkpointing()
         network = theirs.train().to(case.device)
+        if kind in COMPILED:
+            theirs.compile_repeated_blocks(backend=case.dynamo_backend)
         optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
 
         def forward(batch: Inputs) -> Tensor:
@@ -263,7 +277,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def parts_of_step(kind: str, case: Case) -> dict[str, Callable[[], Any]]:
     """What one process times: a step's halves by name, or the matrix arithmetic of ours."""
-    if kind != "diffusers":
+    if not kind.startswith("diffusers"):
         devices.keep_freed_memory(case.device)
     step = make_step("ours" if kind == "products" else kind, case)
     if kind != "products":
@@ -277,7 +291,8 @@ def serve(kind: str, case: Case) -> None:
     """Be one process of the measurement: a line of JSON for each line of input."""
     on_cpu = devices.is_cpu(case.device)
     if on_cpu:  # a first step of little size imports, and allocates, what is not this step's
-        make_step(kind if kind in KINDS else "ours", replace(case, config=TINY, latent_hw=(8, 8), batch=1))()
+        plain = "diffusers" if kind.startswith("diffusers") else "ours"
+        make_step(plain, replace(case, config=TINY, latent_hw=(8, 8), batch=1))()
     before = _resident_bytes() if on_cpu else 0
     parts = parts_of_step(kind, case)
     for line in sys.stdin:
@@ -310,9 +325,9 @@ class Process:
 
 def measure(arguments: list[str], case: Case, steps: int, warmup: int) -> dict[str, Any]:
     """Times in ms of both steps, of their halves and of the matrix arithmetic, taken in turns in changing order."""
-    processes = {kind: Process(kind, arguments) for kind in (*KINDS, "products")}
+    processes = {kind: Process(kind, arguments) for kind in (*case.kinds, "products")}
     try:
-        losses = {kind: processes[kind].ask("step")["loss"] for kind in KINDS}
+        losses = {kind: processes[kind].ask("step")["loss"] for kind in case.kinds}
         processes["products"].ask("step")
         times: dict[str, list[float]] = {}
         for index in range(warmup + steps):
@@ -321,7 +336,7 @@ def measure(arguments: list[str], case: Case, steps: int, warmup: int) -> dict[s
                 if index >= warmup:
                     for name, value in (parts | {kind: sum(parts.values())}).items():
                         times.setdefault(name, []).append(value)
-        peaks = {kind: processes[kind].ask("memory")["peak"] for kind in KINDS}
+        peaks = {kind: processes[kind].ask("memory")["peak"] for kind in case.kinds}
     finally:
         for process in processes.values():
             process.close()
@@ -340,6 +355,12 @@ def figures(losses: dict[str, float], times: dict[str, list[float]]) -> dict[str
     def ratio(one: str, other: str) -> dict[str, float]:
         return spread([a / b for a, b in zip(times[one], times[other], strict=True)])
 
+    compiled = {
+        "compiled_time_ratio_to_ours": ("ours compiled", "ours"),
+        "compiled_network_time_ratio_to_ours": ("ours compiled: forward, backward", "ours: forward, backward"),
+        "compiled_time_ratio_to_diffusers_compiled": ("ours compiled", "diffusers compiled"),
+        "diffusers_compiled_time_ratio_to_diffusers": ("diffusers compiled", "diffusers"),
+    }
     return {
         "loss": losses,
         "loss_relative_difference": abs(losses["ours"] / losses["diffusers"] - 1),
@@ -348,6 +369,7 @@ def figures(losses: dict[str, float], times: dict[str, list[float]]) -> dict[str
         "network_time_ratio": ratio("ours: forward, backward", "diffusers: forward, backward"),
         "product_share_of_our_step": ratio("products", "ours"),
         "product_share_of_our_network": ratio("products", "ours: forward, backward"),
+        **{name: ratio(*pair) for name, pair in compiled.items() if all(one in times for one in pair)},
     }
 
 
@@ -369,7 +391,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="fp16 and bf16: fp32 weights under autocast")
     parser.add_argument("--device", help="cpu, cuda or npu; default is what the trainer would take")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--serve", choices=[*KINDS, "products"], help=argparse.SUPPRESS)
+    parser.add_argument("--torch_compile", action="store_true", help="measure both networks with compiled blocks, too")
+    parser.add_argument("--dynamo_backend", default="inductor", help="what compiles them (%(default)s)")
+    parser.add_argument("--serve", choices=[*KINDS, *COMPILED, "products"], help=argparse.SUPPRESS)
     return parser
 
 
@@ -385,6 +409,7 @@ def case_of(options: argparse.Namespace) -> Case:
         dtype=DTYPES[options.dtype],
         device=torch.device(options.device) if options.device else devices.default_device(),
         gradient_checkpointing=options.gradient_checkpointing,
+        dynamo_backend=options.dynamo_backend if options.torch_compile else None,
     )
 
 
@@ -411,8 +436,14 @@ def print_table(result: dict[str, Any]) -> None:
         "network_time_ratio": "forward and backward, ours / diffusers'",
         "product_share_of_our_step": "products / our step",
         "product_share_of_our_network": "products / our forward and backward",
+        "compiled_time_ratio_to_ours": "our step, compiled / plain",
+        "compiled_network_time_ratio_to_ours": "our network, compiled / plain",
+        "compiled_time_ratio_to_diffusers_compiled": "compiled step, ours / diffusers'",
+        "diffusers_compiled_time_ratio_to_diffusers": "diffusers' step, compiled / plain",
     }
     for name, label in labels.items():
+        if name not in result:
+            continue
         value = result[name]
         print(f"{label:40}{value['median']:10.3f}{value['quartile1']:13.3f} {value['quartile3']:8.3f}")
     for kind, memory in result.get("memory_bytes", {}).items():
@@ -437,6 +468,7 @@ def main() -> None:
         "batch": case.batch,
         "dtype": options.dtype,
         "gradient_checkpointing": case.gradient_checkpointing,
+        "dynamo_backend": case.dynamo_backend,
         "steps": options.steps,
         **versions(case),
     }

@@ -110,6 +110,20 @@ def test_fp16_with_fused_attention_and_checkpointing_trains_samples_and_saves(tr
     assert "Final Performance images/sec" in printed
 
 
+@pytest.mark.all
+def test_compiled_blocks_train_as_plain_ones_with_fused_attention_between_their_graphs(train, on_cpu):
+    compiled = ["--torch_compile", "--dynamo_backend=aot_eager"]
+    assert_same_training(on_cpu, train(environment(), *compiled), rtol=1e-5)
+    half = ["--mixed_precision=fp16", "--enable_npu_flash_attention", "--gradient_checkpointing"]
+    _, plain, _ = train(environment(), *half)
+    _, lines, printed = train(environment(), *half, *compiled)
+    assert "by aot_eager" in printed and "attention between their graphs: npu" in printed
+    assert any("attention: npu, float16 on npu" in line for line in printed.splitlines())
+    for line, exact in zip(lines, plain, strict=True):
+        assert line["loss"] == pytest.approx(exact["loss"], rel=2e-3)
+        assert line["grad_norm"] == pytest.approx(exact["grad_norm"], rel=5e-2)
+
+
 def test_fp16_with_oss_goes_on_from_a_state_as_if_it_had_not_stopped(train):
     """Loss scale, schedule and each process's share of the moments come back: the same weights, bit for bit."""
     arguments = ["--mixed_precision=fp16", "--optimizer_type=oss", "--lr_scheduler=cosine"]

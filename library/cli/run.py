@@ -8,6 +8,11 @@ from library.cli.parser import file_stem, positive_float, positive_int, seed
 from library.diffusion.samplers import NAMES
 
 CHECKPOINT_POLICIES = ("full", "auto")
+DYNAMO_BACKEND = "inductor"
+DYNAMO_BACKENDS = [
+    "eager", "aot_eager", DYNAMO_BACKEND, "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
+    "tensort", "ipex", "tvm",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class RunOptions:
     checkpoint_policy: str
     checkpoint_memory_gb: float | None
     gradient_accumulation_steps: int
+    torch_compile: bool
+    dynamo_backend: str
     ddp_timeout: int  # minutes
     dry_run: bool
 
@@ -95,6 +102,17 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--gradient_accumulation_steps", type=positive_int, default=1, help="passes per optimizer step (%(default)s)"
+    )
+    group.add_argument(
+        "--torch_compile",
+        action="store_true",
+        help="compile the U-Net's blocks by torch.compile, once for all buckets",
+    )
+    group.add_argument(
+        "--dynamo_backend",
+        choices=DYNAMO_BACKENDS,
+        default=DYNAMO_BACKEND,
+        help="what compiles them; it is tried before training (%(default)s)",
     )
     group.add_argument(
         "--ddp_timeout",

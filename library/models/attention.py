@@ -26,6 +26,7 @@ NPU_MAX_HEADS = 256
 NPU_MAX_HEAD_SIZE = 768
 NPU_MAX_TOKENS = 2**20
 _HALF = (torch.float16, torch.bfloat16)
+COMPILED = "sdpa"  # becomes part of what torch.compile makes, where the calls are not counted
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,36 @@ def attention(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, backend: str = "sd
     Raises:
         ValueError: there is no such backend.
     """
+    if backend == COMPILED and torch.compiler.is_compiling():
+        return _sdpa(q_BTND, k_BSND, v_BSND)
+    return _recorded(q_BTND, k_BSND, v_BSND, backend)
+
+
+def _run_and_record(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, backend: str) -> Tensor:
     case = _Case(backend, q_BTND.shape, k_BSND.shape, q_BTND.dtype, q_BTND.device.type)
     record = _records.get(case)
     if record is None:
         record = _records[case] = _Record(_choose(q_BTND, k_BSND, v_BSND, backend))
     record.calls += 1
     return BACKENDS[record.ran].run(q_BTND, k_BSND, v_BSND)
+
+
+_recorded: Callable[[Tensor, Tensor, Tensor, str], Tensor] = _run_and_record
+
+
+def keep_out_of_graphs() -> None:
+    """Before anything is compiled: every backend but `COMPILED` chooses, records and runs between compiled graphs."""
+    global _recorded
+    _recorded = torch.compiler.disable(_run_and_record)
+
+
+def runs_on(backend: str, device_: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs in place of that one on a device, in a dtype; where shapes decide, for small ones.
+
+    One line in the log says why it is another one.
+    """
+    one = torch.empty(1, 1, 1, 1, device=device_, dtype=dtype)
+    return _choose(one, one, one, backend)
 
 
 def check_name(backend: str) -> None:

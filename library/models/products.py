@@ -8,6 +8,7 @@ Legend: M rows (tokens), K and N channels in and out of a linear layer; B batch,
 and columns.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,23 +84,106 @@ def convolution_gradients(
     grad_BOHW: Tensor, x_BCHW: Tensor, weight_OCkk: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients to input, weight and bias of `convolution`, those that are wanted."""
+    if torch.compiler.is_compiling():
+        return _opaque_gradients(grad_BOHW, x_BCHW, weight_OCkk, wanted)
     unfold = wanted[1] and _few_pixels_for_many_weights(x_BCHW, weight_OCkk)
     rest = (wanted[0], wanted[1] and not unfold, wanted[2])
-    for_x, for_weight, for_bias = torch.ops.aten.convolution_backward(
-        grad_BOHW, x_BCHW, weight_OCkk, [len(weight_OCkk)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, rest
-    )
+    for_x, for_weight, for_bias = _convolution_backward(grad_BOHW, x_BCHW, weight_OCkk, rest)
     if unfold:
         pixels = F.unfold(x_BCHW, KERNEL, padding=1).transpose(0, 1).flatten(1)  # (C·9, B·H·W)
         for_weight = (grad_BOHW.transpose(0, 1).flatten(1) @ pixels.t()).view_as(weight_OCkk)
     return for_x, for_weight, for_bias
 
 
+class PointwiseConvolution(nn.Conv2d):
+    """torch's 1×1 convolution, which can be compiled for any number of rows and columns."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x_BCHW)
+        kind = x_BCHW.device.type  # autograd functions see no autocast
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            return _PointwiseConvolution.apply(x_BCHW.to(dtype), self.weight.to(dtype), _to(dtype, self.bias))
+        return _PointwiseConvolution.apply(x_BCHW, self.weight, self.bias)
+
+
+class _PointwiseConvolution(torch.autograd.Function):
+    """As torch's, but for backward's kernel, which is kept from the compiler."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, weight_OC11: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_BCHW, weight_OC11)
+        return F.conv2d(x_BCHW, weight_OC11, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BOHW: Tensor) -> tuple[Tensor | None, ...]:
+        x_BCHW, weight_OC11 = ctx.saved_tensors
+        return _opaque_gradients(grad_BOHW.contiguous(), x_BCHW.contiguous(), weight_OC11, ctx.needs_input_grad)
+
+
+def _convolution_backward(
+    grad_BOHW: Tensor, x_BCHW: Tensor, weight_OCkk: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """torch's gradients of a convolution that keeps rows and columns."""
+    padding = weight_OCkk.shape[-1] // 2
+    return torch.ops.aten.convolution_backward(
+        grad_BOHW, x_BCHW, weight_OCkk, [len(weight_OCkk)], [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, wanted
+    )
+
+
+def _opaque_gradients(
+    grad_BOHW: Tensor, x_BCHW: Tensor, weight_OCkk: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`_convolution_backward` as one operator that compilers do not look into.
+
+    Inductor (torch 2.14) fixes rows and columns where it meets a convolution's backward, so that each bucket would be
+    compiled anew.
+    """
+    for_x, for_weight, for_bias = _opaque_backward(grad_BOHW, x_BCHW, weight_OCkk, *wanted)
+    return for_x if wanted[0] else None, for_weight if wanted[1] else None, for_bias if wanted[2] else None
+
+
+@torch.library.custom_op("sdxl_pretrain::convolution_backward", mutates_args=())
+def _opaque_backward(
+    grad_BOHW: Tensor, x_BCHW: Tensor, weight_OCkk: Tensor, for_x: bool, for_weight: bool, for_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is not wanted is empty: an operator returns tensors."""
+    found = _convolution_backward(grad_BOHW, x_BCHW, weight_OCkk, (for_x, for_weight, for_bias))
+    none = [grad_BOHW.new_empty(0) for _ in found]
+    first, second, third = (empty if one is None else one.contiguous() for one, empty in zip(found, none, strict=True))
+    return first, second, third
+
+
+@_opaque_backward.register_fake
+def _opaque_shapes(
+    grad_BOHW: Tensor, x_BCHW: Tensor, weight_OCkk: Tensor, for_x: bool, for_weight: bool, for_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x_BCHW.new_empty(x_BCHW.shape if for_x else (0,)),
+        weight_OCkk.new_empty(weight_OCkk.shape if for_weight else (0,)),
+        weight_OCkk.new_empty(len(weight_OCkk) if for_bias else 0),
+    )
+
+
+def _to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
 def _few_pixels_for_many_weights(x_BCHW: Tensor, weight_OCkk: Tensor) -> bool:
+    if not _plain_on_cpu(x_BCHW, weight_OCkk):
+        return False
     pixels = len(x_BCHW) * x_BCHW.shape[2] * x_BCHW.shape[3]
-    return pixels <= FEW_PIXELS and weight_OCkk.numel() >= MANY_WEIGHTS and _plain_on_cpu(x_BCHW, weight_OCkk)
+    return pixels <= FEW_PIXELS and weight_OCkk.numel() >= MANY_WEIGHTS
 
 
 def _plain_on_cpu(*tensors: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # a compiler chooses kernels by itself
+        return False
     return all(type(one) in _PLAIN and device.is_cpu(one.device) and one.dtype == torch.float32 for one in tensors)
 
 

@@ -7,7 +7,7 @@ time embedding, V width of the vector conditions, X width of the text context.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from library.errors import InputError
 from library.models.attention import attention, check_name
 from library.models.lean import normed_convolution, normed_feed_forward, normed_linears
-from library.models.products import Linear
+from library.models.products import Linear, PointwiseConvolution
 
 NORM_GROUPS = 32
 SIZE_EMBEDDING_DIM = 256  # SDXL embeds each of the six size conditions this wide: 2816 = 1280 + 6·256
@@ -101,10 +101,27 @@ def size_embedding(size_ids_B6: Tensor, dim: int = SIZE_EMBEDDING_DIM) -> Tensor
     return sinusoidal_embedding(size_ids_B6.flatten(), dim).reshape(len(size_ids_B6), -1)
 
 
-class ResBlock(nn.Module):
-    """Two convolutions with the time embedding added between them, around a skip connection."""
+class Block(nn.Module):
+    """What is checkpointed and compiled for itself; `compute` says what it does.
+
+    Attributes:
+        checkpointing: keep its inputs alone, and compute the rest again for backward.
+        compiled: what to call in place of `compute` (library.models.compiled).
+    """
 
     checkpointing = False
+    compiled: Callable[["Block", Tensor, Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.compute(x, condition) if self.compiled is None else self.compiled(self, x, condition)
+
+    def compute(self, x: Tensor, condition: Tensor) -> Tensor:
+        """The block's output, of the layout of its input."""
+        raise NotImplementedError
+
+
+class ResBlock(Block):
+    """Two convolutions with the time embedding added between them, around a skip connection."""
 
     def __init__(self, in_channels: int, out_channels: int, emb_dim: int) -> None:
         super().__init__()
@@ -119,9 +136,9 @@ class ResBlock(nn.Module):
             _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = in_channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if same else PointwiseConvolution(in_channels, out_channels)
 
-    def forward(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
+    def compute(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
         inner: Any = self.in_layers
         outer: Any = self.out_layers
         h_BCHW = normed_convolution(x_BCHW, inner[0], inner[2]) + self.emb_layers(emb_BE)[:, :, None, None]
@@ -171,10 +188,8 @@ class FeedForward(nn.Module):
         return normed_feed_forward(x_BLC, norm, net[0].proj, net[2])
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Block):
     """Self-attention, attention to the text, feed-forward; each after its norm and added to its input."""
-
-    checkpointing = False
 
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
@@ -185,7 +200,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.norm3 = nn.LayerNorm(channels)
 
-    def forward(self, x_BLC: Tensor, context_BTX: Tensor) -> Tensor:
+    def compute(self, x_BLC: Tensor, context_BTX: Tensor) -> Tensor:
         x_BLC = x_BLC + self.attn1(x_BLC, self.norm1, context_BTX)
         x_BLC = x_BLC + self.attn2(x_BLC, self.norm2, context_BTX)
         return x_BLC + self.ff(x_BLC, self.norm3)
@@ -309,9 +324,9 @@ class UNet(nn.Module):
             if isinstance(module, Attention):
                 module.backend = name
 
-    def blocks(self) -> list["ResBlock | TransformerBlock"]:
+    def blocks(self) -> list[Block]:
         """Residual blocks and transformer layers, in the order in which they compute."""
-        return [module for module in self.modules() if isinstance(module, (ResBlock, TransformerBlock))]
+        return [module for module in self.modules() if isinstance(module, Block)]
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Keep only the inputs of all `blocks`, and compute the rest again for backward."""

@@ -30,6 +30,7 @@ from library.training import loop, validation
 from library.training.agreement import check_agreement, describe_run
 from library.training.caching import Encoders, make_caches
 from library.training.companions import Companions, Progress, companions
+from library.training.compiling import check_backend
 from library.training.fused_backward import FusedBackward
 from library.training.metrics import MetricsWriter
 from library.training.occasions import loop_options
@@ -41,6 +42,7 @@ from library.training.resume import check_resumed, options_by_flag, resumed_stat
 from library.training.rules import (
     check_caches,
     check_checkpointing,
+    check_compiling,
     check_data,
     check_optimization,
     check_preview,
@@ -102,6 +104,12 @@ class Task(loop.Task, validation.Task, Protocol):
     def plan_lines(self) -> list[str]:
         """What is resolved about the model, for the log."""
 
+    def compile(self) -> None:
+        """Compile what --torch_compile asks for. Called once the module is sharded."""
+
+    def report_lines(self) -> list[str]:
+        """What the run did with the model, for its report."""
+
     def checkpoint_bytes(self) -> int:
         """About what a checkpoint takes on disk."""
 
@@ -144,6 +152,9 @@ def run(
         check_saving(options.saving)
         check_checkpointing(options.run)
         check_caches(options)
+        check_compiling(options.run, accelerator.device)
+        if options.run.torch_compile and not options.data.debug_dataset:
+            check_backend(options.run.dynamo_backend, accelerator.device)
         if not options.run.dry_run:
             prepare_output(options)
             if accelerator.is_main_process and not options.data.debug_dataset:
@@ -197,7 +208,7 @@ def run(
             )
         report = _train(options, task, groups, data, surroundings, steps, resumed)
         if accelerator.is_main_process:
-            finish(options, report, task.network_name, data, accelerator, started)
+            finish(options, report, task.network_name, task.report_lines(), data, accelerator, started)
         accelerator.end_training()
 
 
@@ -233,6 +244,7 @@ def _train(
         _make_optimizer(options.optimization),
         partial(_make_schedule, options.optimization, steps),
     )
+    task.compile()
     if options.optimization.use_ema:
         where = torch.device("cpu") if options.optimization.offload_ema else None
         parallel.keep_averages(options.optimization.ema_decay, where)

@@ -52,12 +52,13 @@ def finish(
     options: Options,
     report: RunReport,
     network_name: str,
+    lines: Sequence[str],
     data: TrainingSet,
     accelerator: Accelerator,
     started: float,
 ) -> None:
-    """Log what ran on which attention backend, write {CaseName}.log, print the final block."""
-    for line in attention_report():
+    """Log the task's lines and what ran on which attention backend, write {CaseName}.log, print the final block."""
+    for line in (*lines, *attention_report()):
         logger.info(line)
     figures = FinalFigures(
         images_per_second=report.images_per_second,

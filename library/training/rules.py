@@ -2,11 +2,14 @@
 
 import logging
 
+import torch
+
+from library import device as devices
 from library.cli.address import Address
 from library.cli.data import DataOptions
 from library.cli.optimization import EMA_DECAY, OptimizationOptions
 from library.cli.options import Options
-from library.cli.run import PreviewOptions, RunOptions, SavingOptions
+from library.cli.run import DYNAMO_BACKEND, PreviewOptions, RunOptions, SavingOptions
 from library.errors import InputError
 from library.training.optimizers import check_warmup, choose_optimizer
 from library.training.prompts import read_prompts
@@ -42,6 +45,25 @@ def check_checkpointing(run: RunOptions) -> None:
         raise InputError(
             "--checkpoint_memory_gb has nothing to act on without --checkpoint_policy=auto; add that, or leave it out"
         )
+
+
+def check_compiling(run: RunOptions, device: torch.device) -> None:
+    """Raise InputError where a backend of torch.compile has nothing to act on, or cannot be had on the device."""
+    backend, instead = run.dynamo_backend, "use --dynamo_backend=aot_eager or eager, or leave out --torch_compile"
+    if not run.torch_compile:
+        if backend != DYNAMO_BACKEND:
+            raise InputError(
+                f"--dynamo_backend={backend} has nothing to act on without --torch_compile; add that, or leave it out"
+            )
+        return
+    if devices.is_npu(device) and backend not in ("eager", "aot_eager"):
+        raise InputError(
+            f"--dynamo_backend={backend} makes no code for Ascend without a code generator of Ascend's own "
+            f"(triton-ascend), which nobody has tried here, and its graph mode (torchair) is none of these backends; "
+            f"{instead}"
+        )
+    if backend == "cudagraphs" and devices.is_cpu(device):
+        raise InputError(f"--dynamo_backend=cudagraphs needs an NVIDIA GPU, and this run is on the CPU; {instead}")
 
 
 def check_optimization(options: OptimizationOptions, run: RunOptions) -> None:

@@ -24,6 +24,7 @@ from library.diffusion.schedule import NoiseSchedule, prediction_type
 from library.errors import InputError
 from library.keyed_random import Stream
 from library.models.checkpoint import load_sdxl, load_tokenizers, save_sdxl, saved_bytes
+from library.models.compiled import CompiledBlocks, compile_blocks, plan
 from library.models.conditioned_unet import ConditionedUNet, frozen_copy
 from library.models.metadata import modelspec
 from library.models.sdxl import SDXLModel
@@ -95,6 +96,7 @@ class SDXLPretraining:
         self.model.scheduler_config = {**self.model.scheduler_config, **trained}
         self.previewer = self._previewer(schedule)
         self.checkpoint_lines: list[str] = []
+        self.compiled: CompiledBlocks | None = None
         self._place(schedule)
 
     def _place(self, schedule: NoiseSchedule) -> None:
@@ -141,7 +143,19 @@ class SDXLPretraining:
             f"precision: {self.options.saving.save_precision or 'float'}",
             f"sample prompts: {prompts}",
             *self.checkpoint_lines,
+            *([plan(self.module.unet, run.dynamo_backend)] if (run := self.options.run).torch_compile else []),
         ]
+
+    def compile(self) -> None:
+        """With --torch_compile compile the U-Net by block; what copies there are of it stay plain."""
+        run = self.options.run
+        if run.torch_compile:
+            dtype = DTYPES[run.mixed_precision]
+            self.compiled = compile_blocks(self.module.unet, run.dynamo_backend, self.attention_backend, dtype)
+
+    def report_lines(self) -> list[str]:
+        """What was compiled."""
+        return self.compiled.lines() if self.compiled else []
 
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """The U-Net's parameters and those of each text encoder that trains."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def test_both_take_the_same_steps(bench, case):
     for one, other in losses:
         assert one == pytest.approx(other, rel=1e-5)
     assert losses[2][0] < losses[0][0]
+
+
+def test_compiled_networks_take_the_same_steps(bench, case):
+    compiled = replace(case, dynamo_backend="eager")
+    assert compiled.kinds == ("ours", "diffusers", "ours compiled", "diffusers compiled")
+    steps = [bench.make_step(kind, compiled) for kind in compiled.kinds]
+    losses = [[float(step()) for step in steps] for _ in range(2)]
+    assert all(one == pytest.approx(row[0], rel=1e-5) for row in losses for one in row)
 
 
 def test_forward_and_both_products_of_backward_are_recorded_and_run_again(bench):

@@ -20,6 +20,7 @@ from torch import nn
 from library.cli.main import run_script
 from library.data.held_out import ValidationPlan
 from library.models.checkpoint import load_sdxl
+from library.models.compiled import compile_blocks
 from library.models.conditioned_unet import ConditionedUNet
 from library.signals import Signals
 from library.training.loop import LoopOptions, Trainer
@@ -143,6 +144,8 @@ def train(accelerator, model_folder, case, out):
         lambda groups, **construct: make_optimizer("AdamW", groups, ["weight_decay=0.1"], **construct),
         lambda optimizer: make_lr_schedule("linear" if warmup else "constant", optimizer, steps, warmup, 1, 1.0),
     )  # fmt: skip
+    if case["compile"]:
+        compile_blocks(module.unet, "aot_eager", "sdpa", torch.float32)
     folder = out / case["name"]
     folder.mkdir(exist_ok=True)
     options = LoopOptions(steps, case["accumulation"], GLOBAL_BATCH, case["max_grad_norm"], folder)

@@ -31,12 +31,13 @@ def torchrun(processes, script, *arguments):
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
-def case(sharding, accumulation, clip, warmup, text_encoders):
+def case(sharding, accumulation, clip, warmup, text_encoders, compiled=False):
     """Checkpointing goes with the text encoders, so that both ways run."""
-    name = f"{sharding}-{accumulation}-{clip}-{warmup}-{text_encoders}"
+    name = f"{sharding}-{accumulation}-{clip}-{warmup}-{text_encoders}-{compiled}"
     return {
         "name": name, "sharding": sharding, "accumulation": accumulation, "max_grad_norm": 0.5 if clip else 0.0,
         "warmup": warmup, "text_encoders": text_encoders, "checkpointing": text_encoders, "steps": 20,
+        "compile": compiled,
     }  # fmt: skip
 
 
@@ -99,6 +100,16 @@ def test_four_processes_train_as_one(trained, sharding):
     alone = trained(1, [case("none", *setting)])
     four = trained(4, [case(kind, *setting) for kind in SHARDINGS])
     assert_the_same_training(four, case(sharding, *setting)["name"], alone, case("none", *setting)["name"])
+
+
+@pytest.mark.all
+def test_compiled_blocks_train_as_plain_ones_of_one_process(trained):
+    setting = SETTINGS[1]
+    alone = trained(1, [case("none", *setting)])
+    two = trained(2, [case(kind, *setting, compiled=True) for kind in SHARDINGS])
+    for kind in SHARDINGS:
+        name = case(kind, *setting, compiled=True)["name"]
+        assert_the_same_training(two, name, alone, case("none", *setting)["name"])
 
 
 @pytest.mark.all
