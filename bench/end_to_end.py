@@ -1,9 +1,12 @@
 """From the start of the process to a saved checkpoint, by stages, and the start beside one on diffusers' classes.
 
     OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python bench/end_to_end.py
+    ... python bench/end_to_end.py --example train_text_to_image_sdxl.py --example_packages FOLDER
 
 The set is fixed: the demo's small model and 64 of its pictures. Runs of sdxl_pretrain.py take turns with
-bench/diffusers_start.py, each in a process of its own. Start-up is process start to the end of the first optimizer
+bench/diffusers_start.py and, where there is one, diffusers' own example script (examples/text_to_image of its
+repository; FOLDER has what it needs beyond our requirements: `pip install --target=FOLDER datasets`), each in a process
+of its own. Start-up is process start to the end of the first optimizer
 step, in seconds and in this process's CPU seconds, which other work on the machine disturbs less. Then the middle of a
 run: images/s, the share of time that waits for data, and the loop's own time: all of a step but loss (forward),
 backward, clipping, the optimizer's step and waiting for data, with --step_batch images of 64 px a step. The last line
@@ -13,6 +16,7 @@ that is printed is one JSON object.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -189,16 +193,33 @@ def ours(folder: Path, steps: int, batch: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peer(folder: Path) -> dict[str, float]:
-    """The peer's start, in a process of its own: seconds and CPU seconds to the end of its first step."""
+def peer(command: Sequence[str]) -> dict[str, float]:
+    """A peer's start, in a process of its own: seconds and CPU seconds to the end of its first step."""
     started = time.time()
-    script = str(ROOT / "bench" / "diffusers_start.py")
-    command = [sys.executable, script, str(folder / "model"), str(folder / "pictures")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     ended, cpu = done.stdout.split("first step ends ")[1].split()[:2]
     return {"start_s": float(ended) - started, "start_cpu_s": float(cpu)}
+
+
+def peers(folder: Path, example: Path | None, packages: Path | None) -> dict[str, list[str]]:
+    """The commands of the peers by name."""
+    model, pictures = str(folder / "model"), folder / "pictures"
+    found = {"classes": [str(ROOT / "bench" / "diffusers_start.py"), model, str(pictures)]}
+    if example is not None:
+        lines = [
+            json.dumps({"file_name": path.name, "text": path.with_suffix(".txt").read_text()}) + "\n"
+            for path in sorted(pictures.glob("*.jpg"))
+        ]
+        (pictures / "metadata.jsonl").write_text("".join(lines))
+        found["example"] = [
+            str(ROOT / "bench" / "example_start.py"), str(packages or folder), str(example),
+            f"--pretrained_model_name_or_path={model}", f"--train_data_dir={pictures}", "--caption_column=text",
+            f"--cache_dir={folder / 'example_cache'}", f"--output_dir={folder / 'example_out'}", "--resolution=64",
+            "--train_batch_size=2", "--max_train_steps=1", "--seed=1",
+        ]  # fmt: skip
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -206,20 +227,33 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def measure(rounds: int, steps: int, step_batch: int) -> dict[str, Any]:
+def measure(
+    rounds: int, steps: int, step_batch: int, example: Path | None = None, packages: Path | None = None
+) -> dict[str, Any]:
     """Starts in turns, then a longer run."""
+    keys = ("start_s", "start_cpu_s")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_set(folder)
-        starts = [(ours(folder, 1, 2), peer(folder)) for _ in range(rounds)]
+        commands = peers(folder, example, packages)
+        own_starts, starts = [], {peer_name: [] for peer_name in commands}
+        for _ in range(rounds):
+            own_starts.append(ours(folder, 1, 2))
+            for peer_name, command in commands.items():
+                shutil.rmtree(folder / "example_cache", ignore_errors=True)
+                starts[peer_name].append(peer(command))
         middle = ours(folder, steps, step_batch)
     return {
-        "stages_s": {stage: statistics.median(own["stages_s"][stage] for own, _ in starts) for stage in STAGES},
-        **{f"ours_{key}": spread([own[key] for own, _ in starts]) for key in ("start_s", "start_cpu_s")},
-        **{f"peer_{key}": spread([other[key] for _, other in starts]) for key in ("start_s", "start_cpu_s")},
-        **{
-            f"ratio_{key}": spread([own[key] / other[key] for own, other in starts])
-            for key in ("start_s", "start_cpu_s")
+        "stages_s": {stage: statistics.median(own["stages_s"][stage] for own in own_starts) for stage in STAGES},
+        "ours": {key: spread([own[key] for own in own_starts]) for key in keys},
+        "peers": {
+            peer_name: {key: spread([one[key] for one in found]) for key in keys} for peer_name, found in starts.items()
+        },
+        "ratios": {
+            peer_name: {
+                key: spread([own[key] / one[key] for own, one in zip(own_starts, found, strict=True)]) for key in keys
+            }
+            for peer_name, found in starts.items()
         },
         "middle": {
             **{key: middle[key] for key in ("step_ms", "parts_ms", "loop_ms", "loop_share", "wait_share")},
@@ -235,11 +269,12 @@ def print_table(found: dict[str, Any]) -> None:
     print("| stage of a run of one step | s |\n|---|---|")
     for stage, seconds in found["stages_s"].items():
         print(f"| {stage} | {seconds:.2f} |")
-    print("\n| start to the end of the first step | ours | diffusers | ours / diffusers |\n|---|---|---|---|")
-    for key, label in (("start_s", "seconds"), ("start_cpu_s", "CPU seconds")):
-        cells = [found[f"{who}_{key}"] for who in ("ours", "peer", "ratio")]
-        shown = (f"{cell['median']:.2f} ({cell['least']:.2f} to {cell['most']:.2f})" for cell in cells)
-        print(f"| {label} | {' | '.join(shown)} |")
+    print("\n| start to the end of the first step, beside diffusers' | ours | diffusers' | ratio |\n|---|---|---|---|")
+    for name in found["peers"]:
+        for key, label in (("start_s", "seconds"), ("start_cpu_s", "CPU seconds")):
+            cells = [found["ours"][key], found["peers"][name][key], found["ratios"][name][key]]
+            shown = (f"{cell['median']:.2f} ({cell['least']:.2f} to {cell['most']:.2f})" for cell in cells)
+            print(f"| {name}, {label} | {' | '.join(shown)} |")
     middle = found["middle"]
     print(f"\n| a step of {middle['batch']} images | |\n|---|---|")
     print(f"| images/s | {middle['images_per_second']:.2f} |\n| step, ms | {middle['step_ms']:.1f} |")
@@ -258,8 +293,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="starts of each (%(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="of the longer run (%(default)s)")
     parser.add_argument("--step_batch", type=int, default=8, help="its images a step (%(default)s)")
+    parser.add_argument("--example", type=Path, help="diffusers' train_text_to_image_sdxl.py, as a second peer")
+    parser.add_argument("--example_packages", type=Path, help="folder with what it needs beyond our requirements")
     args = parser.parse_args(argv)
-    found = measure(args.rounds, args.steps, args.step_batch)
+    found = measure(args.rounds, args.steps, args.step_batch, args.example, args.example_packages)
     print_table(found)
     print(json.dumps({"bench": "end_to_end", "cores": os.cpu_count(), **found}))
     return 0
