@@ -2,7 +2,7 @@
 
     python bench/train_step.py --size small --steps 20
     python bench/train_step.py --size full --batch 4 --dtype bf16 --device cuda --gradient_checkpointing
-    python bench/train_step.py --size full --dtype bf16 --device cuda --gradient_checkpointing --torch_compile
+    python bench/train_step.py --size middle --latent 128x128 --batch 4 --dtype bf16 --device cuda --torch_compile
 
 A step is: forward, mean squared error, backward, clipping of the gradients' norm to 1, AdamW. Ours takes the optimizer
 and the allocator's settings as the trainer makes them, diffusers' takes torch.optim.AdamW as in its
