@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from scaling import sdxl
 
+from library.cli.run import BF16_UPDATES
 from library.models.conditioned_unet import ConditionedUNet
 from library.models.sdxl import SDXLModel
 from library.models.vae import encode_images
+from library.training.bf16_update import Bf16Update
 from library.training.held import Training
 from library.training.memory import MemoryEstimate, estimate, without_data
 from library.training.optimizers import make_optimizer
@@ -47,12 +49,14 @@ class Configuration:
     average: bool = False
     sharding: str = "none"
     processes: int = 1
+    update: str | None = None  # of bf16 weights
 
     @property
     def name(self) -> str:
         """In the words of the flags."""
         parts = [
             f"{self.side_px} px, {self.precision}: {self.optimizer}",
+            f"full_bf16 ({self.update})" if self.update else "",
             "gradient_checkpointing" if self.checkpointing else "",
             "fused_backward_pass" if self.fused else "",
             "use_ema" if self.average else "",
@@ -67,6 +71,9 @@ def configurations() -> list[Configuration]:
     rows = [bf16(checkpointing=False), bf16(), bf16(fused=True), bf16(**factored), bf16(**factored, fused=True)]
     if importlib.util.find_spec("bitsandbytes"):
         rows += [bf16("AdamW8bit"), bf16("AdamW8bit", fused=True)]
+    full = partial(bf16, update=BF16_UPDATES[0])
+    rows += [full(), bf16(update="kahan"), full(fused=True), full(**factored, fused=True), full(average=True)]
+    rows += [full(sharding=kind, processes=8) for kind in ("oss", "fsdp")]
     rows += [bf16(average=True), bf16(average=True, sharding="oss", processes=8)]
     rows += [bf16(sharding=kind, processes=8) for kind in ("none", "oss", "zero1", "fsdp")]
     return rows + [Configuration(side, "no", **factored, fused=True) for side in (256, 512)]
@@ -79,6 +86,8 @@ def predict(model: SDXLModel, one: Configuration) -> MemoryEstimate:
     module.unet.enable_gradient_checkpointing(one.checkpointing)
     for name in ("text_encoder1", "text_encoder2"):
         setattr(module, name, without_data(getattr(module, name), half))
+    if one.update:
+        module.unet = without_data(module.unet, half)
     noisy_BCHW = torch.empty(batch, 4, one.side_px // 8, one.side_px // 8, device="meta", dtype=half)
     ids_BK77 = torch.zeros(batch, 1, 77, dtype=torch.int64, device="meta")
     images_BHWC = torch.empty(batch, one.side_px, one.side_px, 3, dtype=torch.uint8, device="meta")
@@ -90,7 +99,8 @@ def predict(model: SDXLModel, one: Configuration) -> MemoryEstimate:
     def encode(shapes: nn.Module) -> Tensor:
         return encode_images(shapes, images_BHWC)
 
-    make = partial(make_optimizer, one.optimizer, arguments=one.arguments)
+    bf16 = Bf16Update(one.update, 0) if one.update else None
+    make = partial(make_optimizer, one.optimizer, arguments=one.arguments, bf16=bf16)
     training = Training(make, one.sharding, one.processes, one.fused, one.average)
     return estimate(module, without_data(model.vae, half), half, step, encode, training)
 

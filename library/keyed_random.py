@@ -30,6 +30,7 @@ class Stream(IntEnum):
     VALIDATION_ORDER = 13
     VALIDATION_NOISE = 14
     VALIDATION_VAE = 15
+    ROUNDING = 16
 
 
 def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:

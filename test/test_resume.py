@@ -115,6 +115,32 @@ def test_adafactor_in_backward_goes_on_as_if_it_had_not_stopped(train, tmp_path)
     assert lines(out) == lines(whole)[3:]
 
 
+BF16 = ["--mixed_precision=bf16", "--full_bf16", "--gradient_accumulation_steps=1", "--max_train_steps=4"]
+IN_BACKWARD = ["--optimizer_type=AdaFactor", "--optimizer_args", "relative_step=False", "scale_parameter=False"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], [*IN_BACKWARD, "--fused_backward_pass", "--bf16_update=kahan"]],
+    ids=["AdamW, stochastic", "AdaFactor in backward, kahan"],
+)
+def test_bf16_weights_go_on_as_if_they_had_not_stopped(train, tmp_path, arguments, caplog):
+    """Bit for bit: rounding at random hangs on the seed, the update and the place. Only --full_bf16 goes on with it."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train(whole, *BF16, *arguments, "--save_state_every_n_steps=2") == 0
+    out.mkdir()
+    shutil.copytree(whole / state_of(2), out / state_of(2))
+    assert train(out, *BF16, *arguments, "--resume=auto") == 0
+    assert_same_weights(out, whole)
+    assert_same_weights(out, whole, "last-ema.safetensors")
+    assert lines(out) == lines(whole)[2:]
+    saved = load_file(out / state_of(2) / "rank00000-of-00001.training.safetensors")
+    precisions = {name.rpartition(".")[2]: tensor.dtype for name, tensor in saved.items()}
+    assert precisions["weight"] == torch.bfloat16 and precisions["average"] == torch.float32
+    without = [one for one in [*BF16, *arguments] if one != "--full_bf16" and "bf16_update" not in one]
+    assert train(out, *without, "--resume=auto") == 2
+
+
 @pytest.fixture(scope="module")
 def streamed(small_shard, tmp_path_factory):
     """The pictures as three shards of a web server: their address."""

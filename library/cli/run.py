@@ -13,6 +13,7 @@ DYNAMO_BACKENDS = [
     "eager", "aot_eager", DYNAMO_BACKEND, "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
     "tensort", "ipex", "tvm",
 ]  # fmt: skip
+BF16_UPDATES = ("stochastic", "kahan", "nearest")  # library.training.bf16_update
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class RunOptions:
     max_train_steps: int
     max_train_epochs: int | None
     mixed_precision: str
+    full_fp16: bool
+    full_bf16: bool
+    bf16_update: str | None
     seed: int | None
     gradient_checkpointing: bool
     checkpoint_policy: str
@@ -76,6 +80,20 @@ def add_run_arguments(parser: ArgumentParser) -> None:
         "--max_train_epochs", "--max_train_epoch", type=positive_int, help="epochs; takes precedence over the steps"
     )
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="(%(default)s)")
+    group.add_argument(
+        "--full_bf16",
+        action="store_true",
+        help="with --mixed_precision=bf16: weights, gradients and optimizer state in bf16, too, half the memory; for "
+        "models that do not fit otherwise, for fp32 weights learn a little better",
+    )
+    group.add_argument(
+        "--bf16_update",
+        choices=BF16_UPDATES,
+        help="how --full_bf16 rounds what a step changes: stochastic: up or down at random, right in the mean; kahan: "
+        "to the nearest, and what is lost is kept for the next step: nearest to fp32, 2 bytes a weight more; nearest: "
+        "loses steps below 1/512 of a weight, to compare with (default: stochastic)",
+    )
+    group.add_argument("--full_fp16", action="store_true", help="refused, with the reasons; use --full_bf16")
     group.add_argument(
         "--seed",
         type=seed,

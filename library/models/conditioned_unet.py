@@ -46,11 +46,18 @@ class ConditionedUNet(nn.Module):
                     enable_gradient_checkpointing(encoder)
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
-        """Compute with copies in `dtype` of the encoders that do not train; what trains keeps fp32 weights."""
+        """Compute with copies in `dtype` of the encoders that do not train; what trains keeps its weights."""
         if not self.trained_te1:
             self.text_encoder1 = frozen_copy(self.text_encoder1, dtype)
         if not self.trained_te2:
             self.text_encoder2 = frozen_copy(self.text_encoder2, dtype)
+
+    def cast_trained(self, dtype: torch.dtype) -> None:
+        """Have the weights of the U-Net and of each encoder that trains in `dtype`, and their gradients with them."""
+        parts: list[nn.Module] = [self.unet]
+        parts += [self.text_encoder1] * bool(self.trained_te1) + [self.text_encoder2] * bool(self.trained_te2)
+        for part in parts:
+            part.to(dtype)
 
     def sharding_units(self) -> list[nn.Module]:
         """The parts that fully sharded training gathers one by one: each is called for itself."""

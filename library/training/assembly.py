@@ -28,6 +28,7 @@ from library.models.token_counts import TokenCounter
 from library.signals import Signals
 from library.training import loop, validation
 from library.training.agreement import check_agreement, describe_run
+from library.training.bf16_update import bf16_update
 from library.training.caching import Encoders, make_caches
 from library.training.companions import Companions, Progress, companions
 from library.training.compiling import check_backend
@@ -44,6 +45,7 @@ from library.training.rules import (
     check_checkpointing,
     check_compiling,
     check_data,
+    check_half_weights,
     check_optimization,
     check_preview,
     check_saving,
@@ -147,6 +149,7 @@ def run(
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
         check_data(options.data, options.run)
+        check_half_weights(options.run)
         check_optimization(options.optimization, options.run)
         check_preview(options.preview)
         check_saving(options.saving)
@@ -196,7 +199,7 @@ def run(
         ):
             logger.info(line)
         if options.run.dry_run:
-            _make_schedule(options.optimization, steps, _make_optimizer(options.optimization)(groups))
+            _make_schedule(options.optimization, steps, _make_optimizer(options, surroundings.seed)(groups))
             for line in task.memory_lines(data.largest_bucket):
                 logger.info(line)
             return
@@ -241,7 +244,7 @@ def _train(
         accelerator,
         task.module,
         groups,
-        _make_optimizer(options.optimization),
+        _make_optimizer(options, surroundings.seed),
         partial(_make_schedule, options.optimization, steps),
     )
     task.compile()
@@ -353,9 +356,11 @@ def _length(options: RunOptions, data: TrainingSet) -> tuple[int, int]:
     return steps, data.epochs.epoch_of_step(steps - 1) + 1
 
 
-def _make_optimizer(options: OptimizationOptions) -> MakeOptimizer:
+def _make_optimizer(options: Options, seed: int) -> MakeOptimizer:
+    optimization, bf16 = options.optimization, bf16_update(options.run, seed)
+
     def make(groups: Sequence[ParameterGroup], **construct: Construct) -> torch.optim.Optimizer:
-        return make_optimizer(options.optimizer_type, groups, options.optimizer_args, **construct)
+        return make_optimizer(optimization.optimizer_type, groups, optimization.optimizer_args, bf16=bf16, **construct)
 
     return make
 

@@ -2,6 +2,7 @@
 
 The average after n updates is d·average + (1 - d)·weight with d = min(decay, (1 + n) / (10 + n)), as diffusers'
 EMAModel counts it: at first the average follows quickly, so that the weights before training are soon forgotten.
+Averages are fp32 whatever the weights are: bf16 would lose what one step adds to them.
 """
 
 from collections.abc import Mapping
@@ -29,8 +30,10 @@ class Averages:
         """
         self.parameters, self.decay, self.updates = parameters, decay, 0
         self.averages = {
-            name: parameter.detach().to(device or parameter.device, copy=True) for name, parameter in parameters.items()
+            name: parameter.detach().to(device or parameter.device, torch.float32, copy=True)
+            for name, parameter in parameters.items()
         }
+        self._replaced: dict[str, Tensor] = {}  # weights of another precision, while the averages stand in their places
 
     @torch.no_grad()
     def update(self) -> None:
@@ -40,17 +43,26 @@ class Averages:
         averages, weights = list(self.averages.values()), [one.detach() for one in self.parameters.values()]
         if not averages:
             return
-        if averages[0].device == weights[0].device:
+        if averages[0].device == weights[0].device and averages[0].dtype == weights[0].dtype:
             average_in(averages, weights, self.updates)
         else:  # one tensor at a time: no copy of all weights beside the averages
             for average, weight in zip(averages, weights, strict=True):
-                average_in([average], [weight.to(average.device)], self.updates)
+                average_in([average], [weight.to(average)], self.updates)
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Put the averages where the weights are and the weights where the averages were; twice is as before."""
+        """Put the averages where the weights are and the weights where the averages were; twice is as before.
+
+        Weights of another precision are kept beside the averages, which are rounded into their places.
+        """
         for name, parameter in self.parameters.items():
             weight, average = parameter.detach(), self.averages[name]
+            if name in self._replaced:
+                weight.copy_(self._replaced.pop(name))
+                continue
             kept: Tensor = weight.clone()
             weight.copy_(average)
-            average.copy_(kept)
+            if kept.dtype == average.dtype:
+                average.copy_(kept)
+            else:
+                self._replaced[name] = kept

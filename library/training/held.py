@@ -53,26 +53,28 @@ def held_bytes(trained: Sequence[Tensor], units: Sequence[Sequence[Tensor]], tra
     """
     kind, processes = training.kind, training.processes
     sizes = [_bytes(tensor) for tensor in trained]
-    states, update = _states(trained, training.make_optimizer)
+    states, update = _states(trained, training)
     whole = sum(sizes)
+    average_bytes = [torch.float32.itemsize * tensor.numel() * training.averages for tensor in trained]
     if kind == "fsdp":
         # The unit that computes, and the one that is fetched meanwhile; in backward the gradient of one besides.
         largest = sorted((sum(_bytes(tensor) for tensor in unit) for unit in units), reverse=True)
         share, optimizer = math.ceil(whole / processes), math.ceil(sum(states) / processes)
         gathered = sum(largest[:2]) + sum(largest[:1])
-        averages = share * training.averages
+        averages = math.ceil(sum(average_bytes) / processes)
         return Held(share, gathered, optimizer, 0, share, math.ceil(update / processes), averages)
     if kind == "none":
         at_rest = whole if processes > 1 and not training.fused_backward else 0  # DistributedDataParallel's buckets
         gradients = 0 if training.fused_backward else whole
-        return Held(whole, 0, sum(states), at_rest, gradients, update, whole * training.averages)
+        return Held(whole, 0, sum(states), at_rest, gradients, update, sum(average_bytes))
     order = range(len(sizes)) if kind == "oss" else sorted(range(len(sizes)), key=lambda place: -sizes[place])
     shares = deal([trained[place].numel() for place in order], processes)
     optimizer = max(sum(states[order[place]] for place in share) for share in shares)
-    averages = max(sum(sizes[order[place]] for place in share) for share in shares) * training.averages
+    averages = max(sum(average_bytes[order[place]] for place in share) for share in shares)
     if kind == "zero1":
         return Held(whole, 0, optimizer, whole, whole, update, averages)
-    room = 4 * min(OSS_BUCKET, OSS_ALL_BUCKETS // processes, sum(tensor.numel() for tensor in trained))
+    elements = min(OSS_BUCKET, OSS_ALL_BUCKETS // processes, sum(tensor.numel() for tensor in trained))
+    room = trained[0].element_size() * elements
     buckets, alone = zip(*(_oss_buckets([sizes[place] for place in share], room) for share in shares), strict=True)
     return Held(whole, 0, optimizer, sum(buckets), sum(buckets) + max(alone), update, averages)
 
@@ -96,25 +98,33 @@ def _oss_buckets(sizes: Sequence[int], room: int) -> tuple[int, int]:
     return bucket, sum(sizes) - bucket
 
 
-def _states(
-    trained: Sequence[Tensor], make_optimizer: Callable[[Sequence[ParameterGroup]], torch.optim.Optimizer]
-) -> tuple[list[int], int]:
+def _states(trained: Sequence[Tensor], training: Training) -> tuple[list[int], int]:
     """Bytes of each parameter's state, and the most that a step takes besides, found by a step for each shape."""
     by_shape: dict[Any, tuple[int, int]] = {}
+    together: int | None = None
     for tensor in trained:
         key = (tuple(tensor.shape), tensor.dtype)
-        if key in by_shape:
-            continue
-        parameter = nn.Parameter(torch.zeros(tensor.shape, dtype=tensor.dtype))
-        parameter.grad = torch.zeros_like(parameter)
-        optimizer = make_optimizer([ParameterGroup("unet", [parameter], 1e-6)])
-        with LiveBytes() as live:
-            optimizer.step()
-        values = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
-        state = sum(_bytes(value) for value in values)
-        by_shape[key] = state, max(0, live.peak - state)
+        if key not in by_shape:
+            state, extra, together = _state(*key, training)
+            by_shape[key] = state, extra
     found = [by_shape[tuple(tensor.shape), tensor.dtype] for tensor in trained]
-    return [state for state, _ in found], max((extra for _, extra in found), default=0)
+    update = max((extra for _, extra in found), default=0)
+    if together is not None and not training.fused_backward:  # small parameters are updated as one
+        elements = min(together, sum(tensor.numel() for tensor in trained))
+        update = max(update, _state((elements,), trained[0].dtype, training)[1])
+    return [state for state, _ in found], update
+
+
+def _state(shape: tuple[int, ...], dtype: torch.dtype, training: Training) -> tuple[int, int, int | None]:
+    """Bytes of a parameter's state, what a step takes besides, and how many elements are updated together, if any."""
+    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = training.make_optimizer([ParameterGroup("unet", [parameter], 1e-6)])
+    with LiveBytes() as live:
+        optimizer.step()
+    values = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+    state = sum(_bytes(value) for value in values)
+    return state, max(0, live.peak - state), getattr(optimizer, "elements_at_once", None)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import InputError
+from library.training.bf16_update import Bf16Update, with_bf16_update
 
 # The field's names that are not torch.optim's own; oss is AdamW sharded by fairscale (library.training.sharding).
 _PATHS = {
@@ -43,11 +44,17 @@ Construct = Callable[..., torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate; `name` is what logs call it (lr/unet)."""
+    """Parameters that share a learning rate; `name` is what logs call it (lr/unet).
+
+    Attributes:
+        places: where each parameter's first element is among all elements that train; None where all of each parameter
+            is here, so that they follow each other.
+    """
 
     name: str
     parameters: Sequence[nn.Parameter]
     learning_rate: float
+    places: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,11 @@ def _whole(groups: list[dict[str, Any]], optimizer: type[torch.optim.Optimizer],
 
 
 def make_optimizer(
-    optimizer_type: str, groups: Sequence[ParameterGroup], arguments: Iterable[str], construct: Construct = _whole
+    optimizer_type: str,
+    groups: Sequence[ParameterGroup],
+    arguments: Iterable[str],
+    construct: Construct = _whole,
+    bf16: Bf16Update | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer over the groups, in their order.
 
@@ -159,6 +170,7 @@ def make_optimizer(
 
     Args:
         construct: makes it of (groups, class, **keywords); a sharded optimizer's constructor, say.
+        bf16: how the weights are updated, where they are bf16.
 
     Raises:
         InputError: as `choose_optimizer`, or a value is out of the optimizer's range.
@@ -170,14 +182,28 @@ def make_optimizer(
         keywords["fused"] = True
     if choice.sets_its_own_rates:
         keywords["lr"] = None
+    kind = choice.kind
+    if bf16 is not None:
+        kind = with_bf16_update(kind, choice.by_element, bf16, _places(groups))
     try:
-        optimizer = construct(parameters, choice.kind, **keywords)
+        optimizer = construct(parameters, kind, **keywords)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"--optimizer_args: {choice.kind.__name__} refuses them: {error}") from error
     # A fused optimizer offers to undo the loss scale itself. torch_npu's scaler then hands it an argument that torch's
     # AdamW no longer takes, and elsewhere a skipped step could not be told from a taken one: the scaler does it.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
+
+
+def _places(groups: Sequence[ParameterGroup]) -> dict[nn.Parameter, int]:
+    """Where each parameter's first element is among all elements that train."""
+    found: dict[nn.Parameter, int] = {}
+    following = 0
+    for group in groups:
+        for number, parameter in enumerate(group.parameters):
+            found[parameter] = following if group.places is None else group.places[number]
+            following += parameter.numel()
+    return found
 
 
 def set_schedule(schedule: LambdaLR, steps: int) -> None:

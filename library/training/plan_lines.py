@@ -8,7 +8,7 @@ from library import device as devices
 from library.cli.caches import CacheOptions
 from library.cli.optimization import OptimizationOptions
 from library.cli.options import Options
-from library.cli.run import SavingOptions
+from library.cli.run import BF16_UPDATES, RunOptions, SavingOptions
 from library.data.training_set import TrainingSet
 from library.training.optimizers import ParameterGroup
 
@@ -28,6 +28,7 @@ def plan_lines(
     return [
         f"device: {devices.device_name(accelerator.device)} x {accelerator.num_processes}",
         f"mixed precision: {options.run.mixed_precision}",
+        *_bf16_lines(options.run),
         *(f"train {name}: {count:,} parameters" for name, count in trained.items()),
         f"number of trainable parameters: {sum(trained.values()):,}",
         *(f"learning rate of {group.name}: {group.learning_rate:g}" for group in groups),
@@ -49,6 +50,12 @@ def plan_lines(
         f"{'before the first step' if options.preview.sample_at_first else 'no others'}",
         f"output: {options.saving.output_dir}, TensorBoard: {options.saving.logging_dir or 'none'}",
     ]
+
+
+def _bf16_lines(run: RunOptions) -> list[str]:
+    """What --full_bf16 does."""
+    how = run.bf16_update or BF16_UPDATES[0]
+    return [f"weights, gradients and optimizer state in bf16, update: {how}"] * run.full_bf16
 
 
 def _average_lines(options: OptimizationOptions) -> list[str]:

@@ -111,6 +111,17 @@ def check_optimizer(saved: StateInfo, optimizer_type: str, folder: Path) -> None
     )
 
 
+def check_weights_precision(saved: StateInfo, full_bf16: bool, folder: Path) -> None:
+    """Raise InputError if the state's weights and optimizer state are of another precision than this run's."""
+    then = bool(saved.options.get("full_bf16", False))
+    if then != full_bf16:
+        raise InputError(
+            f"--resume {folder}: it was saved with{'' if then else 'out'} --full_bf16, and weights and optimizer state "
+            f"of {'bf16' if then else 'fp32'} do not go on as {'fp32' if then else 'bf16'}. "
+            f"{'Add' if then else 'Leave out'} --full_bf16, or start a new run from a checkpoint."
+        )
+
+
 def log_changed_options(saved: StateInfo, now: Mapping[str, Any]) -> None:
     """A line of the log for each option and package version that is another one than it was."""
     for what, then, present in (("option", saved.options, now), ("version of", saved.versions, versions())):
@@ -136,6 +147,7 @@ def check_resumed(resumed: Resumed, options: Options, data: TrainingSet, seed: i
     now = Position(data.fingerprint(), seed, data.global_batch)
     check_position(info, now, resumed.folder, options.saving.resume_anyway)
     check_optimizer(info, options.optimization.optimizer_type, resumed.folder)
+    check_weights_precision(info, options.run.full_bf16, resumed.folder)
     check_length(resumed.step, steps, resumed.folder)
     data.go_on_from(data_positions(resumed.state), options.saving.resume_anyway)
     log_changed_options(info, options_by_flag(options))

@@ -17,6 +17,8 @@ from library.training.sharding import sharding_kind
 
 logger = logging.getLogger(__name__)
 
+MANY_PASSES = 16  # whose gradients may be added up in bf16 without a warning
+
 
 def check_data(options: DataOptions, run: RunOptions) -> None:
     """Raise InputError where options of the data cannot go together."""
@@ -66,6 +68,29 @@ def check_compiling(run: RunOptions, device: torch.device) -> None:
         raise InputError(f"--dynamo_backend=cudagraphs needs an NVIDIA GPU, and this run is on the CPU; {instead}")
 
 
+def check_half_weights(run: RunOptions) -> None:
+    """Raise InputError where weights in half precision cannot train, or a flag about them has nothing to act on."""
+    if run.full_fp16:
+        raise InputError(
+            "--full_fp16 is not supported: fp16 weights have fp16 gradients, which loss scaling cannot bring back to "
+            "their own size without losing the small ones, and squares of gradients below 2e-4, which optimizers keep, "
+            "are 0. Use --mixed_precision=fp16, which keeps fp32 weights, or --mixed_precision=bf16 --full_bf16"
+        )
+    if run.full_bf16 and run.mixed_precision != "bf16":
+        raise InputError(
+            f"--full_bf16 trains bf16 weights, and --mixed_precision={run.mixed_precision} computes with others; add "
+            "--mixed_precision=bf16, or leave it out"
+        )
+    if run.bf16_update and not run.full_bf16:
+        raise InputError("--bf16_update has nothing to act on without --full_bf16; add that, or leave it out")
+    if run.full_bf16 and run.gradient_accumulation_steps > MANY_PASSES:
+        logger.warning(
+            "--full_bf16 adds up gradients in bf16: of --gradient_accumulation_steps=%d passes each loses up to 1/512 "
+            "of the sum so far; a larger --train_batch_size with fewer passes is more exact",
+            run.gradient_accumulation_steps,
+        )
+
+
 def check_optimization(options: OptimizationOptions, run: RunOptions) -> None:
     """Raise InputError where optimizer, sharding, rates and schedule cannot go together."""
     choice = choose_optimizer(options.optimizer_type, options.optimizer_args)
@@ -74,6 +99,11 @@ def check_optimization(options: OptimizationOptions, run: RunOptions) -> None:
         raise InputError(
             f"--sharding=fsdp leaves each process some rows of a tensor, and {choice.kind.__name__} needs all of them; "
             "use --sharding=oss or zero1, or --optimizer_type=AdamW"
+        )
+    if run.full_bf16 and "8bit" in choice.kind.__name__:
+        raise InputError(
+            f"--full_bf16 steps in fp32 and rounds, and {choice.kind.__name__} updates bf16 weights in a kernel of its "
+            "own, to the nearest; use --optimizer_type=AdamW or AdaFactor, or leave --full_bf16 out"
         )
     if options.fused_backward_pass:
         check_fused_backward(sharding, run)

@@ -32,6 +32,7 @@ from library.models.text_encoders import tokenize, tokenize_weighted
 from library.models.token_counts import TokenCounter
 from library.models.vae import encode_images, latent_shape
 from library.training.assembly import Surroundings
+from library.training.bf16_update import bf16_update
 from library.training.checkpoint_policy import choose_checkpoints
 from library.training.held import Training
 from library.training.memory import GIB, MemoryEstimate, estimator
@@ -109,6 +110,8 @@ class SDXLPretraining:
             gradient_checkpointing=self.options.run.gradient_checkpointing,
         )
         self.module.cast_frozen(half)
+        if self.options.run.full_bf16:
+            self.module.cast_trained(torch.bfloat16)
         self.attention_backend = "npu" if self.model_options.enable_npu_flash_attention else "sdpa"
         self.module.unet.set_attention_backend(self.attention_backend)
         vae_dtype = torch.float32 if self.model_options.no_half_vae else half
@@ -351,7 +354,12 @@ class SDXLPretraining:
 
         optimization = self.options.optimization
         training = Training(
-            partial(make_optimizer, optimization.optimizer_type, arguments=optimization.optimizer_args),
+            partial(
+                make_optimizer,
+                optimization.optimizer_type,
+                arguments=optimization.optimizer_args,
+                bf16=bf16_update(self.options.run, self.seed),
+            ),
             sharding_kind(optimization.sharding, optimization.optimizer_type),
             self.accelerator.num_processes,
             optimization.fused_backward_pass,

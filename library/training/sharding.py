@@ -113,11 +113,11 @@ class Replicated:
         The norm is that of all gradients of all processes together, so it is the same on each: a scalar that is still
         on the device, for which nothing has waited.
         """
-        if max_norm > 0:
-            return self.accelerator.clip_grad_norm_(self.parameters, max_norm)
         self.accelerator.unscale_gradients()
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        return nn.utils.get_total_norm(gradients)
+        norm = total_norm(self.parameters)
+        if max_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        return norm
 
     def check_norm(self, norm: float) -> None:
         """Raise TrainingError where the gradients of that norm have made the weights worthless."""
@@ -260,9 +260,17 @@ class FullySharded(Replicated):
         _fully_shard(self.module, accelerator)
         self._sharded: dict[str, Any] = {name: module.get_parameter(name) for name in self.named}
         self.named = {name: nn.Parameter(whole.detach().to_local()) for name, whole in self._sharded.items()}
-        shards = iter(self.named.values())
+        shards, places = iter(self.named.values()), iter(self._places())
+        counts = [len(group.parameters) for group in groups]
         self.bare_optimizer = make_optimizer(
-            [replace(group, parameters=list(itertools.islice(shards, len(group.parameters)))) for group in groups]
+            [
+                replace(
+                    group,
+                    parameters=list(itertools.islice(shards, count)),
+                    places=list(itertools.islice(places, count)),
+                )
+                for group, count in zip(groups, counts, strict=True)
+            ]
         )
         schedule = make_schedule(self.bare_optimizer)
         self.optimizer = accelerator.prepare_optimizer(self.bare_optimizer)
@@ -277,8 +285,7 @@ class FullySharded(Replicated):
         for name, whole in self._sharded.items():
             self.named[name].grad = None if whole.grad is None else whole.grad.to_local()
         self.accelerator.unscale_gradients()
-        own = nn.utils.get_total_norm([shard.grad for shard in self.parameters if shard.grad is not None])
-        squared = own.to(self.accelerator.device).square()
+        squared = total_norm(self.parameters).to(self.accelerator.device).square()
         dist.all_reduce(squared)
         norm = squared.sqrt()
         if max_norm > 0:
@@ -304,6 +311,13 @@ class FullySharded(Replicated):
         finally:
             for name in self._sharded:
                 _put(self._skeleton, name, self._skeleton.get_parameter(name).detach().to("meta"))
+
+    def _places(self) -> Iterator[int]:
+        """Where each shard's first element is among all elements that train."""
+        before = 0
+        for name, whole in self._sharded.items():
+            yield before + self._first_row(name) * (whole.numel() // whole.shape[0])
+            before += whole.numel()
 
     def _first_row(self, name: str) -> int:
         """FSDP deals out rows as `torch.chunk` does."""
@@ -359,6 +373,16 @@ def _fully_shard(module: nn.Module, accelerator: Accelerator) -> None:
     for unit in units:
         fully_shard(unit, mesh=mesh, ignored_params=frozen)
     fully_shard(module, mesh=mesh, ignored_params=frozen)
+
+
+def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm of all gradients together, added up in fp32 whatever they are in."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return nn.utils.get_total_norm(gradients)
+    # torch leaves the norm of half gradients in half, which has three digits.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def agree_on_overflow(scaler: Any) -> None:

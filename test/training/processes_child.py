@@ -25,6 +25,7 @@ from torch import nn
 
 from library.cli.main import run_script
 from library.signals import Signals
+from library.training.bf16_update import Bf16Update
 from library.training.fused_backward import FusedBackward
 from library.training.loop import LoopOptions, Trainer
 from library.training.metrics import MetricsWriter
@@ -79,24 +80,26 @@ def rows(step, rank, processes):
 
 def train(
     kind, precision="no", patches=PATCHES, max_grad_norm=0.05, steps=8, overflow_on=None, start=0, end=None, parts=(),
-    take=None, averages=None, optimizer=("AdamW", ()),
+    take=None, averages=None, optimizer=("AdamW", ()), bf16=None,
 ):  # fmt: skip
     """(whole weights as each process computes with them, metrics) after some steps on both processes.
 
     kind "fused" is no sharding, with the optimizer in backward.
     start, parts: go on from there. end, take: stop before the schedule's end and put every process's parts into `take`.
     averages: where the main process puts the moving averages.
+    bf16: how bf16 weights are updated; each process then has the whole batch, so that the mean gradient is exact.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     undo = apply(patches)
     try:
         accelerator = make_accelerator(precision)
-        module = model().to(accelerator.device)
+        module = model().to(accelerator.device, torch.bfloat16 if bf16 else None)
         groups = [ParameterGroup("unet", list(module.parameters()), 0.05)]
+        update = bf16 and Bf16Update(bf16, 0)
         make = partial(FusedBackward, max_grad_norm=max_grad_norm) if kind == "fused" else partial(shard, kind)
         parallel = make(
             accelerator, module, groups,
-            lambda groups, **construct: make_optimizer(optimizer[0], groups, optimizer[1], **construct),
+            lambda groups, **construct: make_optimizer(optimizer[0], groups, optimizer[1], bf16=update, **construct),
             lambda optimizer: make_lr_schedule("linear", optimizer, steps, 0, 1, 1.0),
         )  # fmt: skip
         parallel.keep_averages(0.5)
@@ -111,7 +114,8 @@ def train(
             parallel.averages.updates = start
             set_schedule(parallel.schedule.scheduler, start)
             trainer.start_step = start
-        trainer.train(rows(step, RANK, accelerator.num_processes) for step in range(start, end or steps))
+        share = (0, 1) if bf16 else (RANK, accelerator.num_processes)
+        trainer.train(rows(step, *share) for step in range(start, end or steps))
         if averages is not None:
             with parallel.averages_in_place(), parallel.whole_module() as whole:
                 averages += [one.detach().cpu().clone() for one in whole.parameters()] if RANK == 0 else []
@@ -169,6 +173,36 @@ def check_every_kind_is_torchs_own_training():
         assert equal(weights, reference), kind
         assert same_on_both(weights), kind
         assert RANK or equal(averages, expected), kind
+
+
+def one_process_in_bf16(how, steps=8):
+    """What bf16 weights become without processes and loop."""
+    module = model().bfloat16()
+    groups = [ParameterGroup("unet", list(module.parameters()), 0.05)]
+    optimizer = make_optimizer("AdamW", groups, [], bf16=Bf16Update(how, 0))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
+        batch = rows(step, 0, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = module(batch.inputs)
+        (predicted - batch.targets).float().pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [one.detach() for one in module.parameters()]
+
+
+def check_bf16_weights_are_those_of_one_process_bit_for_bit():
+    """The bits that round hang on an element's place, not on who updates it; states go from any kind to any other."""
+    for how in ("stochastic", "kahan"):
+        expected, taken = one_process_in_bf16(how), {}
+        for kind in [*KINDS, "fused"]:
+            weights, _ = train(kind, "bf16", max_grad_norm=0.0, bf16=how)
+            assert all(map(torch.equal, weights, expected)), (how, kind)
+            train(kind, "bf16", max_grad_norm=0.0, bf16=how, end=4, take=taken.setdefault(kind, []))
+        kinds = [*taken]
+        for kind, other in zip(kinds, [*kinds[1:], kinds[0]], strict=True):
+            weights, _ = train(other, "bf16", max_grad_norm=0.0, bf16=how, start=4, parts=taken[kind])
+            assert all(map(torch.equal, weights, expected)), (how, kind, other)
 
 
 def check_the_schedule_counts_optimizer_steps():

@@ -14,6 +14,7 @@ from library.models.conditioned_unet import ConditionedUNet
 from library.models.sdxl import SDXLModel
 from library.models.unet import UNet, UNetConfig
 from library.models.vae import encode_images
+from library.training.bf16_update import Bf16Update
 from library.training.fused_backward import FusedBackward
 from library.training.held import Training, held_bytes
 from library.training.live_bytes import LiveBytes
@@ -102,6 +103,53 @@ def test_the_estimate_is_what_a_whole_step_of_the_trainer_holds(sdxl, gradient_c
     vae_bytes = sum(tensor.numel() * tensor.element_size() for tensor in sdxl.vae.state_dict().values())
     expected = predicted.weights - vae_bytes + predicted.optimizer + max(predicted.backward, predicted.update)
     assert expected == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "how", "fused"),
+    [(ADAMW, "stochastic", False), (ADAMW, "kahan", False), (ADAFACTOR, "stochastic", True)],
+)
+def test_the_estimate_is_what_a_whole_step_with_bf16_weights_holds(sdxl, optimizer, how, fused):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module = conditioned(sdxl, True)
+    module.cast_frozen(torch.bfloat16)
+    module.cast_trained(torch.bfloat16)
+    make = partial(make_optimizer, optimizer[0], arguments=optimizer[1], bf16=Bf16Update(how, 0))
+    training = Training(make, fused_backward=fused, averages=True)
+
+    def loss(device):
+        ids = torch.zeros(BATCH, 1, 77, dtype=torch.int64, device=device)
+        noisy = torch.zeros(BATCH, 4, 16, 16, device=device, dtype=torch.bfloat16)
+        t, sizes = torch.zeros(BATCH, device=device), torch.zeros(BATCH, 6, device=device)
+        return lambda module: module(noisy, t, ids, ids, sizes).float().mean()
+
+    predicted = estimate(module, sdxl.vae, torch.bfloat16, loss("meta"), encode, training)
+    groups = [ParameterGroup("unet", [one for one in module.parameters() if one.requires_grad], 1e-3)]
+    parallel = (partial(FusedBackward, max_grad_norm=0.0) if fused else partial(shard, "none"))(
+        make_accelerator("bf16"), module, groups, make,
+        lambda optimizer: make_lr_schedule("constant", optimizer, 9, 0, 1, 1.0),
+    )  # fmt: skip
+    parallel.keep_averages(0.9)
+
+    def step():
+        parallel.backward(loss("cpu")(parallel.module))
+        parallel.clip(0.0)
+        parallel.optimizer.step()
+        parallel.averages.update()
+        parallel.zero_grad()
+
+    step()
+    states = [value for state in parallel.own_optimizer.state.values() for value in state.values()]
+    held = [*(value for value in states if torch.is_tensor(value)), *parallel.averages.averages.values()]
+    with LiveBytes() as live:
+        live.hold([*module.parameters(), *module.buffers(), *held])
+        step()
+    vae_bytes = sum(tensor.numel() * tensor.element_size() for tensor in sdxl.vae.state_dict().values())
+    assert predicted.total - vae_bytes == pytest.approx(live.peak, rel=0.1)
+    trained = sum(parameter.numel() for parameter in groups[0].parameters)
+    assert predicted.averages == 4 * trained
+    if optimizer == ADAMW:
+        assert predicted.optimizer == pytest.approx((6 if how == "kahan" else 4) * trained, rel=0.01)
 
 
 MEASURED = {  # the network that docs/measurements/sharding.md is about
