@@ -1,8 +1,8 @@
 """Time and memory of one training step of our U-Net against diffusers' U-Net, same sizes and weights, interleaved.
 
     python bench/train_step.py --size small --steps 20
-    python bench/train_step.py --size full --batch 4 --dtype bf16 --device cuda --gradient_checkpointing
-    python bench/train_step.py --size middle --latent 128x128 --batch 4 --dtype bf16 --device cuda --torch_compile
+    python bench/train_step.py --size full --batch 4 --dtype bf16 --device cuda --gradient_checkpointing --one_at_a_time
+    bash bench/gpu.sh    # the whole of SDXL's U-Net in bf16 and fp16, compiled and plain, on a GPU with 80 GB
 
 A step is: forward, mean squared error, backward, clipping of the gradients' norm to 1, AdamW. Ours takes the optimizer
 and the allocator's settings as the trainer makes them, diffusers' takes torch.optim.AdamW as in its
@@ -10,8 +10,12 @@ train_text_to_image_sdxl.py. Each lives in a process of its own, so that neither
 take steps in turns, so that whatever else the machine does falls on both. The matrix products and convolutions of our
 step (forward and both products of backward) are recorded and timed alone in a third process, too: what remains is the
 share that a better program could save. With --torch_compile both networks with compiled blocks take their turns, too:
-ours as the trainer compiles them, diffusers' by its `compile_repeated_blocks`; compiling is not timed. Memory is the
-processes' own: on the CPU the peak resident set above that after imports. The last line printed is one JSON object.
+ours as the trainer compiles them, diffusers' by its `compile_repeated_blocks`; compiling is not timed. Where the device
+cannot hold all of them, with --one_at_a_time each takes its steps in a process that has the device for itself, and so
+does the next, and then once more in the opposite order. Memory is the processes' own: on the CPU the peak resident set
+above that after imports. TFLOP/s count three times the forward pass (Chowdhery et al., 2204.02311, appendix B: what the
+mathematics needs, whatever is computed again); MFU is their share of the device's peak. The last line printed is one
+JSON object.
 """
 
 import argparse
@@ -23,8 +27,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -74,6 +79,8 @@ TEXT_TOKENS = 77
 LEARNING_RATE = 1e-5
 KINDS = ("ours", "diffusers")
 COMPILED = ("ours compiled", "diffusers compiled")
+# Dense TFLOP/s of fp16 and bf16, as NVIDIA's data sheets have them, by a part of the device's name.
+PEAK_TFLOPS = {"A100": 312.0, "H100 80GB HBM3": 989.4, "H100 PCIe": 756.0, "H200": 989.4, "L40S": 362.05}
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,20 @@ def weights(case: Case) -> dict[str, Tensor]:
     """Random weights by Stability's names; no layer is zero, as after training."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in UNet(case.config).state_dict().items()}
-    generator = torch.Generator().manual_seed(2)
-    return {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+    generator = torch.Generator(case.device).manual_seed(2)
+    return {
+        name: torch.randn(shape, generator=generator, device=case.device).mul_(0.02) for name, shape in shapes.items()
+    }
+
+
+def model_flops(case: Case) -> int:
+    """Floating-point operations of a step by its mathematics: backward is two forwards."""
+    with torch.device("meta"):
+        network, batch = UNet(case.config), make_inputs(replace(case, device=torch.device("meta")))
+        vector_BV = torch.cat([batch.pooled_BP, size_embedding(batch.sizes_B6)], dim=1)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(batch.x_BCHW, batch.t_B, batch.context_BTX, vector_BV)
+    return 3 * counter.get_total_flops()
 
 
 @dataclass(frozen=True)
@@ -323,30 +342,94 @@ class Process:
         self._child.communicate()
 
 
-def measure(arguments: list[str], case: Case, steps: int, warmup: int) -> dict[str, Any]:
-    """Times in ms of both steps, of their halves and of the matrix arithmetic, taken in turns in changing order."""
-    processes = {kind: Process(kind, arguments) for kind in (*case.kinds, "products")}
+@dataclass
+class Measured:
+    """What the processes said: the loss of each first step, times in ms by part, peaks in bytes."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    times: dict[str, list[float]] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, kind: str, process: Process) -> None:
+        """The first step, which is not timed."""
+        self.losses[kind] = process.ask("step")["loss"]
+
+    def step(self, kind: str, process: Process, counts: bool = True) -> None:
+        """One more."""
+        parts = process.ask("step")["ms"]
+        if counts:
+            for name, value in (parts | {kind: sum(parts.values())}).items():
+                self.times.setdefault(name, []).append(value)
+
+    def end(self, kind: str, process: Process) -> None:
+        """Ask for its memory."""
+        self.peaks[kind] = process.ask("memory")["peak"]
+
+
+def in_turns(arguments: list[str], kinds: Sequence[str], steps: int, warmup: int) -> Measured:
+    """One step of each kind after the other, in changing order."""
+    measured = Measured()
+    processes = {kind: Process(kind, arguments) for kind in kinds}
     try:
-        losses = {kind: processes[kind].ask("step")["loss"] for kind in case.kinds}
-        processes["products"].ask("step")
-        times: dict[str, list[float]] = {}
+        for kind, process in processes.items():
+            measured.begin(kind, process)
         for index in range(warmup + steps):
             for kind in list(processes)[:: 1 if index % 2 else -1]:
-                parts = processes[kind].ask("step")["ms"]
-                if index >= warmup:
-                    for name, value in (parts | {kind: sum(parts.values())}).items():
-                        times.setdefault(name, []).append(value)
-        peaks = {kind: processes[kind].ask("memory")["peak"] for kind in case.kinds}
+                measured.step(kind, processes[kind], index >= warmup)
+        for kind, process in processes.items():
+            measured.end(kind, process)
     finally:
         for process in processes.values():
             process.close()
+    return measured
+
+
+def one_at_a_time(arguments: list[str], kinds: Sequence[str], steps: int, warmup: int) -> Measured:
+    """All steps of a kind, then those of the next, and again in the opposite order: half of them each time."""
+    measured = Measured()
+    for order, count in ((kinds, steps - steps // 2), (kinds[::-1], steps // 2)):
+        for kind in order:
+            process = Process(kind, arguments)
+            try:
+                measured.begin(kind, process)
+                for index in range(warmup + count):
+                    measured.step(kind, process, index >= warmup)
+                measured.end(kind, process)
+            finally:
+                process.close()
+    return measured
+
+
+def measure(arguments: list[str], case: Case, steps: int, warmup: int, apart: bool = False) -> dict[str, Any]:
+    """Both steps, their halves, and the matrix arithmetic."""
+    take = one_at_a_time if apart else in_turns
+    measured = take(arguments, (*case.kinds, "products"), steps, warmup)
     with torch.device("meta"):
         state = sum(parameter.numel() * parameter.element_size() for parameter in UNet(case.config).parameters()) * 4
-    return figures(losses, times) | {
+    peaks, losses = ({kind: of[kind] for kind in case.kinds} for of in (measured.peaks, measured.losses))
+    found = figures(losses, measured.times)
+    return found | memory_figures(peaks, state) | speed_figures(case, found["ms"])
+
+
+def memory_figures(peaks: dict[str, int], state: int) -> dict[str, Any]:
+    """Peaks in bytes, and ours over diffusers', with and without weights, gradients and moments."""
+    return {
         "memory_bytes": {kind: {"peak": peak, "state": state} for kind, peak in peaks.items()},
         "memory_ratio_ours_to_diffusers": peaks["ours"] / peaks["diffusers"],
         "activation_ratio_ours_to_diffusers": (peaks["ours"] - state) / (peaks["diffusers"] - state),
     }
+
+
+def speed_figures(case: Case, ms: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """TFLOP/s of each network's steps at the median time, and the share of the device's peak where that is known."""
+    flops = model_flops(case)
+    reached = {kind: flops / ms[kind]["median"] / 1e9 for kind in case.kinds}
+    name = devices.device_name(case.device)
+    peak = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    if peak is None or case.dtype == torch.float32:
+        return {"step_tflop": flops / 1e12, "tflops": reached}
+    mfu = {kind: value / peak for kind, value in reached.items()}
+    return {"step_tflop": flops / 1e12, "tflops": reached, "peak_tflops": peak, "mfu": mfu}
 
 
 def figures(losses: dict[str, float], times: dict[str, list[float]]) -> dict[str, Any]:
@@ -393,6 +476,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--torch_compile", action="store_true", help="measure both networks with compiled blocks, too")
     parser.add_argument("--dynamo_backend", default="inductor", help="what compiles them (%(default)s)")
+    parser.add_argument(
+        "--one_at_a_time", action="store_true", help="for sizes of which the device holds one; half the steps each time"
+    )
     parser.add_argument("--serve", choices=[*KINDS, *COMPILED, "products"], help=argparse.SUPPRESS)
     return parser
 
@@ -453,6 +539,9 @@ def print_table(result: dict[str, Any]) -> None:
     if "memory_ratio_ours_to_diffusers" in result:
         print(f"{'peak memory, ours / diffusers':40}{result['memory_ratio_ours_to_diffusers']:10.3f}")
         print(f"{'the same without the state':40}{result['activation_ratio_ours_to_diffusers']:10.3f}")
+    for kind, value in result.get("tflops", {}).items():
+        share = f"   (MFU {result['mfu'][kind]:.1%} of {result['peak_tflops']:g})" if "mfu" in result else ""
+        print(f"{'TFLOP/s: ' + kind:40}{value:10.3f}{share}")
 
 
 def main() -> None:
@@ -470,9 +559,10 @@ def main() -> None:
         "gradient_checkpointing": case.gradient_checkpointing,
         "dynamo_backend": case.dynamo_backend,
         "steps": options.steps,
+        "one_at_a_time": options.one_at_a_time,
         **versions(case),
     }
-    result |= measure(sys.argv[1:], case, options.steps, options.warmup)
+    result |= measure(sys.argv[1:], case, options.steps, options.warmup, options.one_at_a_time)
     print_table(result)
     print(json.dumps(result))
 

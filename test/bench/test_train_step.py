@@ -65,3 +65,31 @@ def test_figures_are_one_json_object_of_processes_that_take_turns(bench, case, c
     assert result["memory_bytes"]["ours"]["peak"] > 0
     bench.print_table(result)
     assert "step, ours / diffusers'" in capsys.readouterr().out
+
+
+def test_the_floating_point_operations_are_three_forwards_of_diffusers_network(bench, case):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = bench.make_step("diffusers", case).network.to("meta")  # where attention is products, which it counts
+    batch = bench.make_inputs(bench.replace(case, device=torch.device("meta")))
+    added = {"text_embeds": batch.pooled_BP, "time_ids": batch.sizes_B6}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(batch.x_BCHW, batch.t_B, batch.context_BTX, added_cond_kwargs=added)
+    assert bench.model_flops(case) == pytest.approx(3 * counter.get_total_flops(), rel=1e-3)
+
+
+def test_the_share_of_a_known_peak_is_said_in_half_precision_alone(bench, case, monkeypatch):
+    monkeypatch.setattr(bench, "model_flops", lambda case: 4e12)
+    monkeypatch.setattr(bench.devices, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    ms = {kind: {"median": 50.0} for kind in case.kinds}
+    half = bench.speed_figures(bench.replace(case, dtype=torch.bfloat16), ms)
+    assert half["tflops"]["ours"] == pytest.approx(80) and half["mfu"]["ours"] == pytest.approx(80 / 312)
+    assert "mfu" not in bench.speed_figures(case, ms)
+
+
+@pytest.mark.all
+def test_where_the_device_holds_one_network_each_has_it_for_itself(bench, case):
+    arguments = ["--size=tiny", "--latent=8x8", "--batch=1", "--device=cpu"]
+    result = bench.measure(arguments, case, steps=4, warmup=0, apart=True)
+    assert result["loss_relative_difference"] < 1e-5
+    assert {"ours", "diffusers", "products"} <= set(result["ms"])
