@@ -73,10 +73,10 @@ def stochastic(values: Tensor, bits: Tensor) -> Tensor:
     by rounding to the nearest.
 
     Args:
-        bits: int32 of the values' shape, evenly spread over 0 to 2^16 - 1.
+        bits: int32 of the values' shape, evenly spread over 0 to 2^16 - 1; they are overwritten.
     """
-    cut = values.view(torch.int32).add(bits).bitwise_and_(_HIGH_HALF).view(torch.float32)
-    return torch.where(values == values, cut, values).bfloat16()  # a NaN may have been carried into something else
+    cut = bits.add_(values.view(torch.int32)).bitwise_and_(_HIGH_HALF).view(torch.float32).bfloat16()
+    return cut.masked_fill_(values != values, torch.nan)  # which the sum may have carried into something else
 
 
 def places_from(first: int, count: int, device: torch.device) -> Tensor:
