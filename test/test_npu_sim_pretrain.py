@@ -172,3 +172,17 @@ def test_the_demo_learns_on_the_npu(tmp_path):
     assert done.returncode == 0, printed[-4000:]
     assert "device: Ascend910B (simulated) x 1" in printed
     assert "attention: npu, float16 on npu" in printed
+
+
+@pytest.mark.all
+def test_bf16_weights_are_rounded_there_too(train, on_cpu):
+    out, lines, printed = train(
+        environment(),
+        "--mixed_precision=bf16", "--full_bf16", "--save_state_on_train_end", "--optimizer_type=oss",
+        launcher=TORCHRUN, batch=1,
+    )  # fmt: skip
+    assert "weights, gradients and optimizer state in bf16, update: stochastic" in printed
+    for line, exact in zip(lines, on_cpu[1], strict=True):
+        assert line["loss"] == pytest.approx(exact["loss"], rel=2e-2)
+    state = load_file(out / "last-state" / "rank00000-of-00002.training.safetensors")
+    assert {one.dtype for name, one in state.items() if one.dim()} == {torch.bfloat16}
