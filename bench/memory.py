@@ -29,9 +29,10 @@ from library.models.sdxl import SDXLModel
 from library.models.vae import encode_images
 from library.training.bf16_update import Bf16Update
 from library.training.held import Training
-from library.training.memory import MemoryEstimate, estimate, without_data
+from library.training.memory import MemoryEstimate, estimate
 from library.training.optimizers import make_optimizer
 from library.training.precision import DTYPES
+from library.training.shapes import without_data
 
 ADAFACTOR = ["relative_step=False", "scale_parameter=False"]
 
@@ -81,6 +82,11 @@ def configurations() -> list[Configuration]:
 
 def predict(model: SDXLModel, one: Configuration) -> MemoryEstimate:
     """The estimate of one configuration; of the model only shapes are used."""
+    return estimate(*parts_of(model, one))
+
+
+def parts_of(model: SDXLModel, one: Configuration) -> tuple[Any, ...]:
+    """What the estimator is made of for one configuration."""
     half, batch = DTYPES[one.precision], 1
     module = ConditionedUNet(model, False, False, gradient_checkpointing=False)
     module.unet.enable_gradient_checkpointing(one.checkpointing)
@@ -88,7 +94,7 @@ def predict(model: SDXLModel, one: Configuration) -> MemoryEstimate:
         setattr(module, name, without_data(getattr(module, name), half))
     if one.update:
         module.unet = without_data(module.unet, half)
-    noisy_BCHW = torch.empty(batch, 4, one.side_px // 8, one.side_px // 8, device="meta", dtype=half)
+    noisy_BCHW = torch.empty(batch, 4, one.side_px // 8, one.side_px // 8, device="meta")
     ids_BK77 = torch.zeros(batch, 1, 77, dtype=torch.int64, device="meta")
     images_BHWC = torch.empty(batch, one.side_px, one.side_px, 3, dtype=torch.uint8, device="meta")
 
@@ -102,7 +108,7 @@ def predict(model: SDXLModel, one: Configuration) -> MemoryEstimate:
     bf16 = Bf16Update(one.update, 0) if one.update else None
     make = partial(make_optimizer, one.optimizer, arguments=one.arguments, bf16=bf16)
     training = Training(make, one.sharding, one.processes, one.fused, one.average)
-    return estimate(module, without_data(model.vae, half), half, step, encode, training)
+    return module, without_data(model.vae, half), half, step, encode, training
 
 
 def row(one: Configuration, predicted: MemoryEstimate) -> str:

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import resource
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -82,6 +83,18 @@ def is_npu(device: torch.device) -> bool:
 def is_first_ascend_910(device: torch.device) -> bool:
     """True for the first generation of Ascend 910, which has no fused attention for training."""
     return is_npu(device) and device_name(device) in _FIRST_ASCEND_910
+
+
+def has_fused_attention(device: torch.device) -> bool:
+    """False where attention's matrix of scores lies in memory, whoever computes it."""
+    return not is_first_ascend_910(device)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast is off for that kind of device; there is none on the meta device."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def synchronize(device: torch.device) -> None:

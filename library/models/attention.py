@@ -51,7 +51,7 @@ def _takes_all(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> str | None:
 def _math(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
     """The formula as it stands, in fp32 or wider: what the others are checked against."""
     dtype = torch.promote_types(q_BTND.dtype, torch.float32)
-    with torch.autocast(q_BTND.device.type, enabled=False):
+    with device.without_autocast(q_BTND.device.type):
         scale = 1 / math.sqrt(q_BTND.shape[-1])
         scores_BNTS = torch.einsum("btnd,bsnd->bnts", q_BTND.to(dtype), k_BSND.to(dtype)) * scale
         out_BTND = torch.einsum("bnts,bsnd->btnd", scores_BNTS.softmax(-1), v_BSND.to(dtype))

@@ -7,7 +7,8 @@ it; weights are cast anew for backward instead of being kept in half.
 Legend: B batch, C channels, H W latent rows and columns, L tokens, N K channels out of and into a linear layer.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from library.device import without_autocast
 from library.models.products import (
     bias_gradient,
     convolution,
@@ -56,14 +58,28 @@ class _Precision:
     norm: torch.dtype
     product: torch.dtype
 
-    def autocast_off(self) -> Any:
-        if not torch.amp.is_autocast_available(self.device_type):  # the meta device
-            return nullcontext()
-        return torch.autocast(self.device_type, enabled=False)
+    def autocast_off(self) -> AbstractContextManager:
+        return without_autocast(self.device_type)
+
+
+_assumed: torch.dtype | None = None  # what autocast would compute in where there are no data
+
+
+@contextmanager
+def assume_autocast(dtype: torch.dtype) -> Iterator[None]:
+    """For tensors on the meta device, which has no autocast: hold what would be held under one that computes so."""
+    global _assumed
+    before, _assumed = _assumed, dtype
+    try:
+        yield
+    finally:
+        _assumed = before
 
 
 def _precision(x: Tensor) -> _Precision:
     kind = x.device.type
+    if x.is_meta and _assumed is not None:
+        return _Precision(kind, torch.float32, _assumed)
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return _Precision(kind, torch.float32, torch.get_autocast_dtype(kind))
     return _Precision(kind, x.dtype, x.dtype)

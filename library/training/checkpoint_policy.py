@@ -11,12 +11,12 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from library.errors import InputError
-from library.training.live_bytes import LiveBytes
-from library.training.memory import GIB, MemoryEstimate, fused_attention, without_data
+from library.training.memory import GIB, MemoryEstimate
+from library.training.shapes import Autocast, LiveShapes, fused_attention, without_data
 
 
 @dataclass(frozen=True)
@@ -89,41 +89,42 @@ def checkpoint_order(costs: Sequence[BlockCost]) -> list[int]:
 
 
 def block_costs(module: Any, compute_dtype: torch.dtype, step: Callable[[Any], Tensor]) -> list[BlockCost]:
-    """Of every block of `module.unet`, by a forward pass on shapes for each of the two figures."""
-    shapes = without_data(module, compute_dtype)
+    """Of every block of `module.unet`, by one forward pass on shapes; products are counted once for blocks of one shape."""
+    shapes = without_data(module)
     shapes.unet.enable_gradient_checkpointing(False)
     blocks = shapes.unet.blocks()
-    with LiveBytes() as live, fused_attention():
-        live.hold([*shapes.parameters(), *shapes.buffers()])
-        kept = _differences(blocks, lambda: live.bytes, shapes, step, with_output=False)
-    # Attention is written out here, so that its products are counted.
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        counted = _differences(blocks, flops.get_total_flops, shapes, step, with_output=True)
-    return [BlockCost(*pair) for pair in zip(counted, kept, strict=True)]
+    kept: dict[Any, int] = {}
+    given: dict[Any, tuple[Any, ...]] = {}
 
-
-def _differences(
-    blocks: Sequence[Any],
-    reading: Callable[[], int],
-    shapes: Any,
-    step: Callable[[Any], Tensor],
-    with_output: bool,
-) -> list[int]:
-    """How much a reading rises over each block in a forward pass; the bytes of a block's output left out or not."""
-    before: dict[Any, int] = {}
-    rises: dict[Any, int] = {}
-
-    def start(block: Any, _: Any) -> None:
-        before[block] = reading()
+    def start(block: Any, inputs: tuple[Any, ...]) -> None:
+        given[block] = inputs
+        kept[block] = -live.bytes
 
     def end(block: Any, _: Any, output: Tensor) -> None:
-        rises[block] = reading() - before[block] - (0 if with_output else output.untyped_storage().nbytes())
+        kept[block] += live.bytes - output.untyped_storage().nbytes()
 
     handles = [block.register_forward_pre_hook(start) for block in blocks]
     handles += [block.register_forward_hook(end) for block in blocks]
-    try:
+    with LiveShapes() as live, fused_attention(), Autocast(compute_dtype):
+        live.hold([*shapes.parameters(), *shapes.buffers()])
         step(shapes)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [rises[block] for block in blocks]
+    for handle in handles:
+        handle.remove()
+    flops: dict[Any, int] = {}
+    for block in blocks:
+        key = _shape(block, given[block])
+        if key not in flops:
+            flops[key] = _flops(block, given[block], compute_dtype)
+    return [BlockCost(flops[_shape(block, given[block])], kept[block]) for block in blocks]
+
+
+def _shape(block: nn.Module, inputs: Sequence[Tensor]) -> Any:
+    """What a block's arithmetic depends on."""
+    return type(block), *(tuple(one.shape) for one in (*block.parameters(), *inputs))
+
+
+def _flops(block: nn.Module, inputs: Sequence[Tensor], compute_dtype: torch.dtype) -> int:
+    """Of a block's forward pass. Attention is written out here, so that its products are counted."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, Autocast(compute_dtype):
+        block(*inputs)
+    return counter.get_total_flops()

@@ -36,8 +36,12 @@ class LiveBytes(TorchDispatchMode):
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
 
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the operator gives."""
+        return func(*args, **kwargs)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._run(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)

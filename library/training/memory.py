@@ -5,73 +5,17 @@ computes. Following the life of each storage through forward and backward gives 
 What it cannot see: the allocator's fragmentation, libraries' workspaces, CUDA's and CANN's own context.
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.training.held import Held, Training, held_bytes
-from library.training.live_bytes import LiveBytes
+from library.training.shapes import Autocast, LiveShapes, fused_attention, without_data
 
 GIB = 2**30
-
-Module = TypeVar("Module", bound=nn.Module)
-
-
-class _FusedShapes(torch.autograd.Function):
-    """What a fused attention kernel holds: its inputs and its output, never the matrix of scores."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(saved) for saved in ctx.saved_tensors[:3])
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """On the meta device torch writes attention out, as no device does; this puts the fused kernels' shapes there.
-
-    The function is exchanged, not overridden by a mode: modes do not reach into the recomputation of checkpoints.
-    """
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _FusedShapes.apply(q, k, v)
-
-    original = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = original
-
-
-def without_data(
-    module: Module, dtype: torch.dtype | None = None, share: Callable[[Tensor], bool] = lambda tensor: False
-) -> Module:
-    """A copy of a module on the meta device, without its data.
-
-    Args:
-        dtype: of its floating-point tensors; None keeps each tensor's own.
-        share: which parameters and buffers the copy has in common with the module, data and all.
-    """
-
-    def shape_of(tensor: Tensor) -> Tensor:
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        empty = torch.empty_like(tensor, device="meta", dtype=kind)
-        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor if share(tensor) else shape_of(tensor) for tensor in tensors})
 
 
 @dataclass(frozen=True)
@@ -126,7 +70,7 @@ def estimator(
     everything = sum(_bytes(tensor) for part in (module, vae) for tensor in (*part.parameters(), *part.buffers()))
     held = held_bytes(trained, _units(module), training)
     vae_shapes = without_data(vae)
-    with LiveBytes() as encoding, fused_attention():
+    with LiveShapes() as encoding, fused_attention():
         encode(vae_shapes)
     weights = everything - sum(map(_bytes, trained)) + held.weights
     without_backward = MemoryEstimate(
@@ -155,22 +99,20 @@ def _backward(
     """The peak of forward and backward, beyond weights and optimizer state."""
     # One process alone makes its gradients while activations go; others have them in place, or let each go at once.
     collected = training.kind == "none" and training.processes == 1 and not training.fused_backward
-    shapes = without_data(module, compute_dtype if compute_dtype != torch.float32 else None)
-    parameters = [parameter for parameter in shapes.parameters() if parameter.requires_grad]
+    shapes = without_data(module)
     if not collected:
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(_forget)
-    with LiveBytes() as live, fused_attention():
+        for parameter in shapes.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_forget)
+    with LiveShapes() as live, fused_attention(), Autocast(compute_dtype) as autocast:
         live.hold([*shapes.parameters(), *shapes.buffers()])
         at_start = live.bytes
-        step(shapes).backward()
-        computed_gradients = sum(_bytes(one.grad) for one in parameters if one.grad is not None)
-    # Autocast makes half copies of what is in fp32, beside it; the gradients that are kept are fp32, twice as large as
-    # those of the copy.
-    copies = sum(one.numel() * compute_dtype.itemsize for one in module.parameters() if one.dtype != compute_dtype)
-    gradients = held.gradients - computed_gradients if collected else held.gradients
+        loss = step(shapes)
+        autocast.end_forward()
+        loss.backward()
+    gradients = 0 if collected else held.gradients
     in_backward = held.update if training.fused_backward else 0
-    return live.peak - at_start + copies + gradients + held.whole_units + in_backward
+    return live.peak - at_start + gradients + held.whole_units + in_backward
 
 
 def _forget(parameter: Tensor) -> None:

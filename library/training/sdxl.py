@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from library import device as devices
 from library.cli.model import ModelOptions
 from library.cli.options import Options
 from library.data.loader import MicroBatch
@@ -343,11 +344,13 @@ class SDXLPretraining:
         ids_BK77 = self.tokenize([""] * batch)[0].to("meta")
         noisy_BCHW = torch.empty(batch, *self._latent_shape(height, width), device="meta")
         compute_dtype = DTYPES[self.options.run.mixed_precision]
+        fused = devices.has_fused_attention(self.accelerator.device)
 
         def step(shapes: Any) -> Tensor:
-            shapes.unet.set_attention_backend("sdpa")  # stands for any fused kernel, and runs on shapes
+            # "sdpa" stands for any fused kernel; written out, attention holds what "math" does.
+            shapes.unet.set_attention_backend("sdpa" if fused else "math")
             t_B, size_ids_B6 = torch.zeros(batch, device="meta"), torch.zeros(batch, 6, device="meta")
-            return shapes(noisy_BCHW.to(compute_dtype), t_B, ids_BK77, ids_BK77, size_ids_B6).float().mean()
+            return shapes(noisy_BCHW, t_B, ids_BK77, ids_BK77, size_ids_B6).float().mean()
 
         def encode(shapes: nn.Module) -> Tensor:
             return encode_images(shapes, torch.empty(batch, height, width, 3, dtype=torch.uint8, device="meta"))

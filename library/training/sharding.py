@@ -32,9 +32,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library.errors import InputError
 from library.training.averages import Averages
-from library.training.memory import without_data
 from library.training.optimizers import ParameterGroup
 from library.training.parts import Part, by_name, check_names, make_part, read_average, read_state, read_weight
+from library.training.shapes import without_data
 
 # Makes the optimizer over parameter groups, given what a sharded one is constructed with.
 MakeOptimizer = Callable[..., torch.optim.Optimizer]

@@ -33,7 +33,11 @@ def test_each_flag_of_the_table_saves_memory(bench, sdxl):
     ]
     sdxl = copy.deepcopy(sdxl)  # other tests train its text encoders, which are frozen here
     whole = bench.predict(sdxl, plain)
+
+    def held(predicted):  # a tiny model's VAE takes more than its U-Net
+        return predicted.weights + predicted.optimizer + predicted.backward
+
     for one in small:
-        assert bench.predict(sdxl, one).total < whole.total, one.name
+        assert held(bench.predict(sdxl, one)) < held(whole), one.name
     assert bench.row(plain, whole).startswith("| 512 px, bf16: AdamW | 0.")
     assert len({one.name for one in bench.configurations()}) == len(bench.configurations())

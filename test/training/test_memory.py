@@ -18,9 +18,10 @@ from library.training.bf16_update import Bf16Update
 from library.training.fused_backward import FusedBackward
 from library.training.held import Training, held_bytes
 from library.training.live_bytes import LiveBytes
-from library.training.memory import estimate, without_data
+from library.training.memory import estimate
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
+from library.training.shapes import without_data
 from library.training.sharding import KINDS, shard
 
 BATCH = 4
@@ -186,25 +187,6 @@ def test_a_process_with_others_holds_less_with_each_way_of_sharding(sdxl):
     assert zero1.optimizer < none.optimizer / 6
     alone = predict(sdxl, module)
     assert predict(sdxl, module, sharding="fsdp") == alone  # one process has nothing to share
-
-
-def test_autocast_copies_what_is_in_fp32_alone(sdxl):
-    """An encoder that is frozen in half precision is not in memory a second time."""
-    backward = []
-    for half in (False, True):
-        module = conditioned(sdxl, True)
-        if half:
-            module.cast_frozen(torch.bfloat16)
-        make = partial(make_optimizer, "AdamW", arguments=[])
-
-        def loss(shapes):
-            ids, t = torch.zeros(BATCH, 1, 77, dtype=torch.int64, device="meta"), torch.zeros(BATCH, device="meta")
-            noisy = torch.zeros(BATCH, 4, 16, 16, device="meta", dtype=torch.bfloat16)
-            return shapes(noisy, t, ids, ids, torch.zeros(BATCH, 6, device="meta")).mean()
-
-        backward.append(estimate(module, sdxl.vae, torch.bfloat16, loss, encode, Training(make)).backward)
-    frozen = sum(parameter.numel() for parameter in sdxl.text_encoder2.parameters())
-    assert backward[0] - backward[1] == 2 * frozen
 
 
 def test_encoding_is_what_the_vae_really_holds(sdxl):
