@@ -33,6 +33,7 @@ from library.training.memory import MemoryEstimate, estimate
 from library.training.optimizers import make_optimizer
 from library.training.precision import DTYPES
 from library.training.shapes import without_data
+from library.training.swap_schedule import choose_blocks
 
 ADAFACTOR = ["relative_step=False", "scale_parameter=False"]
 
@@ -51,6 +52,7 @@ class Configuration:
     sharding: str = "none"
     processes: int = 1
     update: str | None = None  # of bf16 weights
+    swap: int = 0
 
     @property
     def name(self) -> str:
@@ -61,6 +63,7 @@ class Configuration:
             "gradient_checkpointing" if self.checkpointing else "",
             "fused_backward_pass" if self.fused else "",
             "use_ema" if self.average else "",
+            f"blocks_to_swap {self.swap}" if self.swap else "",
             f"{self.sharding} over {self.processes}" if self.processes > 1 else "",
         ]
         return ", ".join(filter(None, parts))
@@ -77,6 +80,8 @@ def configurations() -> list[Configuration]:
     rows += [full(sharding=kind, processes=8) for kind in ("oss", "fsdp")]
     rows += [bf16(average=True), bf16(average=True, sharding="oss", processes=8)]
     rows += [bf16(sharding=kind, processes=8) for kind in ("none", "oss", "zero1", "fsdp")]
+    rows += [bf16(swap=swap, fused=fused) for swap in (20, 40) for fused in (False, True)]
+    rows += [bf16(swap=87, fused=True), bf16(**factored, swap=40, fused=True)]
     return rows + [Configuration(side, "no", **factored, fused=True) for side in (256, 512)]
 
 
@@ -107,7 +112,10 @@ def parts_of(model: SDXLModel, one: Configuration) -> tuple[Any, ...]:
 
     bf16 = Bf16Update(one.update, 0) if one.update else None
     make = partial(make_optimizer, one.optimizer, arguments=one.arguments, bf16=bf16)
-    training = Training(make, one.sharding, one.processes, one.fused, one.average)
+    blocks = module.unet.blocks()
+    sizes = [sum(weight.nbytes for weight in block.parameters()) for block in blocks]
+    swapped = [list(blocks[number].parameters()) for number in choose_blocks(sizes, one.swap)]
+    training = Training(make, one.sharding, one.processes, one.fused, one.average, swapped)
     return module, without_data(model.vae, half), half, step, encode, training
 
 

@@ -8,8 +8,10 @@ import functools
 import importlib.util
 import os
 import resource
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +112,50 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     A plain `.to` of memory that is not pinned returns when the device has done all that was launched before.
     """
     return tensor if is_cpu(device) else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class CopyStream:
+    """Copies to a device beside what it computes, on a stream of their own, and back."""
+
+    def __init__(self, device: torch.device) -> None:
+        """`device` is not the CPU."""
+        module = _module(device)
+        assert module is not None
+        self._device, self._module = device, module
+        self._stream = module.Stream(device=device)
+
+    def to_device(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        """Copies that come while other things run, and the event that `wait` takes. The tensors are pinned."""
+        with self._module.stream(self._stream):
+            copies = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
+            come = self._module.Event()
+            come.record(self._stream)
+        return copies, come
+
+    def wait(self, come: Any, copies: Sequence[Tensor]) -> None:
+        """What is launched from now on may use the copies; their memory is not given away before it has done so."""
+        computing = self._module.current_stream(self._device)
+        computing.wait_event(come)
+        for copy in copies:
+            copy.record_stream(computing)
+
+    def to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """A pinned copy in the CPU's memory, made when all before is computed, and the event to wait for."""
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        come = self._module.Event()
+        come.record(self._module.current_stream(self._device))
+        return copy, come
+
+
+@contextmanager
+def autocast_cache_off() -> Iterator[None]:
+    """Autocast casts a weight anew each time, and keeps no copy."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def release_memory(device: torch.device) -> None:

@@ -32,7 +32,7 @@ def functions(path: Path, prefix: str) -> list[str]:
     ]
 
 
-FILES = ("tensors", "operators", "libraries", "estimates")
+FILES = ("tensors", "operators", "libraries", "estimates", "swapping")
 SINGLE = [(file, name) for file in FILES for name in functions(INSIDE / f"{file}.py", "test_")]
 DOUBLE = functions(INSIDE / "two_processes.py", "check_")
 

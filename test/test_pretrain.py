@@ -385,6 +385,7 @@ def test_a_run_with_a_limit_of_memory_is_the_run_without(train):
         ),
         (["--bf16_update=kahan", "--mixed_precision=bf16"], "--bf16_update has nothing to act on without --full_bf16"),
         (["--fused_backward_pass", "--sharding=zero1"], "--sharding=zero1"),
+        (["--blocks_to_swap=2"], "the CPU is what computes here"),
         (["--checkpoint_policy=auto", "--checkpoint_memory_gb=9"], "without --gradient_checkpointing"),
         (["--gradient_checkpointing", "--checkpoint_policy=auto"], "add --checkpoint_memory_gb"),
         (["--gradient_checkpointing", "--checkpoint_memory_gb=9"], "without --checkpoint_policy=auto"),

@@ -30,6 +30,7 @@ class OptimizationOptions:
     ema_decay: float
     offload_ema: bool
     fused_backward_pass: bool
+    blocks_to_swap: int | None
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -117,4 +118,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="update each weight in backward and free its gradient at once; --max_grad_norm then clips each tensor's "
         "gradient by itself, for the norm of all is not known yet",
+    )
+    group.add_argument(
+        "--blocks_to_swap",
+        type=positive_int,
+        metavar="N",
+        help="keep the weights, gradients and optimizer state of the U-Net's N largest blocks in the CPU's memory; "
+        "weights are brought to the device while a block computes, and updated on the CPU",
     )

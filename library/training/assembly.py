@@ -33,6 +33,7 @@ from library.training.caching import Encoders, make_caches
 from library.training.companions import Companions, Progress, companions
 from library.training.compiling import check_backend
 from library.training.fused_backward import FusedBackward
+from library.training.host_blocks import HostBlocks
 from library.training.metrics import MetricsWriter
 from library.training.occasions import loop_options
 from library.training.optimizers import Construct, ParameterGroup, make_lr_schedule, make_optimizer
@@ -49,6 +50,7 @@ from library.training.rules import (
     check_optimization,
     check_preview,
     check_saving,
+    check_swapping,
     check_without_epochs,
 )
 from library.training.run_lock import RunLock
@@ -59,6 +61,7 @@ from library.training.state_choice import clear_left_behind
 from library.training.state_files import StateInfo
 from library.training.state_writer import StateWriter
 from library.training.states import Resumed, StateCadence, States
+from library.training.swapped_backward import SwappedBlocks, SwappedFusedBackward
 from library.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -85,6 +88,10 @@ class Task(loop.Task, validation.Task, Protocol):
     @property
     def module(self) -> nn.Module:
         """The one module that trains."""
+
+    @property
+    def host_blocks(self) -> HostBlocks | None:
+        """What of it lives in the CPU's memory though it computes on the device."""
 
     @property
     def encoders(self) -> Encoders:
@@ -151,6 +158,7 @@ def run(
         check_data(options.data, options.run)
         check_half_weights(options.run)
         check_optimization(options.optimization, options.run)
+        check_swapping(options.optimization, options.run, accelerator.device, accelerator.num_processes)
         check_preview(options.preview)
         check_saving(options.saving)
         check_checkpointing(options.run)
@@ -238,8 +246,14 @@ def _train(
     """Shard, take up a state if there is one, train, save the final checkpoint."""
     accelerator, saving = surroundings.accelerator, options.saving
     make_parallel: Callable[..., Replicated] = partial(shard, _sharding(options))
-    if options.optimization.fused_backward_pass:
-        make_parallel = partial(FusedBackward, max_grad_norm=options.optimization.max_grad_norm)
+    in_backward = options.optimization.fused_backward_pass
+    max_grad_norm = options.optimization.max_grad_norm
+    if task.host_blocks is not None and in_backward:
+        make_parallel = partial(SwappedFusedBackward, max_grad_norm=max_grad_norm, host_blocks=task.host_blocks)
+    elif task.host_blocks is not None:
+        make_parallel = partial(SwappedBlocks, host_blocks=task.host_blocks)
+    elif in_backward:
+        make_parallel = partial(FusedBackward, max_grad_norm=max_grad_norm)
     parallel = make_parallel(
         accelerator,
         task.module,

@@ -40,14 +40,17 @@ class Averages:
         """Take in the weights as they are after an optimizer step."""
         self.updates += 1
         average_in = get_ema_multi_avg_fn(decay_at(self.updates, self.decay))
-        averages, weights = list(self.averages.values()), [one.detach() for one in self.parameters.values()]
-        if not averages:
-            return
-        if averages[0].device == weights[0].device and averages[0].dtype == weights[0].dtype:
-            average_in(averages, weights, self.updates)
-        else:  # one tensor at a time: no copy of all weights beside the averages
-            for average, weight in zip(averages, weights, strict=True):
+        together: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}  # weights may lie on two devices
+        for name, parameter in self.parameters.items():
+            average, weight = self.averages[name], parameter.detach()
+            if average.device == weight.device and average.dtype == weight.dtype:
+                averages, weights = together.setdefault(weight.device, ([], []))
+                averages.append(average)
+                weights.append(weight)
+            else:  # one tensor at a time: no copy of all weights beside the averages
                 average_in([average], [weight.to(average)], self.updates)
+        for averages, weights in together.values():
+            average_in(averages, weights, self.updates)
 
     @torch.no_grad()
     def exchange(self) -> None:

@@ -89,7 +89,7 @@ def checkpoint_order(costs: Sequence[BlockCost]) -> list[int]:
 
 
 def block_costs(module: Any, compute_dtype: torch.dtype, step: Callable[[Any], Tensor]) -> list[BlockCost]:
-    """Of every block of `module.unet`, by one forward pass on shapes; products are counted once for blocks of one shape."""
+    """Of every block of `module.unet`, by a forward pass on shapes; arithmetic is counted once for each shape."""
     shapes = without_data(module)
     shapes.unet.enable_gradient_checkpointing(False)
     blocks = shapes.unet.blocks()

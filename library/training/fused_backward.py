@@ -42,12 +42,20 @@ class FusedBackward(Replicated):
     ) -> None:
         accelerator = self.accelerator
         # Autocast without DistributedDataParallel, whose sums come after the hooks that would need them.
-        self.module = accelerator.prepare_model(self.bare_module, evaluation_mode=True)
+        self.module = self._place_module()
         self.bare_optimizer = make_optimizer(groups)
         schedule = make_schedule(self.bare_optimizer)
         self.optimizer = accelerator.prepare_optimizer(self.bare_optimizer)
         self.schedule = accelerator.prepare_scheduler(schedule)
-        for place, group in enumerate(self.bare_optimizer.param_groups):
+        self._watch(self.bare_optimizer.param_groups)
+
+    def _place_module(self) -> nn.Module:
+        """The module on its device, with autocast."""
+        return self.accelerator.prepare_model(self.bare_module, evaluation_mode=True)
+
+    def _watch(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Have the parameters of the optimizer's groups updated as their gradients are made."""
+        for place, group in enumerate(groups):
             for parameter in group["params"]:
                 parameter.register_post_accumulate_grad_hook(partial(self._update, place))
 
@@ -61,7 +69,11 @@ class FusedBackward(Replicated):
 
     @torch.no_grad()
     def _update(self, place: int, parameter: nn.Parameter) -> None:
-        """The optimizer's step for one parameter of the group at that place."""
+        self._finish(parameter)
+        self._step(place, parameter)
+
+    def _finish(self, parameter: nn.Parameter) -> None:
+        """Average a gradient over all processes and clip it."""
         gradient = parameter.grad
         assert gradient is not None
         if self.accelerator.num_processes > 1:
@@ -71,6 +83,9 @@ class FusedBackward(Replicated):
         self._norms.append(norm)
         if self.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_([parameter], self.max_grad_norm, norm)
+
+    def _step(self, place: int, parameter: nn.Parameter) -> None:
+        """The optimizer's step for one parameter of the group at that place."""
         optimizer: Any = self.bare_optimizer
         groups = optimizer.param_groups
         # One optimizer, so that schedule and states see all of it; for this call it has no other parameter.

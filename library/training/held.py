@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from library.training.live_bytes import LiveBytes
 from library.training.optimizers import ParameterGroup
+from library.training.swap_schedule import largest_together
 
 # third_patch/accelerate_patch: elements of each process's bucket of small gradients, and of all of them together.
 OSS_BUCKET, OSS_ALL_BUCKETS = 2**23, 2**26
@@ -24,6 +25,7 @@ class Training:
     processes: int = 1
     fused_backward: bool = False
     averages: bool = False  # on the device (--use_ema without --offload_ema)
+    swapped: Sequence[Sequence[Tensor]] = ()  # weights of each block that lives in the CPU's memory
 
     @property
     def kind(self) -> str:
@@ -36,7 +38,7 @@ class Held:
     """Bytes on the process that has the most."""
 
     weights: int  # of what trains
-    whole_units: int  # fsdp's, that are gathered for the time that they compute
+    visiting: int  # weights that are there while they compute: fsdp's units, swapped blocks
     optimizer: int
     gradients_at_rest: int
     gradients: int  # when the optimizer steps; 0 where each goes at once
@@ -52,6 +54,8 @@ def held_bytes(trained: Sequence[Tensor], units: Sequence[Sequence[Tensor]], tra
         units: the same by fsdp's units, which are gathered one by one.
     """
     kind, processes = training.kind, training.processes
+    elsewhere = {id(tensor) for block in training.swapped for tensor in block}
+    trained = [tensor for tensor in trained if id(tensor) not in elsewhere]
     sizes = [_bytes(tensor) for tensor in trained]
     states, update = _states(trained, training)
     whole = sum(sizes)
@@ -66,7 +70,8 @@ def held_bytes(trained: Sequence[Tensor], units: Sequence[Sequence[Tensor]], tra
     if kind == "none":
         at_rest = whole if processes > 1 and not training.fused_backward else 0  # DistributedDataParallel's buckets
         gradients = 0 if training.fused_backward else whole
-        return Held(whole, 0, sum(states), at_rest, gradients, update, sum(average_bytes))
+        visiting = largest_together([sum(map(_bytes, block)) for block in training.swapped])
+        return Held(whole, visiting, sum(states), at_rest, gradients, update, sum(average_bytes))
     order = range(len(sizes)) if kind == "oss" else sorted(range(len(sizes)), key=lambda place: -sizes[place])
     shares = deal([trained[place].numel() for place in order], processes)
     optimizer = max(sum(states[order[place]] for place in share) for share in shares)

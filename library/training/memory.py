@@ -100,11 +100,13 @@ def _backward(
     # One process alone makes its gradients while activations go; others have them in place, or let each go at once.
     collected = training.kind == "none" and training.processes == 1 and not training.fused_backward
     shapes = without_data(module)
-    if not collected:
-        for parameter in shapes.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_forget)
-    with LiveShapes() as live, fused_attention(), Autocast(compute_dtype) as autocast:
+    elsewhere = {id(weight) for block in training.swapped for weight in block}
+    of_module = zip(module.parameters(), shapes.parameters(), strict=True)
+    swapped = [shape for weight, shape in of_module if id(weight) in elsewhere]
+    for parameter in swapped if collected else shapes.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_forget)
+    with LiveShapes() as live, fused_attention(), Autocast(compute_dtype, uncached=swapped) as autocast:
         live.hold([*shapes.parameters(), *shapes.buffers()])
         at_start = live.bytes
         loss = step(shapes)
@@ -112,7 +114,7 @@ def _backward(
         loss.backward()
     gradients = 0 if collected else held.gradients
     in_backward = held.update if training.fused_backward else 0
-    return live.peak - at_start + gradients + held.whole_units + in_backward
+    return live.peak - at_start + gradients + held.visiting + in_backward
 
 
 def _forget(parameter: Tensor) -> None:

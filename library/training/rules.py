@@ -143,6 +143,39 @@ def check_fused_backward(sharding: str, run: RunOptions) -> None:
         )
 
 
+def check_swapping(options: OptimizationOptions, run: RunOptions, device: torch.device, processes: int) -> None:
+    """Raise InputError where --blocks_to_swap has nowhere to swap to, or something needs all weights on the device."""
+    if options.blocks_to_swap is None:
+        return
+    flag = f"--blocks_to_swap={options.blocks_to_swap}"
+    if devices.is_cpu(device):
+        raise InputError(
+            f"{flag} keeps blocks in the CPU's memory, and the CPU is what computes here: there is nothing to save. "
+            "Leave it out"
+        )
+    if run.full_bf16:
+        raise InputError(
+            f"{flag} has weights on two devices, and --full_bf16 puts small ones together to update them as one; leave "
+            "one of the two out"
+        )
+    if run.torch_compile:
+        raise InputError(
+            f"{flag} exchanges the weights of a block each time that it computes, and code of --torch_compile is made "
+            "for weights that stay where they are; leave one of the two out"
+        )
+    sharding = sharding_kind(options.sharding, options.optimizer_type)
+    if processes > 1 and sharding != "none":
+        raise InputError(
+            f"{flag} updates blocks on the CPU, and --sharding={sharding} shares all weights' gradients or state "
+            "among the devices; leave one of the two out (--sharding=fsdp shares the weights, too)"
+        )
+    if processes > 1 and not options.fused_backward_pass:
+        raise InputError(
+            f"{flag} on several processes needs --fused_backward_pass, which averages each gradient while it is still "
+            "on the device; add that, or use --sharding=fsdp instead"
+        )
+
+
 def text_encoder_rates(options: OptimizationOptions) -> tuple[float, float]:
     """Learning rates of both text encoders; 0 for one that does not train.
 

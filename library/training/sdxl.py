@@ -36,6 +36,7 @@ from library.training.assembly import Surroundings
 from library.training.bf16_update import bf16_update
 from library.training.checkpoint_policy import choose_checkpoints
 from library.training.held import Training
+from library.training.host_blocks import HostBlocks, move_all_but
 from library.training.memory import GIB, MemoryEstimate, estimator
 from library.training.optimizers import ParameterGroup, make_optimizer
 from library.training.precision import DTYPES, SAVE_DTYPES
@@ -44,6 +45,7 @@ from library.training.prompts import SamplePrompt, read_prompts
 from library.training.rules import text_encoder_rates
 from library.training.sdxl_encoders import SDXLEncoders
 from library.training.sharding import sharding_kind
+from library.training.swap_schedule import choose_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ class SDXLPretraining:
         self.previewer = self._previewer(schedule)
         self.checkpoint_lines: list[str] = []
         self.compiled: CompiledBlocks | None = None
+        self.swap_lines: list[str] = []
         self._place(schedule)
 
     def _place(self, schedule: NoiseSchedule) -> None:
@@ -121,7 +124,14 @@ class SDXLPretraining:
                 "the model's own VAE runs in fp16; SDXL's stock VAE overflows there: if the loss is not finite, use "
                 "--vae=madebyollin/sdxl-vae-fp16-fix or --no_half_vae"
             )
-        self.module.to(self.device)
+        self.swapped = self._blocks_to_swap()
+        # On the CPU, for --dry_run, everything stays where it is.
+        swaps = bool(self.swapped) and not self.options.run.dry_run
+        self.host_blocks = HostBlocks(self.swapped, self.device) if swaps else None
+        if self.host_blocks is not None:
+            move_all_but(self.module, self.device, self.host_blocks.parameters)
+        else:
+            self.module.to(self.device)
         batch_size, caches = self.options.data.train_batch_size, self.options.caches
         self.encoders = SDXLEncoders(
             frozen_copy(self.model.vae, vae_dtype).to(self.device),
@@ -134,6 +144,27 @@ class SDXLPretraining:
             text_batch_size=caches.text_encoder_batch_size or batch_size,
         )
         self.schedule = schedule.to(self.device)
+
+    def _blocks_to_swap(self) -> list[nn.Module]:
+        """The U-Net's blocks that --blocks_to_swap=N is about.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        count, blocks = self.options.optimization.blocks_to_swap, self.module.unet.blocks()
+        if count is None:
+            return []
+        if count > len(blocks):
+            raise InputError(
+                f"--blocks_to_swap={count}: this model's U-Net has {len(blocks)} blocks; give at most that"
+            )
+        sizes = [sum(one.numel() * one.element_size() for one in block.parameters()) for block in blocks]
+        chosen = choose_blocks(sizes, count)
+        weights = sum(sizes[number] for number in chosen) / GIB
+        self.swap_lines = [
+            f"blocks swapped: {count} of {len(blocks)} of the U-Net, {weights:.3f} GiB of weights in the CPU's memory"
+        ]
+        return [blocks[number] for number in chosen]
 
     def plan_lines(self) -> list[str]:
         """What is resolved about the model, for the log."""
@@ -148,6 +179,7 @@ class SDXLPretraining:
             f"sample prompts: {prompts}",
             *self.checkpoint_lines,
             *([plan(self.module.unet, run.dynamo_backend)] if (run := self.options.run).torch_compile else []),
+            *self.swap_lines,
         ]
 
     def compile(self) -> None:
@@ -367,5 +399,6 @@ class SDXLPretraining:
             self.accelerator.num_processes,
             optimization.fused_backward_pass,
             optimization.use_ema and not optimization.offload_ema,
+            [list(block.parameters()) for block in self.swapped],
         )
         return step, estimator(self.module, self.encoders.vae, compute_dtype, step, encode, training)

@@ -30,6 +30,7 @@ def test_each_flag_of_the_table_saves_memory(bench, sdxl):
         replace(plain, fused=True),
         replace(plain, sharding="fsdp", processes=8),
         replace(plain, update="kahan", fused=True),
+        replace(plain, swap=6),
     ]
     sdxl = copy.deepcopy(sdxl)  # other tests train its text encoders, which are frozen here
     whole = bench.predict(sdxl, plain)
