@@ -54,10 +54,10 @@ class SwappedBlocks(Replicated):
 class SwappedFusedBackward(FusedBackward):
     """As `FusedBackward`: what is swapped is updated on the CPU as soon as its gradient has come there."""
 
-    def __init__(self, *given: Any, max_grad_norm: float, host_blocks: HostBlocks) -> None:
-        """As `SwappedBlocks` and `FusedBackward`."""
+    def __init__(self, *given: Any, host_blocks: HostBlocks, **named: Any) -> None:
+        """`given` and `named` are what `FusedBackward` takes; `host_blocks` as for `SwappedBlocks`."""
         self.host_blocks = host_blocks
-        super().__init__(*given, max_grad_norm=max_grad_norm)
+        super().__init__(*given, **named)
 
     def _place_module(self) -> nn.Module:
         return self.accelerator.prepare_model(self.bare_module, device_placement=False, evaluation_mode=True)

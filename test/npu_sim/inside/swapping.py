@@ -171,6 +171,19 @@ def test_averages_are_those_without_and_can_stand_in_the_weights_place():
     assert same(numbers(plain), numbers(swapped))
 
 
+def test_what_forward_saves_for_backward_holds_no_weights():
+    held, sizes = [], []
+    for swap in ((), range(BLOCKS)):
+        network = Network()
+        sizes = [4 * sum(one.numel() for one in block.parameters()) for block in network.unet.blocks()]
+        before = torch.npu.memory_allocated()
+        parallel = parallel_of(network, swap)
+        loss = parallel.module(NPU)
+        held.append(torch.npu.memory_allocated() - before)
+        del loss, parallel
+    assert held[0] - held[1] == sum(sizes[:-1])  # the last one stays: backward begins with it
+
+
 @pytest.mark.parametrize(("checkpointing", "fused"), [(True, True), (False, False)])
 def test_the_device_holds_less_and_what_is_estimated(checkpointing, fused):
     peaks, at_rest, sizes = {}, {}, []
