@@ -10,6 +10,7 @@ import os
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -75,6 +76,16 @@ def _module(device: torch.device) -> ModuleType | None:
 def is_cpu(device: torch.device) -> bool:
     """True for the CPU, where half precision is emulated and memory is the process's own."""
     return device.type == "cpu"
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_is_intels() -> bool:
+    """True if the processor is Intel's, whose library MKL is; False where the system does not say."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
+    return "GenuineIntel" in facts
 
 
 def is_npu(device: torch.device) -> bool:

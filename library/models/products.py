@@ -1,11 +1,11 @@
 """Linear layers and 3×3 convolutions, forward and backward, by the faster of the kernels that the CPU has for them.
 
-On the CPU in fp32 torch takes linear layers to MKL and convolutions to oneDNN. Where oneDNN's matrix product can be
-had it is the faster one for a linear layer's output and its input's gradient; where a convolution has few pixels and
-many weights, their gradient is sooner had by a matrix product over the unfolded pixels (docs/measurements/
-train_step.md). Everywhere else torch's own choice stands.
+On the CPU in fp32 torch takes linear layers to MKL and convolutions to oneDNN. MKL is at its best on Intel's
+processors; on others oneDNN's product is the faster one for a linear layer's output and its input's gradient. oneDNN
+brings a convolution's weights into an order of its own each time, so where few pixels meet many weights a matrix
+product over the unfolded pixels is sooner done (docs/measurements/train_step.md). Elsewhere torch's own choice stands.
 Legend: M rows (tokens), K and N channels in and out of a linear layer; B batch, C and O channels in and out, H W rows
-and columns.
+and columns, P pixels of the batch (B·H·W).
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,16 @@ from torch.autograd.function import once_differentiable
 from library import device
 
 KERNEL = 3  # rows and columns of the convolutions here, padded by one
-FEW_PIXELS = 128
-MANY_WEIGHTS = 2**21
+# The most pixels, for at least so many weights.
+FEW_PIXELS_FOR_MANY_WEIGHTS = ((128, 2**21), (256, 2**23))
+# From here on a second order of the weights is more than malloc keeps, so that the input's gradient gains, too.
+VERY_MANY_WEIGHTS = 2**23
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """`F.linear` without a record for backward: x (…, K) -> (…, N)."""
-    if _plain_on_cpu(x, weight_NK):
-        return _onednn(x, weight_NK, bias_N)
+    if _ONEDNN and _plain_on_cpu(x, weight_NK):
+        return torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, "none", [], "")
     return F.linear(x, weight_NK, bias_N)
 
 
@@ -67,17 +69,22 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, on oneDNN where that is the faster: in fp32 on the CPU, without autocast."""
+    """torch's linear layer, on oneDNN where that is the faster: in fp32 on some CPUs, without autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _plain_on_cpu(x, self.weight) or torch.is_autocast_enabled(x.device.type):
+        if not (_ONEDNN and _plain_on_cpu(x, self.weight)) or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, self.weight, self.bias)
         return _Linear.apply(x, self.weight, self.bias)
 
 
 def convolution(x_BCHW: Tensor, weight_OCkk: Tensor, bias_O: Tensor | None) -> Tensor:
     """A 3×3 convolution, padded by one, without a record for backward."""
-    return F.conv2d(x_BCHW, weight_OCkk, bias_O, padding=1)
+    if not _few_pixels_for_many_weights(x_BCHW, weight_OCkk):
+        return F.conv2d(x_BCHW, weight_OCkk, bias_O, padding=1)
+    out_OP = weight_OCkk.flatten(1) @ _unfolded(x_BCHW)
+    if bias_O is not None:
+        out_OP += bias_O[:, None]
+    return out_OP.unflatten(1, (len(x_BCHW), *x_BCHW.shape[2:])).transpose(0, 1).contiguous()
 
 
 def convolution_gradients(
@@ -86,13 +93,21 @@ def convolution_gradients(
     """The gradients to input, weight and bias of `convolution`, those that are wanted."""
     if torch.compiler.is_compiling():
         return _opaque_gradients(grad_BOHW, x_BCHW, weight_OCkk, wanted)
-    unfold = wanted[1] and _few_pixels_for_many_weights(x_BCHW, weight_OCkk)
-    rest = (wanted[0], wanted[1] and not unfold, wanted[2])
-    for_x, for_weight, for_bias = _convolution_backward(grad_BOHW, x_BCHW, weight_OCkk, rest)
-    if unfold:
-        pixels = F.unfold(x_BCHW, KERNEL, padding=1).transpose(0, 1).flatten(1)  # (C·9, B·H·W)
-        for_weight = (grad_BOHW.transpose(0, 1).flatten(1) @ pixels.t()).view_as(weight_OCkk)
-    return for_x, for_weight, for_bias
+    if not _few_pixels_for_many_weights(x_BCHW, weight_OCkk):
+        return _convolution_backward(grad_BOHW, x_BCHW, weight_OCkk, wanted)
+    # torch's operator, asked for the bias's gradient, computes the weight's, too: it may be asked for neither.
+    for_x, for_weight, for_bias = wanted
+    grad_OP = grad_BOHW.transpose(0, 1).flatten(1)
+    grad_x: Tensor | None = None
+    if for_x and weight_OCkk.numel() >= VERY_MANY_WEIGHTS:
+        grad_x = _folded(weight_OCkk.flatten(1).t() @ grad_OP, x_BCHW.shape)
+    elif for_x:
+        grad_x = _convolution_backward(grad_BOHW, x_BCHW, weight_OCkk, (True, False, False))[0]
+    return (
+        grad_x,
+        (grad_OP @ _unfolded(x_BCHW).t()).view_as(weight_OCkk) if for_weight else None,
+        grad_OP.sum(1) if for_bias else None,
+    )
 
 
 class PointwiseConvolution(nn.Conv2d):
@@ -177,8 +192,19 @@ def _to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
 def _few_pixels_for_many_weights(x_BCHW: Tensor, weight_OCkk: Tensor) -> bool:
     if not _plain_on_cpu(x_BCHW, weight_OCkk):
         return False
-    pixels = len(x_BCHW) * x_BCHW.shape[2] * x_BCHW.shape[3]
-    return pixels <= FEW_PIXELS and weight_OCkk.numel() >= MANY_WEIGHTS
+    pixels, weights = len(x_BCHW) * x_BCHW.shape[2] * x_BCHW.shape[3], weight_OCkk.numel()
+    return any(pixels <= most and weights >= least for most, least in FEW_PIXELS_FOR_MANY_WEIGHTS)
+
+
+def _unfolded(x_BCHW: Tensor) -> Tensor:
+    """Each pixel's neighbourhood: (C·9, P)."""
+    return F.unfold(x_BCHW, KERNEL, padding=1).transpose(0, 1).flatten(1)
+
+
+def _folded(neighbourhoods: Tensor, shape_BCHW: torch.Size) -> Tensor:
+    """The sum of what the neighbourhoods (C·9, P) hold of each pixel."""
+    by_image = neighbourhoods.unflatten(1, (shape_BCHW[0], -1)).transpose(0, 1)
+    return F.fold(by_image, tuple(shape_BCHW[2:]), KERNEL, padding=1)
 
 
 def _plain_on_cpu(*tensors: Tensor) -> bool:
@@ -189,12 +215,9 @@ def _plain_on_cpu(*tensors: Tensor) -> bool:
 
 _PLAIN = (Tensor, nn.Parameter)  # no subclass, such as a sharded one
 
-
-def _onednn(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    if not _HAS_ONEDNN:
-        return F.linear(x, weight_NK, bias_N)
-    return torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, "none", [], "")
-
-
 # torch's own compiler takes linear layers to oneDNN by this operator; a build without oneDNN has it not.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and not (torch.backends.mkl.is_available() and device.cpu_is_intels())
+)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.models import products
 from library.models.lean import normed_convolution, normed_feed_forward, normed_linears
@@ -133,17 +134,40 @@ def test_less_is_kept_for_backward(case):
     assert kept(lean) < 0.6 * kept(plain)
 
 
-def test_weights_of_many_channels_over_few_pixels_get_the_same_gradient():
+@pytest.mark.parametrize("very_many", [products.VERY_MANY_WEIGHTS, 2**21])
+def test_weights_of_many_channels_over_few_pixels_get_the_same_gradient(monkeypatch, very_many):
+    monkeypatch.setattr(products, "VERY_MANY_WEIGHTS", very_many)
     torch.manual_seed(0)
     x, made, plain, lean = convolution_case(batch=2, channels=512, out=480, side=3)
     assert products._few_pixels_for_many_weights(x, made[1].weight)
     assert_close(output_and_gradients(lean, x, made), output_and_gradients(plain, x, made), 1e-5)
 
 
+class WantedOfConvolutions(TorchDispatchMode):
+    """Which gradients (input, weight, bias) each call of torch's operator is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.wanted = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.wanted.append(tuple(args[10]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_torch_is_not_asked_for_a_bias_alone_for_which_it_would_compute_the_weights_gradient():
+    x, (norm, convolution), _, lean = convolution_case(batch=2, channels=512, out=480, side=3)
+    out = lean(x.requires_grad_(True), norm, convolution)
+    with WantedOfConvolutions() as calls:
+        out.sum().backward()
+    assert calls.wanted == [(True, False, False)]
+
+
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_is_torchs_with_onednn_and_without(monkeypatch, bias, onednn):
-    monkeypatch.setattr(products, "_HAS_ONEDNN", onednn and products._HAS_ONEDNN)
+    monkeypatch.setattr(products, "_ONEDNN", onednn)
     torch.manual_seed(0)
     ours, theirs = Linear(24, 40, bias=bias), nn.Linear(24, 40, bias=bias)
     theirs.load_state_dict(ours.state_dict())
