@@ -10,7 +10,10 @@ train_text_to_image_sdxl.py. Each lives in a process of its own, so that neither
 take steps in turns, so that whatever else the machine does falls on both. The matrix products and convolutions of our
 step (forward and both products of backward) are recorded and timed alone in a third process, too: what remains is the
 share that a better program could save. With --torch_compile both networks with compiled blocks take their turns, too:
-ours as the trainer compiles them, diffusers' by its `compile_repeated_blocks`; compiling is not timed. Where the device
+ours as the trainer compiles them, diffusers' by its `compile_repeated_blocks`; compiling is not timed. With
+--fused_backward_pass ours as the trainer takes the step with that flag is a further kind, "ours fused": each tensor's
+norm is clipped to 1 and its step taken in backward, its gradient freed. Its first loss is that of ours; later ones
+differ where the norm of all gradients is above 1, since each tensor is clipped by itself. Where the device
 cannot hold all of them, with --one_at_a_time each takes its steps in a process that has the device for itself, and so
 does the next, and then once more in the opposite order. Memory is the processes' own: on the CPU the peak resident set
 above that after imports. TFLOP/s count three times the forward pass (Chowdhery et al., 2204.02311, appendix B: what the
@@ -34,7 +37,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,6 +51,7 @@ from library.models.compiled import compile_blocks
 from library.models.diffusers_config import unet_config_to_diffusers
 from library.models.key_maps import rename, unet_to_diffusers
 from library.models.unet import UNet, UNetConfig, size_embedding
+from library.training.fused_backward import FusedBackward
 from library.training.optimizers import ParameterGroup, make_optimizer
 
 SIZE_WIDTH = 6 * 256
@@ -77,7 +83,9 @@ SIZES = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEXT_TOKENS = 77
 LEARNING_RATE = 1e-5
+MAX_GRAD_NORM = 1.0
 KINDS = ("ours", "diffusers")
+FUSED = "ours fused"
 COMPILED = ("ours compiled", "diffusers compiled")
 # Dense TFLOP/s of fp16 and bf16, as NVIDIA's data sheets have them, by a part of the device's name.
 PEAK_TFLOPS = {"A100": 312.0, "H100 80GB HBM3": 989.4, "H100 PCIe": 756.0, "H200": 989.4, "L40S": 362.05}
@@ -94,11 +102,13 @@ class Case:
     device: torch.device
     gradient_checkpointing: bool
     dynamo_backend: str | None = None  # compiled networks are measured, too
+    fused_backward_pass: bool = False  # and ours with the optimizer in backward
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The networks that take steps in turns."""
-        return KINDS if self.dynamo_backend is None else (*KINDS, *COMPILED)
+        fused = (FUSED,) if self.fused_backward_pass else ()
+        return (*KINDS, *fused, *(() if self.dynamo_backend is None else COMPILED))
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,39 @@ class TrainStep:
         return loss
 
 
+def update_after(
+    parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
+    """Backward alone, and the rest of a step: clipping the norm of all gradients, the optimizer's step."""
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Tensor.backward, update
+
+
+def update_within(
+    network: nn.Module, groups: list[ParameterGroup], device: torch.device
+) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
+    """Backward with clipping and step in it, by the trainer's own class, and what is left after it: the total norm."""
+    parallel = FusedBackward(
+        Accelerator(cpu=devices.is_cpu(device)),
+        network,
+        groups,
+        lambda groups: make_optimizer("AdamW", groups, []),
+        lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
+        MAX_GRAD_NORM,
+    )
+
+    def update() -> None:
+        parallel.clip(MAX_GRAD_NORM)
+        parallel.zero_grad()
+
+    return parallel.backward, update
+
+
 def make_step(kind: str, case: Case) -> TrainStep:
     """Ours or diffusers' network with its optimizer, ready to train; its blocks compiled if the kind says so."""
     forward: Callable[[Inputs], Tensor]
@@ -174,7 +217,11 @@ def make_step(kind: str, case: Case) -> TrainStep:
         ours.enable_gradient_checkpointing(case.gradient_checkpointing)
         if kind in COMPILED:
             compile_blocks(ours, str(case.dynamo_backend), "sdpa", case.dtype)
-        optimizer = make_optimizer("AdamW", [ParameterGroup("unet", list(network.parameters()), LEARNING_RATE)], [])
+        groups = [ParameterGroup("unet", list(network.parameters()), LEARNING_RATE)]
+        if kind == FUSED:
+            backward, update = update_within(network, groups, case.device)
+        else:
+            backward, update = update_after(list(network.parameters()), make_optimizer("AdamW", groups, []))
 
         def forward(batch: Inputs) -> Tensor:
             vector_BV = torch.cat([batch.pooled_BP, size_embedding(batch.sizes_B6)], dim=1)
@@ -189,26 +236,22 @@ def make_step(kind: str, case: Case) -> TrainStep:
         network = theirs.train().to(case.device)
         if kind in COMPILED:
             theirs.compile_repeated_blocks(backend=case.dynamo_backend)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+        parameters = list(network.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
+        backward, update = update_after(parameters, optimizer)
 
         def forward(batch: Inputs) -> Tensor:
             added = {"text_embeds": batch.pooled_BP, "time_ids": batch.sizes_B6}
             return theirs(batch.x_BCHW, batch.t_B, batch.context_BTX, added_cond_kwargs=added).sample
 
     batch = make_inputs(case)
-    parameters = list(network.parameters())
 
     def forward_backward() -> Tensor:
         with torch.autocast(case.device.type, dtype=case.dtype, enabled=case.dtype != torch.float32):
             prediction = forward(batch)
         loss = F.mse_loss(prediction.float(), batch.target_BCHW)
-        loss.backward()
+        backward(loss)
         return loss.detach()
-
-    def update() -> None:
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
 
     return TrainStep(network, forward_backward, update)
 
@@ -299,6 +342,8 @@ def parts_of_step(kind: str, case: Case) -> dict[str, Callable[[], Any]]:
     if not kind.startswith("diffusers"):
         devices.keep_freed_memory(case.device)
     step = make_step("ours" if kind == "products" else kind, case)
+    if kind == FUSED:
+        return {f"{kind}: all but the norm": step.forward_backward, f"{kind}: norm": step.update}
     if kind != "products":
         return {f"{kind}: forward, backward": step.forward_backward, f"{kind}: clip, AdamW": step.update}
     with ProductRecorder() as recorder:
@@ -310,7 +355,7 @@ def serve(kind: str, case: Case) -> None:
     """Be one process of the measurement: a line of JSON for each line of input."""
     on_cpu = devices.is_cpu(case.device)
     if on_cpu:  # a first step of little size imports, and allocates, what is not this step's
-        plain = "diffusers" if kind.startswith("diffusers") else "ours"
+        plain = kind if kind == FUSED else "diffusers" if kind.startswith("diffusers") else "ours"
         make_step(plain, replace(case, config=TINY, latent_hw=(8, 8), batch=1))()
     before = _resident_bytes() if on_cpu else 0
     parts = parts_of_step(kind, case)
@@ -412,10 +457,11 @@ def measure(arguments: list[str], case: Case, steps: int, warmup: int, apart: bo
 
 
 def memory_figures(peaks: dict[str, int], state: int) -> dict[str, Any]:
-    """Peaks in bytes, and ours over diffusers', with and without weights, gradients and moments."""
+    """Peaks in bytes, each over diffusers', and ours over diffusers' without weights, gradients and moments."""
+    states = {kind: state * 3 // 4 if kind == FUSED else state for kind in peaks}  # without the gradients
     return {
-        "memory_bytes": {kind: {"peak": peak, "state": state} for kind, peak in peaks.items()},
-        "memory_ratio_ours_to_diffusers": peaks["ours"] / peaks["diffusers"],
+        "memory_bytes": {kind: {"peak": peak, "state": states[kind]} for kind, peak in peaks.items()},
+        "memory_ratio": {kind: peak / peaks["diffusers"] for kind, peak in peaks.items()},
         "activation_ratio_ours_to_diffusers": (peaks["ours"] - state) / (peaks["diffusers"] - state),
     }
 
@@ -438,7 +484,9 @@ def figures(losses: dict[str, float], times: dict[str, list[float]]) -> dict[str
     def ratio(one: str, other: str) -> dict[str, float]:
         return spread([a / b for a, b in zip(times[one], times[other], strict=True)])
 
-    compiled = {
+    further = {
+        "fused_time_ratio_to_ours": (FUSED, "ours"),
+        "fused_time_ratio_to_diffusers": (FUSED, "diffusers"),
         "compiled_time_ratio_to_ours": ("ours compiled", "ours"),
         "compiled_network_time_ratio_to_ours": ("ours compiled: forward, backward", "ours: forward, backward"),
         "compiled_time_ratio_to_diffusers_compiled": ("ours compiled", "diffusers compiled"),
@@ -452,7 +500,7 @@ def figures(losses: dict[str, float], times: dict[str, list[float]]) -> dict[str
         "network_time_ratio": ratio("ours: forward, backward", "diffusers: forward, backward"),
         "product_share_of_our_step": ratio("products", "ours"),
         "product_share_of_our_network": ratio("products", "ours: forward, backward"),
-        **{name: ratio(*pair) for name, pair in compiled.items() if all(one in times for one in pair)},
+        **{name: ratio(*pair) for name, pair in further.items() if all(one in times for one in pair)},
     }
 
 
@@ -474,12 +522,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="fp16 and bf16: fp32 weights under autocast")
     parser.add_argument("--device", help="cpu, cuda or npu; default is what the trainer would take")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--fused_backward_pass", action="store_true", help="measure ours with AdamW in backward, too")
     parser.add_argument("--torch_compile", action="store_true", help="measure both networks with compiled blocks, too")
     parser.add_argument("--dynamo_backend", default="inductor", help="what compiles them (%(default)s)")
     parser.add_argument(
         "--one_at_a_time", action="store_true", help="for sizes of which the device holds one; half the steps each time"
     )
-    parser.add_argument("--serve", choices=[*KINDS, *COMPILED, "products"], help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=[*KINDS, FUSED, *COMPILED, "products"], help=argparse.SUPPRESS)
     return parser
 
 
@@ -496,6 +545,7 @@ def case_of(options: argparse.Namespace) -> Case:
         device=torch.device(options.device) if options.device else devices.default_device(),
         gradient_checkpointing=options.gradient_checkpointing,
         dynamo_backend=options.dynamo_backend if options.torch_compile else None,
+        fused_backward_pass=options.fused_backward_pass,
     )
 
 
@@ -522,6 +572,8 @@ def print_table(result: dict[str, Any]) -> None:
         "network_time_ratio": "forward and backward, ours / diffusers'",
         "product_share_of_our_step": "products / our step",
         "product_share_of_our_network": "products / our forward and backward",
+        "fused_time_ratio_to_ours": "our step, fused / plain",
+        "fused_time_ratio_to_diffusers": "fused step, ours / diffusers'",
         "compiled_time_ratio_to_ours": "our step, compiled / plain",
         "compiled_network_time_ratio_to_ours": "our network, compiled / plain",
         "compiled_time_ratio_to_diffusers_compiled": "compiled step, ours / diffusers'",
@@ -536,9 +588,12 @@ def print_table(result: dict[str, Any]) -> None:
         print(
             f"{'peak memory, MiB: ' + kind:36}{memory['peak'] / 2**20:10.0f}   ({memory['state'] / 2**20:.0f} of state)"
         )
-    if "memory_ratio_ours_to_diffusers" in result:
-        print(f"{'peak memory, ours / diffusers':40}{result['memory_ratio_ours_to_diffusers']:10.3f}")
-        print(f"{'the same without the state':40}{result['activation_ratio_ours_to_diffusers']:10.3f}")
+    for kind, value in result.get("memory_ratio", {}).items():
+        if kind != "diffusers":
+            label = f"peak memory, {kind} / diffusers'"
+            print(f"{label:40}{value:10.3f}")
+    if "activation_ratio_ours_to_diffusers" in result:
+        print(f"{'ours without the state':40}{result['activation_ratio_ours_to_diffusers']:10.3f}")
     for kind, value in result.get("tflops", {}).items():
         share = f"   (MFU {result['mfu'][kind]:.1%} of {result['peak_tflops']:g})" if "mfu" in result else ""
         print(f"{'TFLOP/s: ' + kind:40}{value:10.3f}{share}")
@@ -558,6 +613,7 @@ def main() -> None:
         "dtype": options.dtype,
         "gradient_checkpointing": case.gradient_checkpointing,
         "dynamo_backend": case.dynamo_backend,
+        "fused_backward_pass": case.fused_backward_pass,
         "steps": options.steps,
         "one_at_a_time": options.one_at_a_time,
         **versions(case),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 
 PATH = Path(__file__).resolve().parents[2] / "bench" / "train_step.py"
 
@@ -43,6 +44,24 @@ def test_compiled_networks_take_the_same_steps(bench, case):
     assert all(one == pytest.approx(row[0], rel=1e-5) for row in losses for one in row)
 
 
+@pytest.fixture
+def own_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_backward_takes_the_whole_step_and_frees_each_gradient(bench, case, own_accelerator):
+    """The losses are diffusers', whose gradients' norms are below 1, where clipping does nothing."""
+    fused, theirs = bench.make_step("ours fused", case), bench.make_step("diffusers", case)
+    losses = []
+    for _ in range(3):  # without `update`, which only forgets norms
+        losses.append((float(fused.forward_backward()), float(theirs())))
+        assert all(parameter.grad is None for parameter in fused.network.parameters())
+    for one, other in losses:
+        assert one == pytest.approx(other, rel=1e-6)
+    assert losses[2][0] < losses[0][0]
+
+
 def test_forward_and_both_products_of_backward_are_recorded_and_run_again(bench):
     layer, convolution = torch.nn.Linear(6, 3), torch.nn.Conv2d(2, 4, 3)
     x, image = torch.randn(5, 6, requires_grad=True), torch.randn(1, 2, 8, 8, requires_grad=True)
@@ -57,14 +76,17 @@ def test_forward_and_both_products_of_backward_are_recorded_and_run_again(bench)
 
 
 def test_figures_are_one_json_object_of_processes_that_take_turns(bench, case, capsys):
-    arguments = ["--size=tiny", "--latent=8x8", "--batch=1", "--device=cpu"]
-    result = bench.measure(arguments, case, steps=2, warmup=0)
+    arguments = ["--size=tiny", "--latent=8x8", "--batch=1", "--device=cpu", "--fused_backward_pass"]
+    result = bench.measure(arguments, replace(case, fused_backward_pass=True), steps=2, warmup=0)
     json.dumps(result)
     assert result["loss_relative_difference"] < 1e-5
-    assert {"ours", "diffusers", "products"} <= set(result["ms"])
-    assert result["memory_bytes"]["ours"]["peak"] > 0
+    assert result["loss"]["ours fused"] == result["loss"]["ours"]
+    assert {"ours", "ours fused", "diffusers", "products"} <= set(result["ms"])
+    peaks = {kind: memory["peak"] for kind, memory in result["memory_bytes"].items()}
+    assert result["memory_ratio"]["ours fused"] == peaks["ours fused"] / peaks["diffusers"] > 0
     bench.print_table(result)
-    assert "step, ours / diffusers'" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "fused step, ours / diffusers'" in printed and "peak memory, ours fused / diffusers'" in printed
 
 
 def test_the_floating_point_operations_are_three_forwards_of_diffusers_network(bench, case):
