@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import sdxl_pretrain
+from library.training.resume import log_changed_options, versions
 from library.training.sdxl import SDXLPretraining
 from test.data.shard_server import ShardServer
 
@@ -309,3 +311,13 @@ def test_old_states_and_checkpoints_go_once_new_ones_are_there(train, tmp_path):
         "last-ema.safetensors", "at-step00000004-ema.safetensors", "at-step00000005-ema.safetensors",
         state_of(3), state_of(4), state_of(5),
     }  # fmt: skip
+
+
+def test_what_changed_since_the_state_is_said_and_flags_that_came_later_are_not(caplog):
+    saved = SimpleNamespace(options={"max_train_steps": 10, "gone": 1}, versions=versions())
+    log_changed_options(
+        saved, {"max_train_steps": 20, "torch_compile": False, "blocks_to_swap": None, "full_bf16": True}
+    )
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "option full_bf16, None -> True", "option gone, 1 -> None", "option max_train_steps, 10 -> 20",
+    ]  # fmt: skip

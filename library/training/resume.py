@@ -123,13 +123,16 @@ def check_weights_precision(saved: StateInfo, full_bf16: bool, folder: Path) -> 
 
 
 def log_changed_options(saved: StateInfo, now: Mapping[str, Any]) -> None:
-    """A line of the log for each option and package version that is another one than it was."""
+    """A line of the log for each option and package version that is another one than it was.
+
+    An option that came after the state was saved, and is not given, changes nothing.
+    """
     for what, then, present in (("option", saved.options, now), ("version of", saved.versions, versions())):
         for name in sorted(then.keys() | present.keys()):
-            if then.get(name) != present.get(name) and name not in _OF_NO_ACCOUNT:
-                logger.warning(
-                    "changed since the state: %s %s, %s -> %s", what, name, then.get(name), present.get(name)
-                )
+            before, after = then.get(name), present.get(name)
+            new_and_off = name not in then and after in (None, False)
+            if before != after and name not in _OF_NO_ACCOUNT and not new_and_off:
+                logger.warning("changed since the state: %s %s, %s -> %s", what, name, before, after)
 
 
 def resumed_state(saving: SavingOptions, accelerator: Accelerator) -> Resumed | None:
