@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import index
 import scaling
-import train_step
+import timing
+import unet_steps
 from log_plot import Series, fit, log_plot
 
 from library import device as devices
@@ -44,7 +45,7 @@ from library.training.optimizers import ParameterGroup, make_optimizer
 
 CPU = torch.device("cpu")
 LATENT_PX = 8  # of the image, for each of the latents
-CASE = train_step.Case(train_step.SMALL, (16, 16), 1, torch.float32, CPU, gradient_checkpointing=False)
+CASE = unet_steps.Case(unet_steps.SMALL, (16, 16), 1, torch.float32, CPU, gradient_checkpointing=False)
 START_ROWS = 1000  # of each shard
 
 
@@ -90,15 +91,15 @@ def step_loads(quick: bool) -> dict[str, dict[int, Load]]:
 class Steps:
     """One network with its optimizer, that takes steps of any load."""
 
-    def __init__(self, case: train_step.Case, wrap: Callable[[nn.Module], nn.Module] = lambda network: network) -> None:
+    def __init__(self, case: unet_steps.Case, wrap: Callable[[nn.Module], nn.Module] = lambda network: network) -> None:
         with torch.device("meta"):
             network = UNet(case.config)
-        network.load_state_dict(train_step.weights(case), assign=True)
+        network.load_state_dict(unet_steps.weights(case), assign=True)
         self.case, self.parameters = case, list(network.requires_grad_(True).parameters())
         self.network = wrap(network)
-        groups = [ParameterGroup("unet", self.parameters, train_step.LEARNING_RATE)]
+        groups = [ParameterGroup("unet", self.parameters, unet_steps.LEARNING_RATE)]
         self.optimizer = make_optimizer("AdamW", groups, [])
-        self._inputs: dict[tuple[int, int], train_step.Inputs] = {}
+        self._inputs: dict[tuple[int, int], unet_steps.Inputs] = {}
 
     def take(self, load: Load) -> Tensor:
         """One step; returns the last micro-batch's loss."""
@@ -113,10 +114,10 @@ class Steps:
         self.optimizer.zero_grad()
         return loss.detach()
 
-    def _batch(self, load: Load) -> train_step.Inputs:
+    def _batch(self, load: Load) -> unet_steps.Inputs:
         key = load.latent, load.batch
         if key not in self._inputs:
-            self._inputs[key] = train_step.make_inputs(
+            self._inputs[key] = unet_steps.make_inputs(
                 replace(self.case, latent_hw=(load.latent, load.latent), batch=load.batch)
             )
         return self._inputs[key]
@@ -127,7 +128,7 @@ def median_ms(steps: Steps, loads: Iterable[Load], rounds: int) -> dict[Load, fl
     times: dict[Load, list[float]] = {load: [] for load in loads}
     for number in range(rounds + 1):
         for load, found in times.items():
-            ms, _ = train_step.timed_ms(lambda load=load: steps.take(load), CPU)
+            ms, _ = timing.timed_ms(lambda load=load: steps.take(load), CPU)
             if number:
                 found.append(ms)
     return {load: statistics.median(found) for load, found in times.items()}

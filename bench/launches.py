@@ -94,7 +94,7 @@ def _does_not_block(func: Any, args: Any, keywords: Any) -> bool:
 
 def count_networks() -> dict[str, dict[str, dict[str, int]]]:
     """Launches and waits of both halves of a step, by network. In a process that has an NPU."""
-    from train_step import KINDS, TINY, Case, make_step
+    from unet_steps import KINDS, TINY, Case, make_step
 
     case = Case(TINY, (8, 8), 1, torch.float32, torch.device("npu"), gradient_checkpointing=False)
     found = {}

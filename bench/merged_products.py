@@ -26,7 +26,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import train_step
+import timing
+import unet_steps
 
 from library import device as devices
 from library.models import products
@@ -101,10 +102,10 @@ def measure(layers: Layers, rounds: int) -> dict[str, dict[str, Any]]:
     for parts in times.values():
         parts["sum"] = [sum(one) for one in zip(*(parts[part] for part in IN_SUM if part in parts), strict=True)]
     found: dict[str, dict[str, Any]] = {
-        way: {part: train_step.spread(values[1:]) for part, values in parts.items()} for way, parts in times.items()
+        way: {part: timing.spread(values[1:]) for part, values in parts.items()} for way, parts in times.items()
     }
     found["merged / separate"] = {
-        part: train_step.spread([one / each for one, each in zip(times["merged"][part][1:], values[1:], strict=True)])
+        part: timing.spread([one / each for one, each in zip(times["merged"][part][1:], values[1:], strict=True)])
         for part, values in times["separate"].items()
     }
     return found
@@ -125,10 +126,10 @@ def shares(px: int) -> dict[str, float]:
     own, of_text = attention_layers(config)
     side = px // 8
     pixels = {config.model_channels * 2**level: (side // 2**level) ** 2 for level in range(len(config.channel_mult))}
-    keys_and_values = sum(2 * 2 * train_step.TEXT_TOKENS * layer.to_k.weight.numel() for layer in of_text)
+    keys_and_values = sum(2 * 2 * unet_steps.TEXT_TOKENS * layer.to_k.weight.numel() for layer in of_text)
     qkv = sum(3 * 2 * pixels[layer.to_q.in_features] * layer.to_q.weight.numel() for layer in own)
-    case = train_step.Case(config, (side, side), 1, torch.float32, torch.device("meta"), False)
-    step = train_step.model_flops(case)
+    case = unet_steps.Case(config, (side, side), 1, torch.float32, torch.device("meta"), False)
+    step = unet_steps.model_flops(case)
     return {"keys and values": 3 * keys_and_values / step, "QKV": 3 * qkv / step, "step_tflop": step / 1e12}
 
 
@@ -143,7 +144,7 @@ def cases() -> dict[str, tuple[int, int, list[int]]]:
             width, tokens = config.model_channels * 2**level, (px // 8 // 2**level) ** 2
             found[f"QKV of a layer, {width} channels, {px} px"] = (tokens, width, [width] * 3)
     # One image: the fewer the tokens, the more one product could gain.
-    found[f"keys and values of {len(of_text)} layers"] = (train_step.TEXT_TOKENS, config.context_dim, outs)
+    found[f"keys and values of {len(of_text)} layers"] = (unet_steps.TEXT_TOKENS, config.context_dim, outs)
     return found
 
 

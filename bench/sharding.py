@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import collectives
 import scaling
-import train_step
+import timing
+import unet_steps
 
 from library.cli.main import run_script
 from library.cli.optimization import SHARDINGS
@@ -50,8 +51,8 @@ from library.training.precision import make_accelerator
 from third_patch import PATCHES, apply
 from third_patch.accelerate_patch import accelerator as accelerate_patch
 
-CASE = train_step.Case(
-    config=replace(collectives.CONFIG, adm_in_channels=64 + train_step.SIZE_WIDTH),
+CASE = unet_steps.Case(
+    config=replace(collectives.CONFIG, adm_in_channels=64 + unet_steps.SIZE_WIDTH),
     latent_hw=(8, 8),
     batch=4,  # over all processes
     dtype=torch.float32,
@@ -128,7 +129,7 @@ class Trained:
     """One way of sharding with its network and this process's share of the batch."""
 
     parallel: sharding.Replicated
-    batch: train_step.Inputs
+    batch: unet_steps.Inputs
 
     def forward_backward(self) -> Tensor:
         batch = self.batch
@@ -146,19 +147,19 @@ class Trained:
         self.parallel.zero_grad()
 
 
-def share_of_batch() -> train_step.Inputs:
+def share_of_batch() -> unet_steps.Inputs:
     """This process's places of the global batch, as the trainer deals them out."""
     rank, processes = dist.get_rank(), dist.get_world_size()
-    return train_step.Inputs(
-        *(tensor[rank::processes].clone() for tensor in vars(train_step.make_inputs(CASE)).values())
+    return unet_steps.Inputs(
+        *(tensor[rank::processes].clone() for tensor in vars(unet_steps.make_inputs(CASE)).values())
     )
 
 
-def make(kind: str, batch: train_step.Inputs) -> Trained:
+def make(kind: str, batch: unet_steps.Inputs) -> Trained:
     """The way of sharding as the trainer builds it; the weights are the same for all."""
     with torch.device("meta"):
         network = Network(CASE.config)
-    network.load_state_dict(train_step.weights(CASE), assign=True)
+    network.load_state_dict(unet_steps.weights(CASE), assign=True)
     accelerator = make_accelerator("no")
     network.requires_grad_(True).to(accelerator.device)
     parameters = list(network.parameters())
@@ -288,7 +289,7 @@ def measure(processes: int, steps: int, warmup: int) -> dict[str, Any]:
 
 def ratios(one: list[float], other: list[float]) -> str:
     """Median and quartiles of the ratios of neighbouring steps."""
-    spread = train_step.spread([a / b for a, b in zip(one, other, strict=True)])
+    spread = timing.spread([a / b for a, b in zip(one, other, strict=True)])
     return f"{spread['median']:.2f} ({spread['quartile1']:.2f}–{spread['quartile3']:.2f})"
 
 

@@ -66,7 +66,7 @@ def test_a_picture_shows_every_point_in_its_place_and_the_exponents(plot):
 
 def test_micro_batches_add_up_to_one_step():
     bench = load("growth")
-    case = replace(bench.CASE, config=bench.train_step.TINY)
+    case = replace(bench.CASE, config=bench.unet_steps.TINY)
     once, twice = bench.Steps(case), bench.Steps(case)
     before = [parameter.detach().clone() for parameter in once.parameters]
     assert float(once.take(bench.Load(8, 1, 1))) == pytest.approx(2 * float(twice.take(bench.Load(8, 1, 2))))

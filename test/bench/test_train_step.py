@@ -91,9 +91,10 @@ def test_figures_are_one_json_object_of_processes_that_take_turns(bench, case, c
 
 def test_the_floating_point_operations_are_three_forwards_of_diffusers_network(bench, case):
     from torch.utils.flop_counter import FlopCounterMode
+    from unet_steps import make_inputs
 
     network = bench.make_step("diffusers", case).network.to("meta")  # where attention is products, which it counts
-    batch = bench.make_inputs(bench.replace(case, device=torch.device("meta")))
+    batch = make_inputs(bench.replace(case, device=torch.device("meta")))
     added = {"text_embeds": batch.pooled_BP, "time_ids": batch.sizes_B6}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(batch.x_BCHW, batch.t_B, batch.context_BTX, added_cond_kwargs=added)

@@ -1,0 +1,222 @@
+"""The training step that benchmarks take: our U-Net and diffusers', of the same sizes and weights, on the same batch.
+
+Forward, mean squared error, backward, clipping of the gradients' norm to 1, AdamW. Ours takes the optimizer as the
+trainer makes it, diffusers' takes torch.optim.AdamW as in its train_text_to_image_sdxl.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.flop_counter import FlopCounterMode
+
+from library import device as devices
+from library.models.compiled import compile_blocks
+from library.models.diffusers_config import unet_config_to_diffusers
+from library.models.key_maps import rename, unet_to_diffusers
+from library.models.unet import UNet, UNetConfig, size_embedding
+from library.training.fused_backward import FusedBackward
+from library.training.optimizers import ParameterGroup, make_optimizer
+
+SIZE_WIDTH = 6 * 256
+TINY = UNetConfig(
+    model_channels=64, channel_mult=(1, 1), transformer_depth=(0, 1), transformer_depth_middle=1, context_dim=64,
+    adm_in_channels=64 + SIZE_WIDTH,
+)  # fmt: skip
+SMALL = UNetConfig(
+    model_channels=64,
+    transformer_depth=(0, 1, 2),
+    transformer_depth_middle=2,
+    context_dim=192,
+    adm_in_channels=128 + SIZE_WIDTH,
+)
+MIDDLE = UNetConfig(
+    model_channels=128,
+    transformer_depth=(0, 2, 4),
+    transformer_depth_middle=4,
+    context_dim=768,
+    adm_in_channels=512 + SIZE_WIDTH,
+)
+# configuration, latent rows and columns, batch
+SIZES = {
+    "tiny": (TINY, (8, 8), 1),
+    "small": (SMALL, (16, 16), 8),
+    "middle": (MIDDLE, (32, 32), 2),
+    "full": (UNetConfig(), (128, 128), 1),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TEXT_TOKENS = 77
+LEARNING_RATE = 1e-5
+MAX_GRAD_NORM = 1.0
+KINDS = ("ours", "diffusers")
+FUSED = "ours fused"
+COMPILED = ("ours compiled", "diffusers compiled")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    config: UNetConfig
+    latent_hw: tuple[int, int]
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    gradient_checkpointing: bool
+    dynamo_backend: str | None = None  # compiled networks are measured, too
+    fused_backward_pass: bool = False  # and ours with the optimizer in backward
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The networks that take steps in turns."""
+        fused = (FUSED,) if self.fused_backward_pass else ()
+        return (*KINDS, *fused, *(() if self.dynamo_backend is None else COMPILED))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch: noised latents, timesteps, text states, pooled text, sizes, and the target."""
+
+    x_BCHW: Tensor
+    t_B: Tensor
+    context_BTX: Tensor
+    pooled_BP: Tensor
+    sizes_B6: Tensor
+    target_BCHW: Tensor
+
+
+def make_inputs(case: Case) -> Inputs:
+    """The same random batch every time."""
+    torch.manual_seed(1)
+    batch, (rows, columns) = case.batch, case.latent_hw
+    latents = (batch, case.config.in_channels, rows, columns)
+    tensors = (
+        torch.randn(latents),
+        torch.randint(0, 1000, (batch,)),
+        torch.randn(batch, TEXT_TOKENS, case.config.context_dim),
+        torch.randn(batch, (case.config.adm_in_channels or SIZE_WIDTH) - SIZE_WIDTH),
+        torch.randint(0, 2048, (batch, 6)).float(),
+        torch.randn(latents),
+    )
+    return Inputs(*(tensor.to(case.device) for tensor in tensors))
+
+
+def weights(case: Case) -> dict[str, Tensor]:
+    """Random weights by Stability's names; no layer is zero, as after training."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in UNet(case.config).state_dict().items()}
+    generator = torch.Generator(case.device).manual_seed(2)
+    return {
+        name: torch.randn(shape, generator=generator, device=case.device).mul_(0.02) for name, shape in shapes.items()
+    }
+
+
+def model_flops(case: Case) -> int:
+    """Floating-point operations of a step by its mathematics: backward is two forwards."""
+    with torch.device("meta"):
+        network, batch = UNet(case.config), make_inputs(replace(case, device=torch.device("meta")))
+        vector_BV = torch.cat([batch.pooled_BP, size_embedding(batch.sizes_B6)], dim=1)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(batch.x_BCHW, batch.t_B, batch.context_BTX, vector_BV)
+    return 3 * counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """A network and the two halves of a step; called, it takes the whole and returns the loss."""
+
+    network: nn.Module
+    forward_backward: Callable[[], Tensor]
+    update: Callable[[], None]
+
+    def __call__(self) -> Tensor:
+        loss = self.forward_backward()
+        self.update()
+        return loss
+
+
+def update_after(
+    parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
+    """Backward alone, and the rest of a step: clipping the norm of all gradients, the optimizer's step."""
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Tensor.backward, update
+
+
+def update_within(
+    network: nn.Module, groups: list[ParameterGroup], device: torch.device
+) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
+    """Backward with clipping and step in it, by the trainer's own class, and what is left after it: the total norm."""
+    parallel = FusedBackward(
+        Accelerator(cpu=devices.is_cpu(device)),
+        network,
+        groups,
+        lambda groups: make_optimizer("AdamW", groups, []),
+        lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
+        MAX_GRAD_NORM,
+    )
+
+    def update() -> None:
+        parallel.clip(MAX_GRAD_NORM)
+        parallel.zero_grad()
+
+    return parallel.backward, update
+
+
+def make_step(kind: str, case: Case) -> TrainStep:
+    """Ours or diffusers' network with its optimizer, ready to train; its blocks compiled if the kind says so."""
+    forward: Callable[[Inputs], Tensor]
+    if kind.startswith("ours"):
+        with torch.device("meta"):
+            ours = UNet(case.config)
+        ours.load_state_dict(weights(case), assign=True)
+        network: nn.Module = ours.requires_grad_(True).to(case.device)
+        ours.enable_gradient_checkpointing(case.gradient_checkpointing)
+        if kind in COMPILED:
+            compile_blocks(ours, str(case.dynamo_backend), "sdpa", case.dtype)
+        groups = [ParameterGroup("unet", list(network.parameters()), LEARNING_RATE)]
+        if kind == FUSED:
+            backward, update = update_within(network, groups, case.device)
+        else:
+            backward, update = update_after(list(network.parameters()), make_optimizer("AdamW", groups, []))
+
+        def forward(batch: Inputs) -> Tensor:
+            vector_BV = torch.cat([batch.pooled_BP, size_embedding(batch.sizes_B6)], dim=1)
+            return ours(batch.x_BCHW, batch.t_B, batch.context_BTX, vector_BV)
+    else:
+        from diffusers import UNet2DConditionModel
+
+        theirs = UNet2DConditionModel.from_config(unet_config_to_diffusers(case.config))
+        theirs.load_state_dict(rename(weights(case), unet_to_diffusers(case.config)))
+        if case.gradient_checkpointing:
+            theirs.enable_gradient_checkpointing()
+        network = theirs.train().to(case.device)
+        if kind in COMPILED:
+            theirs.compile_repeated_blocks(backend=case.dynamo_backend)
+        parameters = list(network.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
+        backward, update = update_after(parameters, optimizer)
+
+        def forward(batch: Inputs) -> Tensor:
+            added = {"text_embeds": batch.pooled_BP, "time_ids": batch.sizes_B6}
+            return theirs(batch.x_BCHW, batch.t_B, batch.context_BTX, added_cond_kwargs=added).sample
+
+    batch = make_inputs(case)
+
+    def forward_backward() -> Tensor:
+        with torch.autocast(case.device.type, dtype=case.dtype, enabled=case.dtype != torch.float32):
+            prediction = forward(batch)
+        loss = F.mse_loss(prediction.float(), batch.target_BCHW)
+        backward(loss)
+        return loss.detach()
+
+    return TrainStep(network, forward_backward, update)
