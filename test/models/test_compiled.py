@@ -44,6 +44,7 @@ def plain():
 @pytest.fixture(scope="module")
 def compiled(plain):
     """The same network with compiled blocks, and the record of what is compiled."""
+    torch._dynamo.reset()  # it remembers the shapes that other tests met in the same functions, and compiles by them
     network = copy.deepcopy(plain)
     return network, compile_blocks(network, "aot_eager", "sdpa", torch.float32)
 
