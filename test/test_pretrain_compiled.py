@@ -110,7 +110,7 @@ def test_a_compiled_run_is_the_plain_run(both):
     assert len(list((compiled / "sample").glob("*.png"))) == len(list((plain / "sample").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("compile_again", [True, False])
+@pytest.mark.parametrize("compile_again", [True, pytest.param(False, marks=pytest.mark.all)])
 def test_a_state_goes_on_with_and_without(train, both, compile_again):
     common, plain, compiled = both
     flags = ("--torch_compile", "--dynamo_backend=eager") if compile_again else ()
@@ -121,6 +121,7 @@ def test_a_state_goes_on_with_and_without(train, both, compile_again):
     assert one.keys() == other.keys()
 
 
+@pytest.mark.all
 def test_updates_in_backward_are_those_of_the_plain_run(train, capfd):
     found = []
     for out, flags in (("fused", ()), ("fused-compiled", ("--torch_compile", "--dynamo_backend=eager"))):

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
+@pytest.mark.all
 def test_it_tells_what_each_update_holds_and_achieves():
     command = [sys.executable, BENCH / "bf16_update.py", "--rows=8", "--rounds=2", "--steps=20"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
