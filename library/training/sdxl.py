@@ -18,7 +18,6 @@ from library import device as devices
 from library.cli.model import ModelOptions
 from library.cli.options import Options
 from library.data.loader import MicroBatch
-from library.device import upload
 from library.diffusion.draws import normal, timesteps
 from library.diffusion.masks import latent_weights
 from library.diffusion.schedule import NoiseSchedule, prediction_type
@@ -229,7 +228,8 @@ class SDXLPretraining:
         noise_BCHW = normal(self.seed, Stream.NOISE, batch.step, places, shape_CHW)
         t_B = timesteps(self.seed, batch.step, places, self.schedule.timesteps)
         return (
-            self._losses(module, batch, latents_BCHW, noise_BCHW, t_B) * upload(batch.loss_weights_B, self.device)
+            self._losses(module, batch, latents_BCHW, noise_BCHW, t_B)
+            * devices.upload(batch.loss_weights_B, self.device)
         ).mean()
 
     def validation_losses(self, module: nn.Module, batch: MicroBatch, seed: int, numbers: range) -> Tensor:
@@ -251,22 +251,22 @@ class SDXLPretraining:
         self, module: nn.Module, batch: MicroBatch, latents_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor
     ) -> Tensor:
         """(B,) mean squared error of each sample's prediction; noise and timesteps come from the CPU."""
-        noise_BCHW, t_B = upload(noise_BCHW, self.device), upload(t_B, self.device)
+        noise_BCHW, t_B = devices.upload(noise_BCHW, self.device), devices.upload(t_B, self.device)
         noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, t_B)
         ids1_BK77, ids2_BK77, weights = (None, None, None) if batch.text else self._on_device(batch.ids)
-        text = tuple(upload(part, self.device) for part in batch.text) if batch.text else None
-        size_ids_B6 = upload(batch.size_ids_B6, self.device)
+        text = tuple(devices.upload(part, self.device) for part in batch.text) if batch.text else None
+        size_ids_B6 = devices.upload(batch.size_ids_B6, self.device)
         predicted_BCHW = module(noisy_BCHW, t_B, ids1_BK77, ids2_BK77, size_ids_B6, weights=weights, text=text)
         target_BCHW = self.prediction.target(self.schedule, latents_BCHW, noise_BCHW, t_B)
         loss_BCHW = nn.functional.mse_loss(predicted_BCHW.float(), target_BCHW, reduction="none")
         if batch.masks_BHW is not None:
             weights_B1HW = latent_weights(batch.masks_BHW, noisy_BCHW.shape[2:])
-            loss_BCHW = loss_BCHW * upload(weights_B1HW, self.device)
+            loss_BCHW = loss_BCHW * devices.upload(weights_B1HW, self.device)
         return loss_BCHW.mean(dim=(1, 2, 3))
 
     def _on_device(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Both encoders' token ids, and their weights if there are any."""
-        ids1_BK77, ids2_BK77, *weights = (upload(tensor, self.device) for tensor in tokens)
+        ids1_BK77, ids2_BK77, *weights = (devices.upload(tensor, self.device) for tensor in tokens)
         return ids1_BK77, ids2_BK77, (weights[0], weights[1]) if weights else None
 
     def _noise_shape(self, batch: MicroBatch) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from library.models.compiled import Compiled, compile_blocks, equal_blocks, sett
 from library.models.diffusers_config import unet_config_to_diffusers
 from library.models.key_maps import rename, unet_to_diffusers
 from library.models.unet import ResBlock, TransformerBlock, UNet, UNetConfig, size_embedding
+from test.models.weights import normal_weights
 
 POOLED = 40
 # Twelve blocks, and among the residual ones two kinds, by their inputs; the transformer layers are all equal.
@@ -25,14 +26,6 @@ CONFIG = UNetConfig(
 )
 SIZES = torch.tensor([[480.0, 640, 0, 96, 512, 640], [1024, 1024, 13, 0, 1024, 1024]])
 BUCKETS = [(8, 8), (6, 12), (10, 6), (8, 8)]  # the first one square: sides are no more equal in the next
-
-
-def normal_weights(module):
-    """Weights of which none is zero."""
-    for name, parameter in module.named_parameters():
-        is_norm_weight = parameter.ndim == 1 and name.endswith("weight")
-        torch.nn.init.normal_(parameter, mean=float(is_norm_weight), std=0.2 if parameter.ndim == 1 else 0.05)
-    return module
 
 
 @pytest.fixture(scope="module")

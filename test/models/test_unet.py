@@ -9,6 +9,7 @@ from library.models import attention
 from library.models.diffusers_config import unet_config_to_diffusers
 from library.models.key_maps import rename, unet_to_diffusers
 from library.models.unet import UNet, UNetConfig, size_embedding
+from test.models.weights import normal_weights
 
 POOLED = 40
 SDXL_LIKE = UNetConfig(
@@ -48,10 +49,7 @@ def pair(request):
 
     config = CONFIGS[request.param]
     torch.manual_seed(0)
-    ours = UNet(config)
-    for name, parameter in ours.named_parameters():
-        is_norm_weight = parameter.ndim == 1 and name.endswith("weight")
-        torch.nn.init.normal_(parameter, mean=float(is_norm_weight), std=0.2 if parameter.ndim == 1 else 0.05)
+    ours = normal_weights(UNet(config))
     theirs = UNet2DConditionModel.from_config(unet_config_to_diffusers(config))
     theirs.load_state_dict(rename(ours.state_dict(), unet_to_diffusers(config)))
     return ours, theirs

@@ -16,6 +16,7 @@ from library.training.fused_backward import FusedBackward
 from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.precision import make_accelerator
 from library.training.sharding import shard
+from test.models.weights import normal_weights
 
 STEPS, RATE, BATCH, POOLED = 100, 1e-3, 4, 16
 CONFIG = UNetConfig(
@@ -38,11 +39,7 @@ def batch_of(step):
 @pytest.fixture(scope="module")
 def start():
     torch.manual_seed(0)
-    network = UNet(CONFIG)
-    for name, parameter in network.named_parameters():
-        is_norm_weight = parameter.ndim == 1 and name.endswith("weight")
-        nn.init.normal_(parameter, mean=float(is_norm_weight), std=0.2 if parameter.ndim == 1 else 0.05)
-    return network
+    return normal_weights(UNet(CONFIG))
 
 
 def plain_curve(start, max_norm, reverse=False):
