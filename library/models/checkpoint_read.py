@@ -9,8 +9,8 @@ from torch import Tensor
 
 from library.errors import InputError
 from library.hub import is_hub_name
+from library.imports import import_pruned
 from library.models import hub, infer_configs, model_kind, single_file
-from library.models.deferred_imports import defer_imports
 from library.models.diffusers_config import unet_config_from_diffusers
 from library.models.meta_load import build
 from library.models.sdxl import DEFAULT_SCHEDULER, SDXLModel
@@ -19,6 +19,10 @@ from library.models.weight_files import read_component, read_json, read_weights
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
 DEFAULT_TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
+# Where the classes are that are taken from diffusers and transformers.
+_VAE = "diffusers.models.autoencoders.autoencoder_kl"
+_ENCODERS = "transformers.models.clip.modeling_clip"
+_TOKENIZERS = "transformers.models.clip.tokenization_clip"
 
 
 def load_sdxl(
@@ -42,7 +46,7 @@ def load_sdxl(
         InputError: something is not there, not readable, or no SDXL model.
     """
     path = locate(source, MODEL_FLAG, hub.pipeline_files)
-    defer_imports()
+    import_pruned(_VAE, _ENCODERS, _TOKENIZERS)
     if path.is_dir():
         model = _from_folder(path, dtype, vae, tokenizer1, tokenizer2)
     else:
@@ -66,7 +70,7 @@ def load_tokenizers(source: str, tokenizer1: str | None = None, tokenizer2: str 
     Raises:
         InputError: they cannot be found or read.
     """
-    defer_imports()
+    import_pruned(_TOKENIZERS)
     own: Path | None = None
     if tokenizer1 is None or tokenizer2 is None:
         path = locate(source, MODEL_FLAG, hub.pipeline_tokenizer_files)
@@ -98,7 +102,7 @@ def load_vae(source: str, dtype: torch.dtype) -> Any:
         InputError: it cannot be found, read, or is no VAE.
     """
     path = locate(source, "--vae", hub.vae_files)
-    defer_imports()
+    import_pruned(_VAE)
     if path.is_dir():
         return _vae_from_folder(path / "vae" if (path / "vae" / "config.json").is_file() else path, dtype)
     tensors, metadata = read_weights(path)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from library.errors import InputError
 from library.training.memory import GIB, MemoryEstimate
@@ -125,6 +124,10 @@ def _shape(block: nn.Module, inputs: Sequence[Tensor]) -> Any:
 
 def _flops(block: nn.Module, inputs: Sequence[Tensor], compute_dtype: torch.dtype) -> int:
     """Of a block's forward pass. Attention is written out here, so that its products are counted."""
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+    )  # brings triton: not for a run without a policy
+
     with torch.no_grad(), FlopCounterMode(display=False) as counter, Autocast(compute_dtype):
         block(*inputs)
     return counter.get_total_flops()

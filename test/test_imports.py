@@ -6,21 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 LOAD = """
-import json, sys
+import gc, importlib.metadata, json, sys
 import torch
 from library.models.checkpoint import load_sdxl
 
 model = load_sdxl(sys.argv[1])
 with torch.no_grad():
     model.vae.encode(torch.zeros(1, 3, 16, 16))
-loaded = list(sys.modules)
+loaded = [name for name, module in sys.modules.items() if "Deferred" not in type(module).__name__]
+marked = torch.compiler.disable(lambda value: value + 1)
 
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, FluxTransformer2DModel, UNet2DConditionModel
 from transformers import BertConfig, CLIPTextModel, models
 import scipy.stats
+import torchvision
 from transformers.loss.loss_for_object_detection import dice_loss
 later = {
     "same classes": AutoencoderKL is type(model.vae) and CLIPTextModel is type(model.text_encoder1),
@@ -28,6 +30,12 @@ later = {
     "package": models.bert.__name__,
     "median": float(scipy.stats.norm.cdf(0.0)),
     "dice": float(dice_loss(torch.full((1, 4), 50.0), torch.ones(1, 4), 1)),
+    "marked": float(marked(torch.zeros(()))),
+    "compiled": float(torch.compile(lambda value: torch.sin(value) + marked(value), backend="eager")(torch.zeros(()))),
+    "compiler": torch._dynamo.__name__ in sys.modules and "torch._dynamo.eval_frame" in sys.modules,
+    "pillow": importlib.metadata.packages_distributions()["PIL"],
+    "vision": [torchvision.models.resnet18.__name__, torchvision.ops.nms.__name__],
+    "collector": gc.isenabled() and gc.get_freeze_count() > 100_000,
 }
 print(json.dumps([loaded, later]))
 """
@@ -48,6 +56,7 @@ def test_a_model_loads_without_what_it_does_not_use_and_leaves_all_of_it_in_reac
         "diffusers.models.transformers.transformer_flux", "diffusers.models.unets.unet_2d_condition",
         "diffusers.models.autoencoders.autoencoder_tiny", "diffusers.pipelines.pipeline_utils", "scipy.optimize",
         "scipy.stats._stats_py", "transformers.models.bert.configuration_bert", "tensorboard", "pyarrow", "webdataset",
+        "torch._dynamo", "torch._dynamo.eval_frame", "torch._inductor", "torchvision.models", "torchvision.ops", "triton",
     }  # fmt: skip
     assert "transformers.models.clip.modeling_clip" in loaded
     assert not not_needed & set(loaded)
@@ -57,6 +66,12 @@ def test_a_model_loads_without_what_it_does_not_use_and_leaves_all_of_it_in_reac
         "package": "transformers.models.bert",
         "median": 0.5,
         "dice": 0.0,
+        "marked": 1.0,
+        "compiled": 1.0,
+        "compiler": True,
+        "pillow": ["pillow"],
+        "vision": ["resnet18", "nms"],
+        "collector": True,
     }
 
 
