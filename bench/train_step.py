@@ -4,8 +4,9 @@
     python bench/train_step.py --size full --batch 4 --dtype bf16 --device cuda --gradient_checkpointing --one_at_a_time
     bash bench/gpu.sh    # the whole of SDXL's U-Net in bf16 and fp16, compiled and plain, on a GPU with 80 GB
 
-A step is: forward, mean squared error, backward, clipping of the gradients' norm to 1, AdamW. Ours takes the optimizer
-and the allocator's settings as the trainer makes them, diffusers' takes torch.optim.AdamW as in its
+A step is: forward, mean squared error, backward, clipping of the gradients' norm to 1, AdamW, the learning rate's
+schedule. Ours takes what follows the loss by the trainer's own classes, with the allocator's settings as the trainer
+makes them (and another optimizer with --optimizer_type), diffusers' takes torch.optim.AdamW as in its
 train_text_to_image_sdxl.py. Each lives in a process of its own, so that neither gets the other's allocator; the two
 take steps in turns, so that whatever else the machine does falls on both. The matrix products and convolutions of our
 step (forward and both products of backward) are recorded and timed alone in a third process, too: what remains is the
@@ -40,27 +41,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from product_replay import ProductRecorder, product_replay
 from timing import spread, timed_ms
-from unet_steps import COMPILED, DTYPES, FUSED, KINDS, SIZES, TINY, Case, make_step, model_flops
+from unet_steps import COMPILED, DTYPES, FUSED, KINDS, SIZES, TINY, Case, TrainStep, make_step, model_flops
 
 from library import device as devices
-from library.models.unet import UNet
 
 # Dense TFLOP/s of fp16 and bf16, as NVIDIA's data sheets have them, by a part of the device's name.
 PEAK_TFLOPS = {"A100": 312.0, "H100 80GB HBM3": 989.4, "H100 PCIe": 756.0, "H200": 989.4, "L40S": 362.05}
 
 
-def parts_of_step(kind: str, case: Case) -> dict[str, Callable[[], Any]]:
+def parts_of_step(kind: str, step: TrainStep, device: torch.device) -> dict[str, Callable[[], Any]]:
     """What one process times: a step's halves by name, or the matrix arithmetic of ours."""
-    if not kind.startswith("diffusers"):
-        devices.keep_freed_memory(case.device)
-    step = make_step("ours" if kind == "products" else kind, case)
     if kind == FUSED:
         return {f"{kind}: all but the norm": step.forward_backward, f"{kind}: norm": step.update}
     if kind != "products":
         return {f"{kind}: forward, backward": step.forward_backward, f"{kind}: clip, AdamW": step.update}
     with ProductRecorder() as recorder:
         step()
-    return {"products": product_replay(recorder, case.device)[0]}
+    return {"products": product_replay(recorder, device)[0]}
 
 
 def serve(kind: str, case: Case) -> None:
@@ -70,10 +67,14 @@ def serve(kind: str, case: Case) -> None:
         plain = kind if kind == FUSED else "diffusers" if kind.startswith("diffusers") else "ours"
         make_step(plain, replace(case, config=TINY, latent_hw=(8, 8), batch=1))()
     before = _resident_bytes() if on_cpu else 0
-    parts = parts_of_step(kind, case)
+    if not kind.startswith("diffusers"):
+        devices.keep_freed_memory(case.device)
+    step = make_step("ours" if kind == "products" else kind, case)
+    parts = parts_of_step(kind, step, case.device)
     for line in sys.stdin:
         if line.strip() == "memory":
-            answer: dict[str, Any] = {"peak": devices.peak_memory_bytes(case.device) - before}
+            peak = devices.peak_memory_bytes(case.device) - before
+            answer: dict[str, Any] = {"peak": peak, "state": step.state_bytes()}
         else:
             answer = {"ms": {}, "loss": None}
             for name, run in parts.items():
@@ -101,11 +102,12 @@ class Process:
 
 @dataclass
 class Measured:
-    """What the processes said: the loss of each first step, times in ms by part, peaks in bytes."""
+    """What the processes said: the loss of each first step, times in ms by part, peaks and states in bytes."""
 
     losses: dict[str, float] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
+    states: dict[str, int] = field(default_factory=dict)
 
     def begin(self, kind: str, process: Process) -> None:
         """The first step, which is not timed."""
@@ -120,7 +122,8 @@ class Measured:
 
     def end(self, kind: str, process: Process) -> None:
         """Ask for its memory."""
-        self.peaks[kind] = process.ask("memory")["peak"]
+        memory = process.ask("memory")
+        self.peaks[kind], self.states[kind] = memory["peak"], memory["state"]
 
 
 def in_turns(arguments: list[str], kinds: Sequence[str], steps: int, warmup: int) -> Measured:
@@ -161,20 +164,20 @@ def measure(arguments: list[str], case: Case, steps: int, warmup: int, apart: bo
     """Both steps, their halves, and the matrix arithmetic."""
     take = one_at_a_time if apart else in_turns
     measured = take(arguments, (*case.kinds, "products"), steps, warmup)
-    with torch.device("meta"):
-        state = sum(parameter.numel() * parameter.element_size() for parameter in UNet(case.config).parameters()) * 4
-    peaks, losses = ({kind: of[kind] for kind in case.kinds} for of in (measured.peaks, measured.losses))
+    peaks, states, losses = (
+        {kind: of[kind] for kind in case.kinds} for of in (measured.peaks, measured.states, measured.losses)
+    )
     found = figures(losses, measured.times)
-    return found | memory_figures(peaks, state) | speed_figures(case, found["ms"])
+    return found | memory_figures(peaks, states) | speed_figures(case, found["ms"])
 
 
-def memory_figures(peaks: dict[str, int], state: int) -> dict[str, Any]:
-    """Peaks in bytes, each over diffusers', and ours over diffusers' without weights, gradients and moments."""
-    states = {kind: state * 3 // 4 if kind == FUSED else state for kind in peaks}  # without the gradients
+def memory_figures(peaks: dict[str, int], states: dict[str, int]) -> dict[str, Any]:
+    """Peaks in bytes and each over diffusers'; of them weights with the optimizer's state, and what comes above it."""
+    above = {kind: peaks[kind] - states[kind] for kind in peaks}
     return {
         "memory_bytes": {kind: {"peak": peak, "state": states[kind]} for kind, peak in peaks.items()},
         "memory_ratio": {kind: peak / peaks["diffusers"] for kind, peak in peaks.items()},
-        "activation_ratio_ours_to_diffusers": (peaks["ours"] - state) / (peaks["diffusers"] - state),
+        "ratio_above_state": {kind: value / above["diffusers"] for kind, value in above.items()},
     }
 
 
@@ -235,6 +238,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda or npu; default is what the trainer would take")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--fused_backward_pass", action="store_true", help="measure ours with AdamW in backward, too")
+    parser.add_argument("--optimizer_type", default="AdamW", help="of ours; diffusers' is AdamW (%(default)s)")
+    parser.add_argument("--optimizer_args", nargs="*", default=[], help="its arguments, as the trainer takes them")
     parser.add_argument("--torch_compile", action="store_true", help="measure both networks with compiled blocks, too")
     parser.add_argument("--dynamo_backend", default="inductor", help="what compiles them (%(default)s)")
     parser.add_argument(
@@ -258,6 +263,8 @@ def case_of(options: argparse.Namespace) -> Case:
         gradient_checkpointing=options.gradient_checkpointing,
         dynamo_backend=options.dynamo_backend if options.torch_compile else None,
         fused_backward_pass=options.fused_backward_pass,
+        optimizer_type=options.optimizer_type,
+        optimizer_args=tuple(options.optimizer_args),
     )
 
 
@@ -302,10 +309,8 @@ def print_table(result: dict[str, Any]) -> None:
         )
     for kind, value in result.get("memory_ratio", {}).items():
         if kind != "diffusers":
-            label = f"peak memory, {kind} / diffusers'"
-            print(f"{label:40}{value:10.3f}")
-    if "activation_ratio_ours_to_diffusers" in result:
-        print(f"{'ours without the state':40}{result['activation_ratio_ours_to_diffusers']:10.3f}")
+            label, above = f"peak memory, {kind} / diffusers'", result["ratio_above_state"][kind]
+            print(f"{label:40}{value:10.3f}   ({above:.3f} without the state)")
     for kind, value in result.get("tflops", {}).items():
         share = f"   (MFU {result['mfu'][kind]:.1%} of {result['peak_tflops']:g})" if "mfu" in result else ""
         print(f"{'TFLOP/s: ' + kind:40}{value:10.3f}{share}")
@@ -326,6 +331,7 @@ def main() -> None:
         "gradient_checkpointing": case.gradient_checkpointing,
         "dynamo_backend": case.dynamo_backend,
         "fused_backward_pass": case.fused_backward_pass,
+        "optimizer_type": case.optimizer_type,
         "steps": options.steps,
         "one_at_a_time": options.one_at_a_time,
         **versions(case),

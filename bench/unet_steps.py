@@ -1,11 +1,12 @@
 """The training step that benchmarks take: our U-Net and diffusers', of the same sizes and weights, on the same batch.
 
-Forward, mean squared error, backward, clipping of the gradients' norm to 1, AdamW. Ours takes the optimizer as the
-trainer makes it, diffusers' takes torch.optim.AdamW as in its train_text_to_image_sdxl.py.
+Forward, mean squared error, backward, clipping of the gradients' norm to 1, AdamW, the learning rate's schedule. Ours
+takes what follows the loss by the trainer's own classes, diffusers' as in its train_text_to_image_sdxl.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from library.models.key_maps import rename, unet_to_diffusers
 from library.models.unet import UNet, UNetConfig, size_embedding
 from library.training.fused_backward import FusedBackward
 from library.training.optimizers import ParameterGroup, make_optimizer
+from library.training.sharding import Replicated
 
 SIZE_WIDTH = 6 * 256
 TINY = UNetConfig(
@@ -56,6 +58,8 @@ KINDS = ("ours", "diffusers")
 FUSED = "ours fused"
 COMPILED = ("ours compiled", "diffusers compiled")
 
+Updates = Callable[[], None]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -69,6 +73,8 @@ class Case:
     gradient_checkpointing: bool
     dynamo_backend: str | None = None  # compiled networks are measured, too
     fused_backward_pass: bool = False  # and ours with the optimizer in backward
+    optimizer_type: str = "AdamW"  # of ours, as --optimizer_type takes it
+    optimizer_args: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -130,46 +136,58 @@ class TrainStep:
     """A network and the two halves of a step; called, it takes the whole and returns the loss."""
 
     network: nn.Module
+    optimizer: torch.optim.Optimizer
     forward_backward: Callable[[], Tensor]
-    update: Callable[[], None]
+    update: Updates
 
     def __call__(self) -> Tensor:
         loss = self.forward_backward()
         self.update()
         return loss
 
+    def state_bytes(self) -> int:
+        """Weights and what the optimizer keeps of them, after a step."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        kept = [*self.network.parameters(), *(value for value in states if isinstance(value, Tensor))]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
-def update_after(
-    parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
-    """Backward alone, and the rest of a step: clipping the norm of all gradients, the optimizer's step."""
+
+def of_example(case: Case, network: nn.Module) -> tuple[torch.optim.Optimizer, Callable[[Tensor], None], Updates]:
+    """torch's AdamW with its defaults, backward, and the rest of a step, as diffusers' example has them."""
+    parameters = list(network.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
+    schedule = LambdaLR(optimizer, lambda step: 1.0)
 
     def update() -> None:
         nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
 
-    return Tensor.backward, update
+    return optimizer, Tensor.backward, update
 
 
-def update_within(
-    network: nn.Module, groups: list[ParameterGroup], device: torch.device
-) -> tuple[Callable[[Tensor], None], Callable[[], None]]:
-    """Backward with clipping and step in it, by the trainer's own class, and what is left after it: the total norm."""
-    parallel = FusedBackward(
-        Accelerator(cpu=devices.is_cpu(device)),
+def of_trainer(
+    kind: str, case: Case, network: nn.Module
+) -> tuple[torch.optim.Optimizer, Callable[[Tensor], None], Updates]:
+    """The same by the trainer's own classes; with the optimizer in backward the norm alone is left after it."""
+    fused = kind == FUSED
+    parallel = (partial(FusedBackward, max_grad_norm=MAX_GRAD_NORM) if fused else Replicated)(
+        Accelerator(cpu=devices.is_cpu(case.device)),
         network,
-        groups,
-        lambda groups: make_optimizer("AdamW", groups, []),
+        [ParameterGroup("unet", list(network.parameters()), LEARNING_RATE)],
+        lambda groups: make_optimizer(case.optimizer_type, groups, case.optimizer_args),
         lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
-        MAX_GRAD_NORM,
     )
 
     def update() -> None:
         parallel.clip(MAX_GRAD_NORM)
+        if not fused:
+            parallel.optimizer.step()
+        parallel.schedule.step()
         parallel.zero_grad()
 
-    return parallel.backward, update
+    return parallel.own_optimizer, parallel.backward, update
 
 
 def make_step(kind: str, case: Case) -> TrainStep:
@@ -183,11 +201,7 @@ def make_step(kind: str, case: Case) -> TrainStep:
         ours.enable_gradient_checkpointing(case.gradient_checkpointing)
         if kind in COMPILED:
             compile_blocks(ours, str(case.dynamo_backend), "sdpa", case.dtype)
-        groups = [ParameterGroup("unet", list(network.parameters()), LEARNING_RATE)]
-        if kind == FUSED:
-            backward, update = update_within(network, groups, case.device)
-        else:
-            backward, update = update_after(list(network.parameters()), make_optimizer("AdamW", groups, []))
+        optimizer, backward, update = of_trainer(kind, case, network)
 
         def forward(batch: Inputs) -> Tensor:
             vector_BV = torch.cat([batch.pooled_BP, size_embedding(batch.sizes_B6)], dim=1)
@@ -202,9 +216,7 @@ def make_step(kind: str, case: Case) -> TrainStep:
         network = theirs.train().to(case.device)
         if kind in COMPILED:
             theirs.compile_repeated_blocks(backend=case.dynamo_backend)
-        parameters = list(network.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
-        backward, update = update_after(parameters, optimizer)
+        optimizer, backward, update = of_example(case, network)
 
         def forward(batch: Inputs) -> Tensor:
             added = {"text_embeds": batch.pooled_BP, "time_ids": batch.sizes_B6}
@@ -219,4 +231,4 @@ def make_step(kind: str, case: Case) -> TrainStep:
         backward(loss)
         return loss.detach()
 
-    return TrainStep(network, forward_backward, update)
+    return TrainStep(network, optimizer, forward_backward, update)

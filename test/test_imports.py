@@ -56,7 +56,8 @@ def test_a_model_loads_without_what_it_does_not_use_and_leaves_all_of_it_in_reac
         "diffusers.models.transformers.transformer_flux", "diffusers.models.unets.unet_2d_condition",
         "diffusers.models.autoencoders.autoencoder_tiny", "diffusers.pipelines.pipeline_utils", "scipy.optimize",
         "scipy.stats._stats_py", "transformers.models.bert.configuration_bert", "tensorboard", "pyarrow", "webdataset",
-        "torch._dynamo", "torch._dynamo.eval_frame", "torch._inductor", "torchvision.models", "torchvision.ops", "triton",
+        "torch._dynamo", "torch._dynamo.eval_frame", "torch._inductor", "torchvision.models", "torchvision.ops",
+        "triton",
     }  # fmt: skip
     assert "transformers.models.clip.modeling_clip" in loaded
     assert not not_needed & set(loaded)

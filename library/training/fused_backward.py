@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from library.errors import TrainingError
 from library.training.optimizers import ParameterGroup
-from library.training.sharding import MakeOptimizer, MakeSchedule, Replicated
+from library.training.sharding import MakeOptimizer, MakeSchedule, Replicated, clip_gradients
 
 
 class FusedBackward(Replicated):
@@ -81,8 +81,7 @@ class FusedBackward(Replicated):
             gradient.div_(self.accelerator.num_processes)
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         self._norms.append(norm)
-        if self.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_([parameter], self.max_grad_norm, norm)
+        clip_gradients([parameter], norm, self.max_grad_norm)
 
     def _step(self, place: int, parameter: nn.Parameter) -> None:
         """The optimizer's step for one parameter of the group at that place."""

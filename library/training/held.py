@@ -26,6 +26,8 @@ class Training:
     fused_backward: bool = False
     averages: bool = False  # on the device (--use_ema without --offload_ema)
     swapped: Sequence[Sequence[Tensor]] = ()  # weights of each block that lives in the CPU's memory
+    passes: int = 1  # forward and backward, whose gradients add up to one step's
+    compiled: Sequence[Sequence[Tensor]] = ()  # weights of each block whose backward is one program
 
     @property
     def kind(self) -> str:
@@ -68,7 +70,8 @@ def held_bytes(trained: Sequence[Tensor], units: Sequence[Sequence[Tensor]], tra
         averages = math.ceil(sum(average_bytes) / processes)
         return Held(share, gathered, optimizer, 0, share, math.ceil(update / processes), averages)
     if kind == "none":
-        at_rest = whole if processes > 1 and not training.fused_backward else 0  # DistributedDataParallel's buckets
+        # DistributedDataParallel's buckets, or what earlier passes have made.
+        at_rest = whole if (processes > 1 or training.passes > 1) and not training.fused_backward else 0
         gradients = 0 if training.fused_backward else whole
         visiting = largest_together([sum(map(_bytes, block)) for block in training.swapped])
         return Held(whole, visiting, sum(states), at_rest, gradients, update, sum(average_bytes))

@@ -5,7 +5,7 @@ computes. Following the life of each storage through forward and backward gives 
 What it cannot see: the allocator's fragmentation, libraries' workspaces, CUDA's and CANN's own context.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,8 +97,10 @@ def _backward(
     held: Held,
 ) -> int:
     """The peak of forward and backward, beyond weights and optimizer state."""
-    # One process alone makes its gradients while activations go; others have them in place, or let each go at once.
-    collected = training.kind == "none" and training.processes == 1 and not training.fused_backward
+    # One process alone makes its gradients while activations go, in the first pass of a step. Otherwise they are there
+    # already, or each goes at once.
+    alone = training.kind == "none" and training.processes == 1
+    collected = alone and training.passes == 1 and not training.fused_backward
     shapes = without_data(module)
     elsewhere = {id(weight) for block in training.swapped for weight in block}
     of_module = zip(module.parameters(), shapes.parameters(), strict=True)
@@ -113,8 +115,14 @@ def _backward(
         autocast.end_forward()
         loss.backward()
     gradients = 0 if collected else held.gradients
-    in_backward = held.update if training.fused_backward else 0
+    in_backward = held.update + _besides_largest(training.compiled) if training.fused_backward else 0
     return live.peak - at_start + gradients + held.visiting + in_backward
+
+
+def _besides_largest(blocks: Sequence[Sequence[Tensor]]) -> int:
+    """A compiled block's gradients come all at once, not one by one: the most that its others add to the largest."""
+    gradients = [[_bytes(weight) for weight in block if weight.requires_grad] for block in blocks]
+    return max((sum(sizes) - max(sizes) for sizes in gradients if sizes), default=0)
 
 
 def _forget(parameter: Tensor) -> None:

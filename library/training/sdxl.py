@@ -400,5 +400,7 @@ class SDXLPretraining:
             optimization.fused_backward_pass,
             optimization.use_ema and not optimization.offload_ema,
             [list(block.parameters()) for block in self.swapped],
+            self.options.run.gradient_accumulation_steps,
+            [list(block.parameters()) for block in self.module.unet.blocks()] if self.options.run.torch_compile else (),
         )
         return step, estimator(self.module, self.encoders.vae, compute_dtype, step, encode, training)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
+from library import device as devices
 from library.errors import InputError
 from library.training.averages import Averages
 from library.training.optimizers import ParameterGroup
@@ -114,10 +115,12 @@ class Replicated:
         on the device, for which nothing has waited.
         """
         self.accelerator.unscale_gradients()
-        norm = total_norm(self.parameters)
-        if max_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        norm = self._norm()
+        clip_gradients(self.parameters, norm, max_norm)
         return norm
+
+    def _norm(self) -> Tensor:
+        return total_norm(self.parameters)
 
     def check_norm(self, norm: float) -> None:
         """Raise TrainingError where the gradients of that norm have made the weights worthless."""
@@ -288,8 +291,7 @@ class FullySharded(Replicated):
         squared = total_norm(self.parameters).to(self.accelerator.device).square()
         dist.all_reduce(squared)
         norm = squared.sqrt()
-        if max_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        clip_gradients(self.parameters, norm, max_norm)
         return norm
 
     def zero_grad(self) -> None:
@@ -375,13 +377,28 @@ def _fully_shard(module: nn.Module, accelerator: Accelerator) -> None:
     fully_shard(module, mesh=mesh, ignored_params=frozen)
 
 
-def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The norm of all gradients together, added up in fp32 whatever they are in."""
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Clip gradients of that norm to `max_norm`; 0 leaves them.
+
+    torch multiplies by 1 where there is nothing to clip, as asking would have the host wait. The CPU's norms are there:
+    gradients below the limit are left as they are.
+    """
+    if max_norm == 0 or (devices.is_cpu(norm.device) and float(norm) + 1e-6 <= max_norm):  # torch's coefficient is 1
+        return
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
+def total_norm(parameters: Sequence[nn.Parameter], device: torch.device | None = None) -> Tensor:
+    """The norm of all gradients together, added up in fp32 whatever they are in.
+
+    Args:
+        device: where it is added up, in the parameters' order, if they are on several.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if all(gradient.dtype == torch.float32 for gradient in gradients):
+    if device is None and all(gradient.dtype == torch.float32 for gradient in gradients):
         return nn.utils.get_total_norm(gradients)
-    # torch leaves the norm of half gradients in half, which has three digits.
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    # torch leaves the norm of half gradients in half, which has three digits, and adds up by device first.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).to(device) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

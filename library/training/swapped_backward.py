@@ -7,13 +7,12 @@ training without, as far as the CPU and the device compute alike.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from library.training.fused_backward import FusedBackward
 from library.training.host_blocks import HostBlocks
 from library.training.optimizers import ParameterGroup
-from library.training.sharding import MakeOptimizer, MakeSchedule, Replicated
+from library.training.sharding import MakeOptimizer, MakeSchedule, Replicated, total_norm
 
 
 class SwappedBlocks(Replicated):
@@ -40,15 +39,8 @@ class SwappedBlocks(Replicated):
         super().backward(loss)
         self.host_blocks.settle()
 
-    def clip(self, max_norm: float) -> Tensor:
-        """As `Replicated`, the norms in the parameters' order: torch's own would add those of a device up together."""
-        self.accelerator.unscale_gradients()
-        given = [parameter for parameter in self.parameters if parameter.grad is not None]
-        norms = [torch.linalg.vector_norm(parameter.grad) for parameter in given]
-        norm = torch.linalg.vector_norm(torch.stack([one.to(self.accelerator.device) for one in norms]))
-        if max_norm > 0:
-            nn.utils.clip_grads_with_norm_(given, max_norm, norm)
-        return norm
+    def _norm(self) -> Tensor:
+        return total_norm(self.parameters, self.accelerator.device)
 
 
 class SwappedFusedBackward(FusedBackward):

@@ -26,6 +26,14 @@ def case(bench):
     return bench.Case(bench.TINY, (8, 8), 1, torch.float32, torch.device("cpu"), gradient_checkpointing=False)
 
 
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """Ours takes its precision from the process's, which other tests set."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_both_take_the_same_steps(bench, case):
     """Losses over three steps agree, so weights, batch, clipping and optimizer do, and they fall."""
     ours = bench.make_step("ours", case)
@@ -44,13 +52,7 @@ def test_compiled_networks_take_the_same_steps(bench, case):
     assert all(one == pytest.approx(row[0], rel=1e-5) for row in losses for one in row)
 
 
-@pytest.fixture
-def own_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_backward_takes_the_whole_step_and_frees_each_gradient(bench, case, own_accelerator):
+def test_backward_takes_the_whole_step_and_frees_each_gradient(bench, case):
     """The losses are diffusers', whose gradients' norms are below 1, where clipping does nothing."""
     fused, theirs = bench.make_step("ours fused", case), bench.make_step("diffusers", case)
     losses = []

@@ -106,6 +106,30 @@ def test_the_estimate_is_what_a_whole_step_of_the_trainer_holds(sdxl, gradient_c
     assert expected == pytest.approx(live.peak, rel=0.1)
 
 
+def test_gradients_of_earlier_passes_are_there_while_a_later_one_runs(sdxl):
+    module = conditioned(sdxl, gradient_checkpointing=False)
+    first, later = predict(sdxl, module), predict(sdxl, module, passes=2)
+    vae_bytes = sum(tensor.numel() * tensor.element_size() for tensor in sdxl.vae.state_dict().values())
+    for passes, predicted in ((1, first), (2, later)):
+        module.zero_grad()
+        with LiveBytes() as live:
+            live.hold([*module.parameters(), *module.buffers()])
+            for _ in range(passes):
+                loss_on("cpu")(module).backward()
+        assert predicted.weights - vae_bytes + predicted.backward == pytest.approx(live.peak, rel=0.02)
+    gradients = sum(one.numel() * one.element_size() for one in module.parameters() if one.requires_grad)
+    assert later.encoding == first.encoding + gradients
+
+
+def test_a_compiled_block_hands_over_all_its_gradients_at_once(sdxl):
+    module = conditioned(sdxl, gradient_checkpointing=True)
+    blocks = [list(block.parameters()) for block in module.unet.blocks()]
+    plain, compiled = (predict(sdxl, module, fused_backward=True, compiled=of) for of in ((), blocks))
+    sizes = [[weight.numel() * weight.element_size() for weight in block] for block in blocks]
+    assert compiled.backward - plain.backward == max(sum(block) - max(block) for block in sizes)
+    assert predict(sdxl, module, compiled=blocks) == predict(sdxl, module)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "how", "fused"),
     [(ADAMW, "stochastic", False), (ADAMW, "kahan", False), (ADAFACTOR, "stochastic", True)],

@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from library.cli.optimization import SHARDINGS
 from library.errors import InputError
-from library.training.sharding import KINDS, sharding_kind
+from library.training.sharding import KINDS, clip_gradients, sharding_kind, total_norm
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -29,6 +31,24 @@ def torchrun(processes, script, *arguments):
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0, 2.0, 2.0 - 5e-7, 2.0 + 2e-6, 3.0])
+@pytest.mark.parametrize("scale", [1.0, math.nan])
+def test_gradients_are_clipped_as_torch_does_or_not_at_all(max_norm, scale):
+    """Their norm is 2: a limit of 2 is passed by what torch adds to it, one of 2.000002 is not."""
+    parameters, peers = ([nn.Parameter(torch.zeros(2)) for _ in range(2)] for _ in range(2))
+    for parameter in (*parameters, *peers):
+        parameter.grad = torch.tensor([1.0, 1.0]) * scale
+    versions = [parameter.grad._version for parameter in parameters]
+    norm = total_norm(parameters)
+    clip_gradients(parameters, norm, max_norm)
+    if max_norm:
+        assert torch.equal(nn.utils.clip_grad_norm_(peers, max_norm).nan_to_num(9.0), norm.nan_to_num(9.0))
+    for parameter, peer in zip(parameters, peers, strict=True):
+        assert torch.equal(parameter.grad.nan_to_num(9.0), peer.grad.nan_to_num(9.0))
+    written = [parameter.grad._version for parameter in parameters] != versions
+    assert written == (max_norm > 0 and not norm + 1e-6 <= max_norm)
 
 
 def case(sharding, accumulation, clip, warmup, text_encoders, compiled=False):
