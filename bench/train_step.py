@@ -240,6 +240,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fused_backward_pass", action="store_true", help="measure ours with AdamW in backward, too")
     parser.add_argument("--optimizer_type", default="AdamW", help="of ours; diffusers' is AdamW (%(default)s)")
     parser.add_argument("--optimizer_args", nargs="*", default=[], help="its arguments, as the trainer takes them")
+    parser.add_argument(
+        "--no_update", action="store_true", help="forward and backward alone, each gradient dropped as it is made"
+    )
     parser.add_argument("--torch_compile", action="store_true", help="measure both networks with compiled blocks, too")
     parser.add_argument("--dynamo_backend", default="inductor", help="what compiles them (%(default)s)")
     parser.add_argument(
@@ -263,6 +266,7 @@ def case_of(options: argparse.Namespace) -> Case:
         gradient_checkpointing=options.gradient_checkpointing,
         dynamo_backend=options.dynamo_backend if options.torch_compile else None,
         fused_backward_pass=options.fused_backward_pass,
+        no_update=options.no_update,
         optimizer_type=options.optimizer_type,
         optimizer_args=tuple(options.optimizer_args),
     )
@@ -331,7 +335,7 @@ def main() -> None:
         "gradient_checkpointing": case.gradient_checkpointing,
         "dynamo_backend": case.dynamo_backend,
         "fused_backward_pass": case.fused_backward_pass,
-        "optimizer_type": case.optimizer_type,
+        "optimizer_type": None if case.no_update else case.optimizer_type,
         "steps": options.steps,
         "one_at_a_time": options.one_at_a_time,
         **versions(case),

@@ -58,8 +58,6 @@ KINDS = ("ours", "diffusers")
 FUSED = "ours fused"
 COMPILED = ("ours compiled", "diffusers compiled")
 
-Updates = Callable[[], None]
-
 
 @dataclass(frozen=True)
 class Case:
@@ -73,6 +71,7 @@ class Case:
     gradient_checkpointing: bool
     dynamo_backend: str | None = None  # compiled networks are measured, too
     fused_backward_pass: bool = False  # and ours with the optimizer in backward
+    no_update: bool = False  # forward and backward alone
     optimizer_type: str = "AdamW"  # of ours, as --optimizer_type takes it
     optimizer_args: tuple[str, ...] = ()
 
@@ -136,9 +135,9 @@ class TrainStep:
     """A network and the two halves of a step; called, it takes the whole and returns the loss."""
 
     network: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     forward_backward: Callable[[], Tensor]
-    update: Updates
+    update: Callable[[], None]
 
     def __call__(self) -> Tensor:
         loss = self.forward_backward()
@@ -147,12 +146,27 @@ class TrainStep:
 
     def state_bytes(self) -> int:
         """Weights and what the optimizer keeps of them, after a step."""
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        by_parameter = self.optimizer.state.values() if self.optimizer is not None else ()
+        states = [value for state in by_parameter for value in state.values()]
         kept = [*self.network.parameters(), *(value for value in states if isinstance(value, Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
-def of_example(case: Case, network: nn.Module) -> tuple[torch.optim.Optimizer, Callable[[Tensor], None], Updates]:
+Halves = tuple[torch.optim.Optimizer | None, Callable[[Tensor], None], Callable[[], None]]
+
+
+def without_update(network: nn.Module) -> Halves:
+    """Backward alone, each gradient dropped as it is made: where there is room for the weights alone."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in network.parameters():
+        parameter.register_post_accumulate_grad_hook(drop)
+    return None, Tensor.backward, lambda: None
+
+
+def of_example(network: nn.Module) -> Halves:
     """torch's AdamW with its defaults, backward, and the rest of a step, as diffusers' example has them."""
     parameters = list(network.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
@@ -167,9 +181,7 @@ def of_example(case: Case, network: nn.Module) -> tuple[torch.optim.Optimizer, C
     return optimizer, Tensor.backward, update
 
 
-def of_trainer(
-    kind: str, case: Case, network: nn.Module
-) -> tuple[torch.optim.Optimizer, Callable[[Tensor], None], Updates]:
+def of_trainer(kind: str, case: Case, network: nn.Module) -> Halves:
     """The same by the trainer's own classes; with the optimizer in backward the norm alone is left after it."""
     fused = kind == FUSED
     parallel = (partial(FusedBackward, max_grad_norm=MAX_GRAD_NORM) if fused else Replicated)(
@@ -197,11 +209,11 @@ def make_step(kind: str, case: Case) -> TrainStep:
         with torch.device("meta"):
             ours = UNet(case.config)
         ours.load_state_dict(weights(case), assign=True)
-        network: nn.Module = ours.requires_grad_(True).to(case.device)
+        network: nn.Module = ours.requires_grad_(True)
         ours.enable_gradient_checkpointing(case.gradient_checkpointing)
         if kind in COMPILED:
             compile_blocks(ours, str(case.dynamo_backend), "sdpa", case.dtype)
-        optimizer, backward, update = of_trainer(kind, case, network)
+        optimizer, backward, update = without_update(network) if case.no_update else of_trainer(kind, case, network)
 
         def forward(batch: Inputs) -> Tensor:
             vector_BV = torch.cat([batch.pooled_BP, size_embedding(batch.sizes_B6)], dim=1)
@@ -209,14 +221,15 @@ def make_step(kind: str, case: Case) -> TrainStep:
     else:
         from diffusers import UNet2DConditionModel
 
-        theirs = UNet2DConditionModel.from_config(unet_config_to_diffusers(case.config))
-        theirs.load_state_dict(rename(weights(case), unet_to_diffusers(case.config)))
+        with torch.device("meta"):
+            theirs = UNet2DConditionModel.from_config(unet_config_to_diffusers(case.config))
+        theirs.load_state_dict(rename(weights(case), unet_to_diffusers(case.config)), assign=True)
         if case.gradient_checkpointing:
             theirs.enable_gradient_checkpointing()
-        network = theirs.train().to(case.device)
+        network = theirs.requires_grad_(True).train()
         if kind in COMPILED:
             theirs.compile_repeated_blocks(backend=case.dynamo_backend)
-        optimizer, backward, update = of_example(case, network)
+        optimizer, backward, update = without_update(network) if case.no_update else of_example(network)
 
         def forward(batch: Inputs) -> Tensor:
             added = {"text_embeds": batch.pooled_BP, "time_ids": batch.sizes_B6}
