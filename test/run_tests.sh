@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then lints, checks types and import directions, and runs the tests.
+# Sets up what is missing, then lints, checks types and import directions, and runs the tests, on up to four cores.
 #
 #   bash test/run_tests.sh [--all] [PYTEST_ARGUMENT ...]
 #
-# --all adds the long tests (the whole demo among them). With pytest arguments (-k NAME, a path) only pytest runs.
+# --all adds the long tests (the whole demo among them). With pytest arguments (-k NAME, a path) only pytest runs, in
+# one process.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,5 +21,6 @@ if [ $# -eq 0 ]; then
     "$python" -m ruff format --check .
     "$python" -m mypy
     "$bin/lint-imports"
+    set -- -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # what a file's tests share is made once
 fi
 exec "$python" -m pytest "${selection[@]}" "$@"

@@ -88,7 +88,10 @@ class Watch:
         store, place = self._others, self._place
         if failures:
             self._raise_fault(store, root_cause(failures))
+        well = not store.check([_FAULT])
         store.set(f"ended/{place.machine}", "")
+        if well and not place.is_main:
+            return None  # once all have ended well the store goes: whoever asked it again would miss it
         everybody = [f"ended/{machine}" for machine in range(place.machines)]
         deadline = None
         while True:
@@ -99,8 +102,8 @@ class Watch:
                 if cause.certain or all_ended or time.monotonic() > deadline:
                     self._linger(store, everybody)
                     return cause
-            elif all_ended or not place.is_main:
-                return None  # the store must outlive the others' use of it, not the other way round
+            elif all_ended:
+                return None
             time.sleep(BEAT_SECONDS / 4)
 
     def _linger(self, store: Store, everybody: list[str]) -> None:

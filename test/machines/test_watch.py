@@ -1,0 +1,47 @@
+"""How a machine ends with the others, where the store goes with the main one."""
+
+import torch.distributed as dist
+
+from library.machines.failures import Failure
+from library.machines.meeting import Place
+from library.machines.watch import Watch
+
+
+class GoingStore(dist.Store):
+    """A store that its machine takes away as soon as the last of the others says that it has ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = {"watch/ended/0": b""}
+
+    def set(self, key, value):
+        self._ask()
+        self.values[key] = value.encode() if isinstance(value, str) else value
+
+    def get(self, key):
+        self._ask()
+        return self.values[key]
+
+    def check(self, keys):
+        self._ask()
+        return all(key in self.values for key in keys)
+
+    def _ask(self):
+        if "watch/ended/1" in self.values:
+            raise RuntimeError("Connection reset by peer")
+
+
+def end(store, failures):
+    place = Place(machine=1, machines=2, master_ip="127.0.0.1", master_port=1)
+    return Watch(place, ["main", "other"], lambda: store).finish(failures)
+
+
+def test_a_machine_whose_work_is_done_does_not_miss_a_main_one_that_is_done_too():
+    store = GoingStore()
+    assert end(store, []) is None
+    assert "watch/ended/1" in store.values
+
+
+def test_a_machine_that_failed_says_so_though_the_main_one_goes():
+    own = Failure(1, "other", 1, 2, "ended with exit status 2", "", 5.0, True)
+    assert end(GoingStore(), [own]) == own
