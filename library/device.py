@@ -104,10 +104,13 @@ def has_fused_attention(device: torch.device) -> bool:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast is off for that kind of device; there is none on the meta device."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    """Autocast is off for that kind of device."""
+    return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether autocast is on for that kind of device; there is none on the meta device."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def synchronize(device: torch.device) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from library.device import without_autocast
+from library import device
 from library.models.products import (
     bias_gradient,
     convolution,
@@ -59,7 +59,7 @@ class _Precision:
     product: torch.dtype
 
     def autocast_off(self) -> AbstractContextManager:
-        return without_autocast(self.device_type)
+        return device.without_autocast(self.device_type)
 
 
 _assumed: torch.dtype | None = None  # what autocast would compute in where there are no data
@@ -80,7 +80,7 @@ def _precision(x: Tensor) -> _Precision:
     kind = x.device.type
     if x.is_meta and _assumed is not None:
         return _Precision(kind, torch.float32, _assumed)
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if device.has_autocast(kind):
         return _Precision(kind, torch.float32, torch.get_autocast_dtype(kind))
     return _Precision(kind, x.dtype, x.dtype)
 
@@ -210,12 +210,12 @@ class _NormedFeedForward(torch.autograd.Function):
 
 
 def _to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return [one if one is None or one.dtype == dtype else one.to(dtype) for one in tensors]  # asking is the cheaper
 
 
 def _back_to(dtypes: list[torch.dtype], gradients: list[Any]) -> list[Any]:
     """Gradients in the precision of what they belong to."""
-    return [None if one is None else one.to(dtype) for one, dtype in zip(gradients, dtypes, strict=True)]
+    return [_to(dtype, one)[0] for one, dtype in zip(gradients, dtypes, strict=True)]
 
 
 def _normed(precision: _Precision, eps: float, x_BLC: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:

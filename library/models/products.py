@@ -120,7 +120,7 @@ class PointwiseConvolution(nn.Conv2d):
         if not torch.compiler.is_compiling():
             return super().forward(x_BCHW)
         kind = x_BCHW.device.type  # autograd functions see no autocast
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if device.has_autocast(kind):
             dtype = torch.get_autocast_dtype(kind)
             return _PointwiseConvolution.apply(x_BCHW.to(dtype), self.weight.to(dtype), _to(dtype, self.bias))
         return _PointwiseConvolution.apply(x_BCHW, self.weight, self.bias)
