@@ -14,6 +14,8 @@ from library.training.swap_schedule import largest_together
 
 # third_patch/accelerate_patch: elements of each process's bucket of small gradients, and of all of them together.
 OSS_BUCKET, OSS_ALL_BUCKETS = 2**23, 2**26
+# With the optimizer in backward: bytes of gradients that are collected for one update, at most, and of all gradients.
+COLLECTED_BYTES, COLLECTED_SHARE = 32 * 2**20, 0.01
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Held:
     visiting: int  # weights that are there while they compute: fsdp's units, swapped blocks
     optimizer: int
     gradients_at_rest: int
-    gradients: int  # when the optimizer steps; 0 where each goes at once
+    gradients: int  # when the optimizer steps
     update: int  # what the optimizer takes besides for a moment
     averages: int  # of the process's own share of what trains, where they are kept
 
@@ -72,7 +74,7 @@ def held_bytes(trained: Sequence[Tensor], units: Sequence[Sequence[Tensor]], tra
     if kind == "none":
         # DistributedDataParallel's buckets, or what earlier passes have made.
         at_rest = whole if (processes > 1 or training.passes > 1) and not training.fused_backward else 0
-        gradients = 0 if training.fused_backward else whole
+        gradients = collected_bytes(whole) if training.fused_backward else whole
         visiting = largest_together([sum(map(_bytes, block)) for block in training.swapped])
         return Held(whole, visiting, sum(states), at_rest, gradients, update, sum(average_bytes))
     order = range(len(sizes)) if kind == "oss" else sorted(range(len(sizes)), key=lambda place: -sizes[place])
@@ -85,6 +87,11 @@ def held_bytes(trained: Sequence[Tensor], units: Sequence[Sequence[Tensor]], tra
     room = trained[0].element_size() * elements
     buckets, alone = zip(*(_oss_buckets([sizes[place] for place in share], room) for share in shares), strict=True)
     return Held(whole, 0, optimizer, sum(buckets), sum(buckets) + max(alone), update, averages)
+
+
+def collected_bytes(whole: int) -> int:
+    """How many bytes of gradients, of so many in all, wait for their update in backward."""
+    return min(COLLECTED_BYTES, int(COLLECTED_SHARE * whole))
 
 
 def deal(numels: Sequence[int], processes: int) -> list[list[int]]:

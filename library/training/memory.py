@@ -98,7 +98,7 @@ def _backward(
 ) -> int:
     """The peak of forward and backward, beyond weights and optimizer state."""
     # One process alone makes its gradients while activations go, in the first pass of a step. Otherwise they are there
-    # already, or each goes at once.
+    # already, or they go soon.
     alone = training.kind == "none" and training.processes == 1
     collected = alone and training.passes == 1 and not training.fused_backward
     shapes = without_data(module)

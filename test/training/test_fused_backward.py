@@ -1,4 +1,4 @@
-"""The optimizer in backward: the same training as the ordinary pass, with one gradient at a time."""
+"""The optimizer in backward: the same training as the ordinary pass, with few gradients at a time."""
 
 import copy
 import math
@@ -83,6 +83,25 @@ def train(parallel, tmp_path, task=None, max_grad_norm=0.0, start=0, end=STEPS):
         results.append(trainer.train_step([SimpleNamespace(step=step, names=["?"], replaced=0)]))
     writer.close()
     return results
+
+
+def test_small_parameters_are_updated_together_and_few_gradients_wait(sdxl):
+    parallel = made(sdxl, fused=True)
+    sizes = [parameter.nbytes for parameter in parallel.parameters]
+    waiting = []
+
+    def note(optimizer, *_):
+        with_gradient = [parameter for parameter in parallel.parameters if parameter.grad is not None]
+        updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        assert {id(parameter) for parameter in with_gradient} == {id(parameter) for parameter in updated}
+        waiting.append([parameter.nbytes for parameter in updated])
+
+    parallel.bare_optimizer.register_step_pre_hook(note)
+    parallel.backward(Noise().loss(parallel.module, SimpleNamespace(step=0)))
+    assert sorted(size for step in waiting for size in step) == sorted(sizes)
+    assert all(sum(step) <= sum(sizes) / 100 + max(sizes) for step in waiting)
+    assert len(waiting) < len(sizes) / 5
+    assert all(parameter.grad is None for parameter in parallel.parameters)
 
 
 def weights(parallel):
