@@ -134,10 +134,10 @@ def _not_disabled(function: Any = None, recursive: bool = True, **_: Any) -> Any
 
 
 class _InstalledPackages(Mapping[str, list[str]]):
-    """importlib.metadata.packages_distributions, once, and when somebody asks.
+    """importlib.metadata.packages_distributions, once, and when somebody looks a name up.
 
-    diffusers and transformers each take it at import for packages that are named otherwise than they are imported. It
-    reads a file or all file names of every package that is installed.
+    diffusers takes it at import, for packages that are named otherwise than they are imported. It reads a file, or all
+    file names, of every package that is installed.
     """
 
     def __init__(self, read: Callable[[], Mapping[str, list[str]]]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from library.errors import TrainingError
 from library.training.held import collected_bytes
 from library.training.optimizers import ParameterGroup
-from library.training.sharding import MakeOptimizer, MakeSchedule, Replicated, clip_gradients
+from library.training.sharding import CLIP_EPSILON, MakeOptimizer, MakeSchedule, Replicated, below_limit
 
 
 class FusedBackward(Replicated):
@@ -38,7 +38,8 @@ class FusedBackward(Replicated):
         """`max_grad_norm` is for each tensor; 0 leaves gradients as they are."""
         self.max_grad_norm = max_grad_norm
         self._norms: list[Tensor] = []  # of this step's gradients
-        self._collected: dict[int, list[nn.Parameter]] = {}  # that wait for their update, by their group's place
+        # Those that wait for their update, with their gradients' norms, by their groups' places.
+        self._collected: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
         self._collected_bytes = 0
         super().__init__(accelerator, module, groups, make_optimizer, make_schedule)
 
@@ -76,8 +77,8 @@ class FusedBackward(Replicated):
 
     @torch.no_grad()
     def _update(self, place: int, parameter: nn.Parameter) -> None:
-        self._finish(parameter)
-        self._collected.setdefault(place, []).append(parameter)
+        norm = self._finish(parameter)
+        self._collected.setdefault(place, []).append((parameter, norm))
         self._collected_bytes += parameter.nbytes
         if self._collected_bytes > self._most_bytes:
             self._update_collected()
@@ -85,11 +86,12 @@ class FusedBackward(Replicated):
     @torch.no_grad()
     def _update_collected(self) -> None:
         if self._collected:
-            self._step(self._collected)
+            self._clip_each([one for some in self._collected.values() for one in some])
+            self._step({place: [parameter for parameter, _ in some] for place, some in self._collected.items()})
         self._collected, self._collected_bytes = {}, 0
 
-    def _finish(self, parameter: nn.Parameter) -> None:
-        """Average a gradient over all processes and clip it."""
+    def _finish(self, parameter: nn.Parameter) -> Tensor:
+        """Average a gradient over all processes; returns its norm, which `clip` will have, too."""
         gradient = parameter.grad
         assert gradient is not None
         if self.accelerator.num_processes > 1:
@@ -97,7 +99,19 @@ class FusedBackward(Replicated):
             gradient.div_(self.accelerator.num_processes)
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         self._norms.append(norm)
-        clip_gradients([parameter], norm, self.max_grad_norm)
+        return norm
+
+    def _clip_each(self, given: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Clip gradients by their own norms, as torch does with one: few launches for those of one device."""
+        if self.max_grad_norm == 0:
+            return
+        norms = torch.stack([norm for _, norm in given])
+        if below_limit(norms.max(), self.max_grad_norm):
+            return
+        coefficients = (self.max_grad_norm / (norms + CLIP_EPSILON)).clamp(max=1.0)
+        for (parameter, _), coefficient in zip(given, coefficients, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.mul_(coefficient)
 
     def _step(self, parameters: Mapping[int, Sequence[nn.Parameter]]) -> None:
         """The optimizer's step for some parameters, by the places of their groups, and the end of their gradients."""

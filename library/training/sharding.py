@@ -37,6 +37,7 @@ from library.training.optimizers import ParameterGroup
 from library.training.parts import Part, by_name, check_names, make_part, read_average, read_state, read_weight
 from library.training.shapes import without_data
 
+CLIP_EPSILON = 1e-6  # what torch adds to a norm before it divides by it
 # Makes the optimizer over parameter groups, given what a sharded one is constructed with.
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 MakeSchedule = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -378,14 +379,14 @@ def _fully_shard(module: nn.Module, accelerator: Accelerator) -> None:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Clip gradients of that norm to `max_norm`; 0 leaves them.
+    """Clip gradients of that norm to `max_norm`; 0 leaves them."""
+    if max_norm > 0 and not below_limit(norm, max_norm):
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
-    torch multiplies by 1 where there is nothing to clip, as asking would have the host wait. The CPU's norms are there:
-    gradients below the limit are left as they are.
-    """
-    if max_norm == 0 or (devices.is_cpu(norm.device) and float(norm) + 1e-6 <= max_norm):  # torch's coefficient is 1
-        return
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+def below_limit(norm: Tensor, max_norm: float) -> bool:
+    """True where torch would multiply by 1, on the CPU: for other devices' norms the host would wait."""
+    return devices.is_cpu(norm.device) and float(norm) + CLIP_EPSILON <= max_norm
 
 
 def total_norm(parameters: Sequence[nn.Parameter], device: torch.device | None = None) -> Tensor:

@@ -60,7 +60,10 @@ class SwappedFusedBackward(FusedBackward):
         super()._watch(
             [{**group, "params": [one for one in group["params"] if id(one) not in swapped]} for group in groups]
         )
-        self.host_blocks.on_gradients(self._finish, lambda parameter: self._step({places[id(parameter)]: [parameter]}))
+        self.host_blocks.on_gradients(
+            lambda parameter: self._clip_each([(parameter, self._finish(parameter))]),
+            lambda parameter: self._step({places[id(parameter)]: [parameter]}),
+        )
 
     def backward(self, loss: Tensor) -> None:
         """Backward and all updates, those of swapped blocks included."""
