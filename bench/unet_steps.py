@@ -111,9 +111,12 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def weights(case: Case) -> dict[str, Tensor]:
-    """Random weights by Stability's names; no layer is zero, as after training."""
+    """Random weights by Stability's names; no layer is zero, as after training. None at all on the meta device."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in UNet(case.config).state_dict().items()}
+        empty = UNet(case.config).state_dict()
+    if case.device.type == "meta":
+        return empty
+    shapes = {name: tensor.shape for name, tensor in empty.items()}
     generator = torch.Generator(case.device).manual_seed(2)
     return {
         name: torch.randn(shape, generator=generator, device=case.device).mul_(0.02) for name, shape in shapes.items()
@@ -202,44 +205,57 @@ def of_trainer(kind: str, case: Case, network: nn.Module) -> Halves:
     return parallel.own_optimizer, parallel.backward, update
 
 
-def make_step(kind: str, case: Case) -> TrainStep:
-    """Ours or diffusers' network with its optimizer, ready to train; its blocks compiled if the kind says so."""
-    forward: Callable[[Inputs], Tensor]
+Forward = Callable[[Inputs], Tensor]
+
+
+def make_network(kind: str, case: Case) -> tuple[nn.Module, Forward]:
+    """Ours or diffusers' network and its prediction of a batch; its blocks compiled if the kind says so."""
     if kind.startswith("ours"):
         with torch.device("meta"):
             ours = UNet(case.config)
         ours.load_state_dict(weights(case), assign=True)
-        network: nn.Module = ours.requires_grad_(True)
-        ours.enable_gradient_checkpointing(case.gradient_checkpointing)
+        ours.requires_grad_(True).enable_gradient_checkpointing(case.gradient_checkpointing)
         if kind in COMPILED:
             compile_blocks(ours, str(case.dynamo_backend), "sdpa", case.dtype)
-        optimizer, backward, update = without_update(network) if case.no_update else of_trainer(kind, case, network)
 
-        def forward(batch: Inputs) -> Tensor:
+        def predict(batch: Inputs) -> Tensor:
             vector_BV = torch.cat([batch.pooled_BP, size_embedding(batch.sizes_B6)], dim=1)
             return ours(batch.x_BCHW, batch.t_B, batch.context_BTX, vector_BV)
+
+        return ours, predict
+
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel.from_config(unet_config_to_diffusers(case.config))
+    theirs.load_state_dict(rename(weights(case), unet_to_diffusers(case.config)), assign=True)
+    if case.gradient_checkpointing:
+        theirs.enable_gradient_checkpointing()
+    network = theirs.requires_grad_(True).train()
+    if kind in COMPILED:
+        theirs.compile_repeated_blocks(backend=case.dynamo_backend)
+
+    def predict_by_theirs(batch: Inputs) -> Tensor:
+        added = {"text_embeds": batch.pooled_BP, "time_ids": batch.sizes_B6}
+        return theirs(batch.x_BCHW, batch.t_B, batch.context_BTX, added_cond_kwargs=added).sample
+
+    return network, predict_by_theirs
+
+
+def make_step(kind: str, case: Case) -> TrainStep:
+    """A network with its optimizer, ready to train."""
+    network, predict = make_network(kind, case)
+    if case.no_update:
+        optimizer, backward, update = without_update(network)
     else:
-        from diffusers import UNet2DConditionModel
-
-        with torch.device("meta"):
-            theirs = UNet2DConditionModel.from_config(unet_config_to_diffusers(case.config))
-        theirs.load_state_dict(rename(weights(case), unet_to_diffusers(case.config)), assign=True)
-        if case.gradient_checkpointing:
-            theirs.enable_gradient_checkpointing()
-        network = theirs.requires_grad_(True).train()
-        if kind in COMPILED:
-            theirs.compile_repeated_blocks(backend=case.dynamo_backend)
-        optimizer, backward, update = without_update(network) if case.no_update else of_example(network)
-
-        def forward(batch: Inputs) -> Tensor:
-            added = {"text_embeds": batch.pooled_BP, "time_ids": batch.sizes_B6}
-            return theirs(batch.x_BCHW, batch.t_B, batch.context_BTX, added_cond_kwargs=added).sample
-
+        optimizer, backward, update = (
+            of_trainer(kind, case, network) if kind.startswith("ours") else of_example(network)
+        )
     batch = make_inputs(case)
 
     def forward_backward() -> Tensor:
         with torch.autocast(case.device.type, dtype=case.dtype, enabled=case.dtype != torch.float32):
-            prediction = forward(batch)
+            prediction = predict(batch)
         loss = F.mse_loss(prediction.float(), batch.target_BCHW)
         backward(loss)
         return loss.detach()

@@ -116,7 +116,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--fused_backward_pass",
         action="store_true",
-        help="update each weight in backward and free its gradient at once; --max_grad_norm then clips each tensor's "
+        help="update weights in backward and free their gradients soon; --max_grad_norm then clips each tensor's "
         "gradient by itself, for the norm of all is not known yet",
     )
     group.add_argument(

@@ -124,9 +124,8 @@ def _shape(block: nn.Module, inputs: Sequence[Tensor]) -> Any:
 
 def _flops(block: nn.Module, inputs: Sequence[Tensor], compute_dtype: torch.dtype) -> int:
     """Of a block's forward pass. Attention is written out here, so that its products are counted."""
-    from torch.utils.flop_counter import (
-        FlopCounterMode,
-    )  # brings triton: not for a run without a policy
+    # Brings triton, which is not for a run without a policy to wait for.
+    from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter, Autocast(compute_dtype):
         block(*inputs)

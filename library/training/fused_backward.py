@@ -1,10 +1,9 @@
 """--fused_backward_pass: parameters are updated in backward soon after their gradients are there, which are then freed.
 
-So of all gradients few exist at a time: 10.2 GB less for SDXL's U-Net in fp32. Two thirds of its parameters are small;
-an optimizer's step for each alone would cost more than the update, so they are collected up to 32 MiB or a hundredth of
-all gradients, whichever is less. What follows from updating so early:
-the norm of all gradients is known only after the last update, so clipping bounds each tensor's own norm; and a gradient
-that is not finite is noticed when other weights have been updated, so it ends the run.
+So of all gradients few exist at a time: 10.2 GB less for SDXL's U-Net in fp32. Small parameters are collected, up to 32
+MiB or a hundredth of all gradients, so that not each of them costs a step of the optimizer. What follows from updating
+so early: the norm of all gradients is known only after the last update, so clipping bounds each tensor's own norm; and
+a gradient that is not finite is noticed when other weights have been updated, so it ends the run.
 """
 
 import math
