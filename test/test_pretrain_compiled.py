@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +12,9 @@ from safetensors.torch import load_file
 import sdxl_pretrain
 from library.cli.run import DYNAMO_BACKENDS
 from library.errors import InputError
-from library.models.checkpoint import save_sdxl
-from library.models.metadata import modelspec
-from library.models.unet import UNet, UNetConfig
 from library.training.compiling import check_backend
 from library.training.rules import check_compiling
+from test.models.small_sdxl import save_with_small_unet
 
 STEPS = 4
 STATE = "at-step00000002-state"
@@ -26,22 +23,8 @@ STATE = "at-step00000002-state"
 @pytest.fixture(scope="module")
 def model_folder(sdxl, tmp_path_factory):
     """The tiny model with a U-Net of three kinds of blocks alone: every kind takes seconds to trace."""
-    torch.manual_seed(4)
-    config = UNetConfig(
-        model_channels=64,
-        channel_mult=(1, 1),
-        num_res_blocks=1,
-        transformer_depth=(0, 1),
-        transformer_depth_middle=1,
-        context_dim=sdxl.unet.config.context_dim,
-        adm_in_channels=sdxl.unet.config.adm_in_channels,
-    )
-    unet = UNet(config)
-    for parameter in unet.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    metadata = modelspec(title="tiny", resolution_wh_px=(64, 64), prediction_type="epsilon")
     folder = tmp_path_factory.mktemp("model") / "sdxl"
-    return save_sdxl(replace(sdxl, unet=unet), folder, "diffusers_safetensors", None, metadata)
+    return save_with_small_unet(sdxl, folder, side_px=64, model_channels=64, channel_mult=(1, 1))
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,12 @@
 
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from library.models.checkpoint import save_sdxl
-from library.models.metadata import modelspec
-from library.models.unet import UNet, UNetConfig
 from test.faults.runs import Run, Server
+from test.models.small_sdxl import save_with_small_unet
 
 STEPS = 6
 ONE_MICRO_BATCH = ("--gradient_accumulation_steps=1",)  # a step of two processes
@@ -28,22 +24,8 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def smallest_sdxl_folder(sdxl, tmp_path_factory) -> Path:
     """The tiny model with a U-Net of two levels, so that a training state is written in a moment."""
-    torch.manual_seed(4)
-    config = UNetConfig(
-        model_channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        transformer_depth=(0, 1),
-        transformer_depth_middle=1,
-        context_dim=sdxl.unet.config.context_dim,
-        adm_in_channels=sdxl.unet.config.adm_in_channels,
-    )
-    unet = UNet(config)
-    for parameter in unet.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    metadata = modelspec(title="smallest", resolution_wh_px=(32, 32), prediction_type="epsilon")
     folder = tmp_path_factory.mktemp("smallest") / "sdxl"
-    return save_sdxl(replace(sdxl, unet=unet.eval()), folder, "diffusers_safetensors", None, metadata)
+    return save_with_small_unet(sdxl, folder, side_px=32, model_channels=32, channel_mult=(1, 2))
 
 
 @pytest.fixture(scope="session")
