@@ -48,7 +48,7 @@ def import_quickly(*names: str) -> None:
 def import_pruned(*names: str) -> None:
     """The same for modules of diffusers and transformers, from now on without what few ask for in both."""
     with _collector_at_rest(names):
-        defer_imports()
+        _defer_imports()
         for name in names:
             importlib.import_module(name)
 
@@ -160,7 +160,7 @@ class _InstalledPackages(Mapping[str, list[str]]):
         return len(self._found)
 
 
-def defer_imports() -> None:
+def _defer_imports() -> None:
     """From now on those parts are imported on first use; what is imported already, or is not there, stays as it is."""
     packages = importlib.metadata.packages_distributions
     if not isinstance(packages, _InstalledPackages):

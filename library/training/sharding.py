@@ -285,15 +285,16 @@ class FullySharded(Replicated):
         return contextlib.nullcontext()
 
     def clip(self, max_norm: float) -> Tensor:
-        """The squared norms of all shares, added up, are the gradient's."""
+        """As `Replicated`, of the shards' gradients."""
         for name, whole in self._sharded.items():
             self.named[name].grad = None if whole.grad is None else whole.grad.to_local()
-        self.accelerator.unscale_gradients()
+        return super().clip(max_norm)
+
+    def _norm(self) -> Tensor:
+        """The squared norms of all shares, added up, are the gradient's."""
         squared = total_norm(self.parameters).to(self.accelerator.device).square()
         dist.all_reduce(squared)
-        norm = squared.sqrt()
-        clip_gradients(self.parameters, norm, max_norm)
-        return norm
+        return squared.sqrt()
 
     def zero_grad(self) -> None:
         """Forget the gradients of the shards, and those that FSDP would add to."""
