@@ -19,10 +19,10 @@ import argparse
 import time
 from functools import partial
 
-from library.cli import caches, config_file, data, dataset_config, model, optimization, run
-from library.cli.main import run_main, run_script
-from library.cli.parser import StrictParser, fill
 from library.imports import import_quickly
+from library.options import caches, config_file, data, dataset_config, model, optimization, run
+from library.options.parser import StrictParser, fill
+from library.script import run_main, run_script
 from library.signals import Signals
 
 
@@ -51,10 +51,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: argparse.Namespace, signals: Signals, started: float) -> None:
     """Turn the arguments into options and run the task; what needs torch is imported here, after --help."""
-    import_quickly("library.training.assembly", "library.training.sdxl", "third_patch")
-    from library.cli.options import Options
-    from library.training.assembly import run as run_training
-    from library.training.sdxl import SDXLPretraining, load_token_counter
+    import_quickly("library.training.run", "library.training.task", "third_patch")
+    from library.options.options import Options
+    from library.training.run import run as run_training
+    from library.training.task import SDXLPretraining, load_token_counter
     from third_patch import PATCHES, apply
 
     options = Options(

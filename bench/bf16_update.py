@@ -22,10 +22,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library import device as devices
-from library.cli.run import BF16_UPDATES
-from library.training.bf16_update import Bf16Update
-from library.training.live_bytes import LiveBytes
-from library.training.optimizers import ParameterGroup, make_optimizer
+from library.options.run import BF16_UPDATES
+from library.training.engine.bf16_update import Bf16Update
+from library.training.engine.optimizers import ParameterGroup, make_optimizer
+from library.training.memory.live_bytes import LiveBytes
 
 PEERS = {"torch AdamW, fp32": torch.float32, "torch AdamW, bf16": torch.bfloat16}
 WAYS = [*PEERS, *BF16_UPDATES]

@@ -26,17 +26,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from data import BATCH, bucket_options, jpeg, photo_like, write_shard
 
-from library.data.bucket_rows import bucket_rows
-from library.data.cache import Cache, Caches, MemoryShelf, Shelf, blocks_of
-from library.data.cache_files import BlockShelf
-from library.data.cache_fill import fill
-from library.data.cache_making import LatentMaking
-from library.data.cache_npz import NpzShelf, Picture
-from library.data.index import build_index
+from library.data.cache.block_files import BlockShelf
+from library.data.cache.encodings import LatentMaking
+from library.data.cache.entries import Cache, Caches, MemoryShelf, Shelf, blocks_of
+from library.data.cache.fill import fill
+from library.data.cache.npz_files import NpzShelf, Picture
+from library.data.index.sources import Subset
+from library.data.index.table import build_index
 from library.data.loader import MicroBatchDataset, Share
-from library.data.plan import Plan, repeated
-from library.data.sample import Treatment
-from library.data.sources import Subset
+from library.data.order.bucket_rows import bucket_rows
+from library.data.order.plan import Plan, repeated
+from library.data.sample.prepare import Treatment
 from library.models.vae import encode_moments
 
 SIZES = ((1024, 1024), (1440, 1080), (1200, 1800), (2048, 1536))

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from memory import Configuration, parts_of
 from scaling import sdxl
 
-from library.training.checkpoint_policy import choose_checkpoints
-from library.training.memory import GIB, estimator
+from library.training.memory.checkpoint_policy import choose_checkpoints
+from library.training.memory.estimate import GIB, estimator
 
 SHARES = (0.1, 0.5, 0.9)  # of what lies between all blocks recomputed and none
 

@@ -7,7 +7,7 @@ The pictures are made here: JPEGs of 1 to 4 megapixels with a photograph's spect
 4:2:0. Each goes to its SDXL bucket at 1024 and at 512 px. Three take turns on one thread, by the process's own time, so
 that other work on the machine counts little:
 
-- ours: library.data.decode, encoded bytes to the pixels of the bucket
+- ours: library.data.sample.decode, encoded bytes to the pixels of the bucket
 - reference: Pillow's decoding, a numpy array, OpenCV's INTER_AREA, the crop (left out where OpenCV is not installed; it
   is no requirement of this project)
 - decoding: Pillow's decoding alone (libjpeg-turbo) at the reduced scale that ours takes: the bound of any pipeline
@@ -41,16 +41,16 @@ from PIL import Image, features
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.data.augmentation import apply_gamma, shift_hue
-from library.data.bucket_rows import bucket_rows
-from library.data.buckets import BucketOptions, assign_buckets, fit
-from library.data.decode import DRAFT_MARGIN, Fit, decode
-from library.data.index import build_index
+from library.data.index.sources import Subset
+from library.data.index.table import build_index
 from library.data.loader import Share, make_loader
-from library.data.plan import Plan, repeated
-from library.data.sample import Treatment
-from library.data.scaling import FILTERS, Filter
-from library.data.sources import Subset
+from library.data.order.bucket_rows import bucket_rows
+from library.data.order.buckets import BucketOptions, assign_buckets, fit
+from library.data.order.plan import Plan, repeated
+from library.data.sample.augmentation import apply_gamma, shift_hue
+from library.data.sample.decode import DRAFT_MARGIN, Fit, decode
+from library.data.sample.prepare import Treatment
+from library.data.sample.scaling import FILTERS, Filter
 
 SIZES = ((1024, 1024), (1440, 1080), (1200, 1800), (1600, 1600), (2048, 1536), (2000, 2000))  # 1.0 to 4.0 megapixels
 TARGETS = (1024, 512)

@@ -109,7 +109,9 @@ class Clock:
 def run_timed(started: float, arguments: Sequence[str]) -> dict[str, Any]:
     """Run sdxl_pretrain.py here with timers around its stages; returns what they show."""
     import sdxl_pretrain
-    from library.training import assembly, loop, sdxl
+    from library.training import loop
+    from library.training import run as assembly
+    from library.training import task as sdxl
 
     clock = Clock(started)
     clock.end("imports")

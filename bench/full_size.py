@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sdxl_pretrain
 from library import device as devices
-from library.models.sdxl import SDXLModel
+from library.models.model import SDXLModel
 from library.models.unet import UNet, UNetConfig
 from tools.demo.make_tokenizer import write_tokenizer
 
@@ -128,7 +128,7 @@ def differing_tensors(path: Path, model: SDXLModel) -> list[str]:
 
 def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) -> dict[str, Any]:
     """Train for so many steps and save; everything is written into `folder`."""
-    from library.training import sdxl
+    from library.training import task as sdxl
 
     began = time.perf_counter()
     model = random_model(size, folder)

@@ -41,7 +41,7 @@ from log_plot import Series, fit, log_plot
 
 from library import device as devices
 from library.models.unet import UNet, size_embedding
-from library.training.optimizers import ParameterGroup, make_optimizer
+from library.training.engine.optimizers import ParameterGroup, make_optimizer
 
 CPU = torch.device("cpu")
 LATENT_PX = 8  # of the image, for each of the latents

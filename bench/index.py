@@ -24,13 +24,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sdxl_pretrain
-from library.cli.data import DataOptions
-from library.cli.dataset_config import data_options
-from library.data import index as index_module
-from library.data import parallel
 from library.data.dataset import TrainingData, prepare_data
-from library.data.rows import ROW, CaptionKind, Part, Summary
-from library.data.sources import Listed
+from library.data.index import table as index_module
+from library.data.index import worker_pool as parallel
+from library.data.index.rows import ROW, CaptionKind, Part, Summary
+from library.data.index.sources import Listed
+from library.options.data import DataOptions
+from library.options.dataset_config import data_options
 
 CASES = "1000000/1000 10000000/1000 10000000/4000"
 GLOBAL_BATCH = 2048

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from unet_steps import KINDS, MIDDLE, SMALL, Case, make_inputs, make_network
 
 from library.models.unet import UNetConfig
-from library.training.shapes import fused_attention
+from library.training.memory.meta_run import fused_attention
 
 META = torch.device("meta")
 CASES = {

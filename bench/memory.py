@@ -3,8 +3,9 @@
     python bench/memory.py
 
 Batch 1 a device, the U-Net trains, the frozen text encoders and the VAE lie beside it in the precision of the run. The
-table is Markdown, in GB (10^9 bytes); the last line printed is one JSON object. test/training/test_memory.py holds the
-estimator to real steps, docs/measurements/full_size.md has a real one of this size.
+table is Markdown, in GB (10^9 bytes); the last line printed is one JSON object.
+test/training/memory/test_estimate.py holds the estimator to real steps; docs/measurements/full_size.md has a real
+step of this size.
 """
 
 import importlib.util
@@ -23,17 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from scaling import sdxl
 
-from library.cli.run import BF16_UPDATES
-from library.models.conditioned_unet import ConditionedUNet
-from library.models.sdxl import SDXLModel
+from library.models.denoiser import ConditionedUNet
+from library.models.model import SDXLModel
 from library.models.vae import encode_images
-from library.training.bf16_update import Bf16Update
-from library.training.held import Training
-from library.training.memory import MemoryEstimate, estimate
-from library.training.optimizers import make_optimizer
-from library.training.precision import DTYPES
-from library.training.shapes import without_data
-from library.training.swap_schedule import choose_blocks
+from library.options.run import BF16_UPDATES
+from library.training.engine.bf16_update import Bf16Update
+from library.training.engine.optimizers import make_optimizer
+from library.training.engine.precision import DTYPES
+from library.training.engine.swap_schedule import choose_blocks
+from library.training.memory.estimate import MemoryEstimate, estimate
+from library.training.memory.meta_run import without_data
+from library.training.memory.resident import Training
 
 ADAFACTOR = ["relative_step=False", "scale_parameter=False"]
 

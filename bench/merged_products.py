@@ -4,7 +4,7 @@
 
 Keys and values of all cross-attention layers of SDXL's U-Net have the text's states as their input; queries, keys and
 values of a self-attention layer the norm's output. Both ways take turns in one process, each with the calls that the
-trainer makes (library/models/products.py): output, the input's gradient, the weights' gradient. Merged, the layers'
+trainer makes (library/models/cpu_kernels.py): output, the input's gradient, the weights' gradient. Merged, the layers'
 gradients must first be gathered. The merged gradient of the weights is timed in new memory, as the trainer would have
 it, and in memory that is kept (the sum has the former). Beside them the share that these products have of a step's
 FLOPs, which is the most that merging could gain. The last line printed is one JSON object.
@@ -30,7 +30,7 @@ import timing
 import unet_steps
 
 from library import device as devices
-from library.models import products
+from library.models import cpu_kernels as products
 from library.models.unet import Attention, UNet, UNetConfig
 
 RESOLUTIONS_PX = (512, 1024)

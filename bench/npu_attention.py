@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library import device as devices
-from library.data.buckets import BucketOptions, bucket_list
+from library.data.order.buckets import BucketOptions, bucket_list
 from library.models.attention import BACKENDS
 from library.models.unet import UNetConfig
 

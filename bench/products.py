@@ -5,7 +5,7 @@
 For 3×3 convolutions: oneDNN's operator against a matrix product over the unfolded pixels, for output, input's gradient
 and weights' gradient; and oneDNN asked for the input's gradient alone, and with the bias's. For linear layers: MKL
 against oneDNN. The choices take turns; of each the least of the rounds is taken, as other work on the machine can only
-add to it. The last line printed is one JSON object. `library/models/products.py` chooses by these figures.
+add to it. The last line printed is one JSON object. `library/models/cpu_kernels.py` chooses by these figures.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library import device as devices
-from library.models import products
+from library.models import cpu_kernels as products
 
 # batch, channels in, channels out, rows, columns: of the middle width of bench/train_step.py, and of SDXL
 CONVOLUTIONS = (

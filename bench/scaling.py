@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.models.conditioned_unet import ConditionedUNet
-from library.models.sdxl import SDXLModel
+from library.models.denoiser import ConditionedUNet
+from library.models.model import SDXLModel
 from library.models.unet import UNet
 from library.models.vae import encode_images
 from third_patch.accelerate_patch.accelerator import ALL_BUCKETS_ELEMENTS, BUCKET_ELEMENTS

@@ -42,12 +42,12 @@ import scaling
 import timing
 import unet_steps
 
-from library.cli.main import run_script
-from library.cli.optimization import SHARDINGS
 from library.models.unet import UNet, size_embedding
-from library.training import sharding
-from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
-from library.training.precision import make_accelerator
+from library.options.optimization import SHARDINGS
+from library.script import run_script
+from library.training.engine import sharding
+from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.engine.precision import make_accelerator
 from third_patch import PATCHES, apply
 from third_patch.accelerate_patch import accelerator as accelerate_patch
 

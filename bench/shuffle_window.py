@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.data.plan import Plan
+from library.data.order.plan import Plan
 
 SAMPLE_BYTES = 100_000
 WINDOWS = (1, 4, 16, 64, 0)

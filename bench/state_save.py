@@ -22,9 +22,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.training.saving import Retention, step_name
-from library.training.state_files import StateInfo, verify
-from library.training.state_writer import StateWriter
+from library.training.state.files import StateInfo, verify
+from library.training.state.names import Retention, step_name
+from library.training.state.writer import StateWriter
 
 TENSORS = 64  # of a third of the state each: weights, first and second moment
 

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from library import device as devices
 from library.models.compiled import compile_blocks
-from library.models.diffusers_config import unet_config_to_diffusers
-from library.models.key_maps import rename, unet_to_diffusers
+from library.models.files.diffusers_config import unet_config_to_diffusers
+from library.models.files.key_maps import rename, unet_to_diffusers
 from library.models.unet import UNet, UNetConfig, size_embedding
-from library.training.fused_backward import FusedBackward
-from library.training.optimizers import ParameterGroup, make_optimizer
-from library.training.sharding import Replicated
+from library.training.engine.fused_backward import FusedBackward
+from library.training.engine.optimizers import ParameterGroup, make_optimizer
+from library.training.engine.sharding import Replicated
 
 SIZE_WIDTH = 6 * 256
 TINY = UNetConfig(

@@ -12,7 +12,7 @@ from PIL import Image
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other, above all beside loader workers
 
 
-AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # library.cli.main sets it, so that torch does not import torch_npu
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # library.script sets it, so that torch does not import torch_npu
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def vae():
 @pytest.fixture(scope="session")
 def sdxl(tokenizers, text_encoders, vae):
     """All of a tiny SDXL: three levels with none, one and two transformer layers."""
-    from library.models.sdxl import SDXLModel
+    from library.models.model import SDXLModel
     from library.models.unet import UNet, UNetConfig
 
     torch.manual_seed(3)
@@ -140,8 +140,8 @@ def sdxl(tokenizers, text_encoders, vae):
 @pytest.fixture(scope="session")
 def tiny_sdxl_folder(sdxl, tmp_path_factory):
     """The tiny model as a diffusers folder, what a run starts from."""
-    from library.models.checkpoint import save_sdxl
-    from library.models.metadata import modelspec
+    from library.models.files.modelspec import modelspec
+    from library.models.files.write import save_sdxl
 
     metadata = modelspec(title="tiny", resolution_wh_px=(64, 64), prediction_type="epsilon")
     return save_sdxl(sdxl, tmp_path_factory.mktemp("tiny") / "sdxl", "diffusers_safetensors", None, metadata)

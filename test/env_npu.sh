@@ -29,7 +29,7 @@ else
     export COMBINED_ENABLE=${COMBINED_ENABLE:-1}                          # non-contiguous views are combined
     export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}
     export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-5400}             # seconds
-    # With several machines it must be the address that the others reach: library/machines/launch.py finds it.
+    # With several machines it must be the address that the others reach: library/processes/launch.py finds it.
     if [ -z "${HCCL_IF_IP:-}" ] && [ "${NNODES:-1}" = 1 ]; then
         _address=$(hostname -I 2>/dev/null | cut -d' ' -f1) || _address=
         if [ -n "$_address" ]; then export HCCL_IF_IP=$_address; fi

@@ -241,7 +241,7 @@ launch() {
     command=("$python")
     if [ "$by_torchrun" = 1 ]; then
         command+=(
-            -m library.machines.launch --nnodes="$nnodes" --nproc_per_node="$nproc_per_node" --node_rank="$node_rank"
+            -m library.processes.launch --nnodes="$nnodes" --nproc_per_node="$nproc_per_node" --node_rank="$node_rank"
             --master_ip="$master_ip" --master_port="$master_port" --start_timeout="$start_timeout" --log="$log_stem" --
         )
         echo "log: $log_stem.log, those of the other processes beside it: $(basename "$log_stem").rank1.log and so on"

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOAD = """
 import gc, importlib.metadata, json, sys
 import torch
-from library.models.checkpoint import load_sdxl
+from library.models.files.read import load_sdxl
 
 model = load_sdxl(sys.argv[1])
 with torch.no_grad():
@@ -87,4 +87,7 @@ def test_help_needs_neither_torch_nor_numpy():
 
 def test_headers_of_pictures_are_read_without_torchvision():
     """The index is made in processes of its own, which need not wait for it."""
-    run_python("-c", "import sys, library.data.index, library.data.decode; assert 'torchvision' not in sys.modules")
+    run_python(
+        "-c",
+        "import sys, library.data.index.table, library.data.sample.decode\nassert 'torchvision' not in sys.modules",
+    )

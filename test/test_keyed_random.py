@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.diffusion.draws import normal, timesteps
+from library.diffusion.random_draws import normal, timesteps
 from library.keyed_random import Stream, generator
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sdxl_pretrain
-from library.models.checkpoint import load_sdxl
-from library.training import sdxl as sdxl_task
-from library.training.sdxl import SDXLPretraining
+from library.models.files.read import load_sdxl
+from library.training import task as sdxl_task
+from library.training.task import SDXLPretraining
 
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220), "green": (40, 180, 70)}
 

@@ -76,7 +76,7 @@ def encoded(monkeypatch):
         seen.append(len(images_BHWC))
         return real(vae, images_BHWC, **options)
 
-    monkeypatch.setattr("library.training.sdxl_encoders.encode_moments", encode)
+    monkeypatch.setattr("library.training.encoders.encode_moments", encode)
     return seen
 
 
@@ -148,7 +148,7 @@ def test_what_stands_against_a_cache_is_an_error_that_names_both(train, flags, n
 
 
 def test_a_cache_that_cannot_fit_into_memory_is_refused(train, monkeypatch):
-    monkeypatch.setattr("library.training.caching._available_bytes", lambda: 100_000)
+    monkeypatch.setattr("library.training.cache_filling._available_bytes", lambda: 100_000)
     status, _, printed = train("--cache_latents")
     assert status == 2 and "--cache_latents_to_disk" in printed and "GiB" in printed
     status, _, printed = train("--cache_latents_to_disk", "--max_train_steps=1")

@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import sdxl_pretrain
-from library.training.resume import log_changed_options, versions
-from library.training.sdxl import SDXLPretraining
+from library.training.state.resume import log_changed_options, versions
+from library.training.task import SDXLPretraining
 from test.data.shard_server import ShardServer
 
 ROOT = Path(__file__).parents[1]

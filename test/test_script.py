@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = """
 import atexit, os
-from library.cli.main import run_script
+from library.script import run_script
 
 class AbortsLate:  # as gloo's threads do while the interpreter is taken apart
     def __del__(self, abort=os.abort):

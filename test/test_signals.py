@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from library.cli.main import run_main
 from library.errors import Stopped
+from library.script import run_main
 from library.signals import DUPLICATE_S, Signals, leave_signals_to_parent
 
 

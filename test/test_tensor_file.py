@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from library.tensor_file import tensor_file
-from library.training.live_bytes import LiveBytes
+from library.training.memory.live_bytes import LiveBytes
 
 
 def write(path, tensors, *arguments):

@@ -1,7 +1,8 @@
 """Patches are data: applied with a line of the log, undone, refused where they do not fit; each is in the ledger.
 
-That training is wrong without each and right with it is shown in two processes (test/training/processes_child.py) and,
-for the move to another device, on the simulated NPU (test/npu_sim/inside/two_processes.py).
+That training is wrong without each and right with it is shown in two processes
+(test/training/engine/processes_child.py) and, for the move to another device, on the simulated NPU
+(test/npu_sim/inside/two_processes.py).
 """
 
 import dataclasses
@@ -117,7 +118,7 @@ def test_both_ends_of_the_range_of_accelerate_train(version, tmp_path):
     )
     assert asked.stdout.strip() == version
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    child = ROOT / "test" / "training" / "processes_child.py"
+    child = ROOT / "test" / "training" / "engine" / "processes_child.py"
     done = subprocess.run([*command, child, tmp_path], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     for rank in (0, 1):

@@ -13,28 +13,28 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from library.cli.data import DataOptions, SubsetOptions
-from library.cli.parser import fill
-from library.data.augmentation import ImageOptions, face_in
 from library.data.bad_samples import check_left_out
-from library.data.bucket_rows import Buckets, bucket_rows
-from library.data.buckets import BucketOptions, check_options
-from library.data.cache import NO_CACHES, Caches
-from library.data.captions import CaptionOptions
-from library.data.held_out import Split, ValidationPlan, choices
-from library.data.hub_data import local_data
-from library.data.index import Index, build_index
-from library.data.index_cache import digest
+from library.data.cache.entries import NO_CACHES, Caches
+from library.data.index.hub import local_data
+from library.data.index.kept_tables import digest
+from library.data.index.sources import Subset
+from library.data.index.table import Index, build_index
 from library.data.loader import Loader, MicroBatchDataset, Share, Tokenize, make_loader
-from library.data.plan import Plan, repeated
-from library.data.regularisation import balanced, regularisation_lines
+from library.data.order.bucket_rows import Buckets, bucket_rows
+from library.data.order.buckets import BucketOptions, check_options
+from library.data.order.held_out import Split, ValidationPlan, choices
+from library.data.order.plan import Plan, repeated
+from library.data.order.regularisation import balanced, regularisation_lines
 from library.data.report import caption_line, data_report
-from library.data.sample import Treatment
-from library.data.scaling import FILTERS
-from library.data.sources import Subset
-from library.data.streams import is_streamed, prepare_stream
+from library.data.sample.augmentation import ImageOptions, face_in
+from library.data.sample.captions import CaptionOptions
+from library.data.sample.prepare import Treatment
+from library.data.sample.scaling import FILTERS
+from library.data.stream.streamed_set import is_streamed, prepare_stream
 from library.data.training_set import TrainingSet
 from library.errors import InputError
+from library.options.data import DataOptions, SubsetOptions
+from library.options.parser import fill
 
 logger = logging.getLogger(__name__)
 

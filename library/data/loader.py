@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from library.data.bucket_rows import Buckets
-from library.data.cache import MEND_CACHE, NO_CACHES, Caches, DamagedEntryError
-from library.data.decode import Fit, SampleError
-from library.data.held_out import ValidationPlan
-from library.data.index import Index
-from library.data.permutation import ROUNDS, permute
-from library.data.plan import Plan
-from library.data.reader import Reader
-from library.data.sample import Place, Sample, Treatment, prepare_cached, prepare_sample
+from library.data.cache.entries import MEND_CACHE, NO_CACHES, Caches, DamagedEntryError
+from library.data.index.table import Index
+from library.data.order.bucket_rows import Buckets
+from library.data.order.held_out import ValidationPlan
+from library.data.order.permutation import ROUNDS, permute
+from library.data.order.plan import Plan
+from library.data.sample.decode import Fit, SampleError
+from library.data.sample.prepare import Place, Sample, Treatment, prepare_cached, prepare_sample
+from library.data.sample.reader import Reader
 from library.errors import InputError, TrainingError
 from library.keyed_random import Stream, generator
 from library.signals import leave_signals_to_parent

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from library.data.bucket_rows import Buckets
-from library.data.captions import CaptionOptions, process_caption
-from library.data.decode import SampleError
-from library.data.index import Index
-from library.data.plan import Plan
-from library.data.reader import Reader
+from library.data.index.table import Index
+from library.data.order.bucket_rows import Buckets
+from library.data.order.plan import Plan
+from library.data.sample.captions import CaptionOptions, process_caption
+from library.data.sample.decode import SampleError
+from library.data.sample.reader import Reader
 
 _MOST_BUCKETS = 40  # lines; the rest is summed up
 _MOST_BATCHES = 32  # looked at for a mean

@@ -7,7 +7,7 @@ from library.data.loader import Loader, Tokenize
 
 
 class Epochs(Protocol):
-    """Where epochs begin; `library.data.plan.Plan` is one."""
+    """Where epochs begin; `library.data.order.plan.Plan` is one."""
 
     def epoch_of_step(self, step: int) -> int:
         """The epoch that a step belongs to, from 0."""

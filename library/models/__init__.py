@@ -1,1 +1,15 @@
-"""U-Net, text encoders, VAE, and the files they come from and go to."""
+"""U-Net, text encoders and VAE, and the files they come from and go to.
+
+model               all parts of one model, in memory
+unet                the U-Net, its parameters named as Stability's checkpoint keys
+attention           scaled dot-product attention over interchangeable backends
+denoiser            the U-Net and its text encoders as the one module that trains
+text_encoders       captions to token ids, token ids to text states
+weighted_captions   weights in captions, `(word:1.3)`
+token_counts        how many tokens captions have
+vae                 pictures to scaled latents and back
+fused_ops           a norm and what follows it as one autograd function
+cpu_kernels         linear layers and convolutions by the faster of the CPU's kernels
+compiled            the U-Net's blocks compiled by torch.compile
+files/              reading and writing models
+"""

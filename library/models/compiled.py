@@ -3,7 +3,7 @@
 The whole network as one graph would be compiled anew, for minutes, for every bucket. Here a block is the unit, its
 rows, columns and tokens are left open, and blocks of one class with weights of the same shapes share what is compiled:
 SDXL's 17 residual blocks and 70 transformer layers are 14 programs. Names of parameters stay as they are, for a block
-is neither wrapped nor replaced. The fused functions of library.models.lean are traced as they are.
+is neither wrapped nor replaced. The fused functions of library.models.fused_ops are traced as they are.
 """
 
 from collections.abc import Hashable

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.models.sdxl import SDXLModel
+from library.models.model import SDXLModel
 from library.models.text_encoders import (
     enable_gradient_checkpointing,
     encode_sdxl,

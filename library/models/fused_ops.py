@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from library import device
-from library.models.products import (
+from library.models.cpu_kernels import (
     bias_gradient,
     convolution,
     convolution_gradients,

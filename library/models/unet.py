@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from library.errors import InputError
 from library.models.attention import attention, check_name
-from library.models.lean import normed_convolution, normed_feed_forward, normed_linears
-from library.models.products import Linear, PointwiseConvolution
+from library.models.cpu_kernels import Linear, PointwiseConvolution
+from library.models.fused_ops import normed_convolution, normed_feed_forward, normed_linears
 
 NORM_GROUPS = 32
 SIZE_EMBEDDING_DIM = 256  # SDXL embeds each of the six size conditions this wide: 2816 = 1280 + 6·256

@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 from dataclasses import dataclass
 
-from library.cli.parser import positive_int
+from library.options.parser import positive_int
 
 
 @dataclass(frozen=True)

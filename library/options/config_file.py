@@ -12,10 +12,10 @@ from typing import Any
 
 import toml
 
+from library.address import Address
 from library.atomic_write import write_file
-from library.cli.address import Address
-from library.cli.read_config import read_config
 from library.errors import InputError
+from library.options.read_config import read_config
 
 _OWN = ("config_file", "output_config")
 

@@ -4,8 +4,8 @@ from argparse import ArgumentParser, ArgumentTypeError, _ArgumentGroup
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.cli.address import Address, location
-from library.cli.parser import non_negative_float, non_negative_int, positive_int, rate, seed
+from library.address import Address, location
+from library.options.parser import non_negative_float, non_negative_int, positive_int, rate, seed
 
 INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
 

@@ -12,11 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from library.cli.address import location
-from library.cli.data import INTERPOLATIONS, DataOptions, SubsetOptions, extension, face_range, separator
-from library.cli.parser import fill
-from library.cli.read_config import read_config
+from library.address import location
 from library.errors import InputError
+from library.options.data import INTERPOLATIONS, DataOptions, SubsetOptions, extension, face_range, separator
+from library.options.parser import fill
+from library.options.read_config import read_config
 
 Convert = Callable[[Any], Any]
 

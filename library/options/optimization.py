@@ -3,9 +3,9 @@
 from argparse import ArgumentParser
 from dataclasses import dataclass
 
-from library.cli.parser import non_negative_float, non_negative_int, positive_int, rate
+from library.options.parser import non_negative_float, non_negative_int, positive_int, rate
 
-SHARDINGS = ("none", "oss", "zero1", "fsdp")  # library.training.sharding
+SHARDINGS = ("none", "oss", "zero1", "fsdp")  # library.training.engine.sharding
 EMA_DECAY = 0.9999
 LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from library.cli.caches import CacheOptions
-from library.cli.data import DataOptions
-from library.cli.optimization import OptimizationOptions
-from library.cli.run import PreviewOptions, RunOptions, SavingOptions
+from library.options.caches import CacheOptions
+from library.options.data import DataOptions
+from library.options.optimization import OptimizationOptions
+from library.options.run import PreviewOptions, RunOptions, SavingOptions
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from argparse import ArgumentParser, _ArgumentGroup
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.cli.parser import file_stem, positive_float, positive_int, seed
 from library.diffusion.samplers import NAMES
+from library.options.parser import file_stem, positive_float, positive_int, seed
 
 CHECKPOINT_POLICIES = ("full", "auto")
 DYNAMO_BACKEND = "inductor"
@@ -13,7 +13,7 @@ DYNAMO_BACKENDS = [
     "eager", "aot_eager", DYNAMO_BACKEND, "aot_ts_nvfuser", "nvprims_nvfuser", "cudagraphs", "ofi", "fx2trt", "onnxrt",
     "tensort", "ipex", "tvm",
 ]  # fmt: skip
-BF16_UPDATES = ("stochastic", "kahan", "nearest")  # library.training.bf16_update
+BF16_UPDATES = ("stochastic", "kahan", "nearest")  # library.training.engine.bf16_update
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from library.cli.main import EXIT_FAILED
+from library.script import EXIT_FAILED
 
 _TAIL_LINES = 15
 _BY_SIGNAL = 128  # exit statuses from here on are 128 plus a signal's number
@@ -75,7 +75,7 @@ def root_cause(failures: Iterable[Failure]) -> Failure:
 
 
 def recorded_failures(machine: int, folder: Path) -> list[Failure]:
-    """What the processes of this machine wrote down before they ended (library/cli/main.py), below a folder."""
+    """What the processes of this machine wrote down before they ended (library/script.py), below a folder."""
     failures = []
     for path in folder.rglob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))

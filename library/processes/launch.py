@@ -1,6 +1,6 @@
 """Start one process a device by torchrun, on one machine or many, and end with the status of what failed first.
 
-    python -m library.machines.launch --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_ip=10.0.0.1 \\
+    python -m library.processes.launch --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_ip=10.0.0.1 \\
         --master_port=8989 --log=output/train_0 -- sdxl_pretrain.py ARGUMENT ...
 
 The launchers in test/ call it. The output of each machine's first process goes to the screen, that of the others to
@@ -25,13 +25,13 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from library.cli.main import EXIT_BAD_INPUT, EXIT_OK, leave_at_once
 from library.errors import InputError
-from library.machines.address import network_variables
-from library.machines.facts import software
-from library.machines.failures import Failure, recorded_failures, root_cause, silent_failures
-from library.machines.meeting import Place, call_the_roll, connect, open_store
-from library.machines.watch import Watch, stopped_by
+from library.processes.failures import Failure, recorded_failures, root_cause, silent_failures
+from library.processes.machine_watch import Watch, stopped_by
+from library.processes.network_interface import network_variables
+from library.processes.rendezvous import Place, call_the_roll, connect, open_store
+from library.processes.versions import software
+from library.script import EXIT_BAD_INPUT, EXIT_OK, leave_at_once
 
 # Each process becomes the command itself, so that signals and exit statuses are its own.
 _WORKER = 'if [ "$LOCAL_RANK" = 0 ]; then exec "$@"; else exec "$@" > "$WORKER_LOG.rank$RANK.log" 2>&1; fi'

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from torch.distributed import PrefixStore, Store
 
-from library.cli.main import EXIT_FAILED
-from library.machines.failures import Failure, root_cause
-from library.machines.meeting import Place
+from library.processes.failures import Failure, root_cause
+from library.processes.rendezvous import Place
+from library.script import EXIT_FAILED
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 25.0

@@ -13,7 +13,7 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from library.errors import InputError
-from library.machines.facts import differences
+from library.processes.versions import differences
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,18 @@
-"""The training loop and what it needs: optimizers, precision, metrics, previews, report."""
+"""The training loop and all that a run is made of.
+
+run                 from options to a finished run: what every script does around its task, in one order
+loop                the loop: train, train_step, loss
+task                SDXL pre-training: how a batch becomes a loss, what is saved, what is sampled
+encoders            what encodes and does not train: the VAE, and text encoders whose outputs are cached
+cache_filling       VAE and text encoders run once over all samples, before training
+validation          the loss on images that are held out
+preview             pictures sampled while training
+due                 what is due after a step: checkpoints, previews
+rules               rules between options, checked before anything loads
+output_folder       the output folder, looked at beforehand, and the figures at the end
+engine/             optimizers, precision, sharding, and how a step saves memory
+ranks/              what the processes of a run tell each other
+state/              training states: writing, choosing, resuming
+memory/             how much device memory a step needs, found by running it on shapes
+log/                metrics, the lines at the start and at the end, the list of bad samples
+"""

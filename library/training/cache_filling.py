@@ -21,13 +21,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from library.cli.options import Options
 from library.data.bad_samples import check_left_out
-from library.data.cache import NO_CACHES, Block, Cache, Caches, MemoryShelf, Shelf, blocks_of
-from library.data.cache_fill import Filled, Making, fill
-from library.data.cache_making import CaptionMaking, LatentMaking
-from library.data.cache_npz import TextLayout
-from library.data.cache_places import (
+from library.data.cache.encodings import CaptionMaking, LatentMaking
+from library.data.cache.entries import NO_CACHES, Block, Cache, Caches, MemoryShelf, Shelf, blocks_of
+from library.data.cache.fill import Filled, Making, fill
+from library.data.cache.locations import (
     BesideOf,
     cache_root,
     clear_left_behind,
@@ -36,11 +34,13 @@ from library.data.cache_places import (
     sources_beside_images,
     text_outputs_of,
 )
+from library.data.cache.npz_files import TextLayout
 from library.data.dataset import TrainingData
-from library.data.mapped import Opened
+from library.data.index.mapped_file import Opened
 from library.errors import InputError, Stopped, TrainingError
+from library.options.options import Options
 from library.signals import Signals
-from library.training.companions import CACHING, PREPARING, Progress
+from library.training.ranks.rank_watch import CACHING, PREPARING, Progress
 
 logger = logging.getLogger(__name__)
 

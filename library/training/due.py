@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 from library.atomic_write import remove
-from library.cli.options import Options
 from library.data.training_set import TrainingSet
+from library.options.options import Options
 from library.training.loop import LoopOptions
-from library.training.saving import Cadence, Retention, epoch_name, step_name
-from library.training.state_choice import obsolete
+from library.training.state.choice import obsolete
+from library.training.state.names import Cadence, Retention, epoch_name, step_name
 
 logger = logging.getLogger(__name__)
 

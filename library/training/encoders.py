@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library import device as devices
-from library.models.conditioned_unet import ConditionedUNet, vector_conditions
+from library.models.denoiser import ConditionedUNet, vector_conditions
 from library.models.text_encoders import encode_sdxl
 from library.models.vae import decode_latents, downscale_factor, encode_moments, latent_shape, sample_latents
 

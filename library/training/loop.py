@@ -24,7 +24,11 @@ from library.data.loader import MicroBatch
 from library.data.training_set import Epochs
 from library.errors import Stopped, TrainingError
 from library.signals import Signals
-from library.training.companions import (
+from library.training.engine.optimizers import set_schedule
+from library.training.engine.sharding import Replicated
+from library.training.log.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
+from library.training.log.quarantine import Quarantine
+from library.training.ranks.rank_watch import (
     READING,
     SAMPLING,
     SAVING,
@@ -35,12 +39,8 @@ from library.training.companions import (
     Requests,
     sums_of_all,
 )
-from library.training.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
-from library.training.optimizers import set_schedule
-from library.training.quarantine import Quarantine
-from library.training.saving import AVERAGE_SUFFIX
-from library.training.sharding import Replicated
-from library.training.states import RUN, Resumed, States, parts_by_process
+from library.training.state.names import AVERAGE_SUFFIX
+from library.training.state.states import RUN, Resumed, States, parts_by_process
 from library.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Trainer:
     ) -> None:
         """
         Args:
-            parallel: what `library.training.sharding.shard` made: module, optimizer and schedule.
+            parallel: what `library.training.engine.sharding.shard` made: module, optimizer and schedule.
             progress: where the other processes see how far this one is.
         """
         self.task, self.accelerator, self.parallel = task, accelerator, parallel

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from accelerate import Accelerator
 
-from library.cli.options import Options
 from library.data.training_set import TrainingSet
 from library.disk_space import missing_space
 from library.errors import InputError
 from library.models.attention import report as attention_report
+from library.options.options import Options
+from library.training.engine.optimizers import ParameterGroup
+from library.training.log.final_block import FinalFigures, write_case_log
 from library.training.loop import RunReport
-from library.training.optimizers import ParameterGroup
-from library.training.report import FinalFigures, write_case_log
 
 logger = logging.getLogger(__name__)
 

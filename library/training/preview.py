@@ -18,9 +18,9 @@ from library.atomic_write import write_file
 from library.diffusion.samplers import make_sampler
 from library.diffusion.schedule import NoiseSchedule, Prediction
 from library.errors import InputError
+from library.generation.prompts import SamplePrompt
 from library.keyed_random import Stream, generator
-from library.training.prompts import SamplePrompt
-from library.training.saving import sample_name
+from library.training.state.names import sample_name
 
 
 @dataclass(frozen=True)

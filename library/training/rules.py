@@ -5,15 +5,15 @@ import logging
 import torch
 
 from library import device as devices
-from library.cli.address import Address
-from library.cli.data import DataOptions
-from library.cli.optimization import EMA_DECAY, OptimizationOptions
-from library.cli.options import Options
-from library.cli.run import DYNAMO_BACKEND, PreviewOptions, RunOptions, SavingOptions
+from library.address import Address
 from library.errors import InputError
-from library.training.optimizers import check_warmup, choose_optimizer
-from library.training.prompts import read_prompts
-from library.training.sharding import sharding_kind
+from library.generation.prompts import read_prompts
+from library.options.data import DataOptions
+from library.options.optimization import EMA_DECAY, OptimizationOptions
+from library.options.options import Options
+from library.options.run import DYNAMO_BACKEND, PreviewOptions, RunOptions, SavingOptions
+from library.training.engine.optimizers import check_warmup, choose_optimizer
+from library.training.engine.sharding import sharding_kind
 
 logger = logging.getLogger(__name__)
 

@@ -17,30 +17,32 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from library import device as devices
-from library.cli.optimization import OptimizationOptions
-from library.cli.options import Options
-from library.cli.run import RunOptions
 from library.data.dataset import TrainingData, prepare_data
 from library.data.loader import worker_deaths_reported
 from library.data.training_set import TrainingSet
 from library.errors import InputError, TrainingError
 from library.models.token_counts import TokenCounter
+from library.options.optimization import OptimizationOptions
+from library.options.options import Options
+from library.options.run import RunOptions
 from library.signals import Signals
 from library.training import loop, validation
-from library.training.agreement import check_agreement, describe_run
-from library.training.bf16_update import bf16_update
-from library.training.caching import Encoders, make_caches
-from library.training.companions import Companions, Progress, companions
-from library.training.compiling import check_backend
-from library.training.fused_backward import FusedBackward
-from library.training.host_blocks import HostBlocks
-from library.training.metrics import MetricsWriter
-from library.training.occasions import loop_options
-from library.training.optimizers import Construct, ParameterGroup, make_lr_schedule, make_optimizer
-from library.training.output import check_room, finish, prepare_output
-from library.training.plan_lines import plan_lines
-from library.training.precision import make_accelerator
-from library.training.resume import check_resumed, options_by_flag, resumed_state, versions
+from library.training.cache_filling import Encoders, make_caches
+from library.training.due import loop_options
+from library.training.engine.bf16_update import bf16_update
+from library.training.engine.block_swap import HostBlocks
+from library.training.engine.compiling import check_backend
+from library.training.engine.fused_backward import FusedBackward
+from library.training.engine.optimizers import Construct, ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.engine.precision import make_accelerator
+from library.training.engine.sharding import MakeOptimizer, Replicated, shard, sharding_kind
+from library.training.engine.swapped_backward import SwappedBlocks, SwappedFusedBackward
+from library.training.log.metrics import MetricsWriter
+from library.training.log.shown_data import caption_lines, show_data
+from library.training.log.startup import plan_lines
+from library.training.output_folder import check_room, finish, prepare_output
+from library.training.ranks.agreement import check_agreement, describe_run
+from library.training.ranks.rank_watch import Companions, Progress, companions
 from library.training.rules import (
     check_caches,
     check_checkpointing,
@@ -53,15 +55,13 @@ from library.training.rules import (
     check_swapping,
     check_without_epochs,
 )
-from library.training.run_lock import RunLock
-from library.training.saving import Cadence, Retention, last_name, step_name
-from library.training.sharding import MakeOptimizer, Replicated, shard, sharding_kind
-from library.training.shown_data import caption_lines, show_data
-from library.training.state_choice import clear_left_behind
-from library.training.state_files import StateInfo
-from library.training.state_writer import StateWriter
-from library.training.states import Resumed, StateCadence, States
-from library.training.swapped_backward import SwappedBlocks, SwappedFusedBackward
+from library.training.state.choice import clear_left_behind
+from library.training.state.files import StateInfo
+from library.training.state.names import Cadence, Retention, last_name, step_name
+from library.training.state.resume import check_resumed, options_by_flag, resumed_state, versions
+from library.training.state.run_lock import RunLock
+from library.training.state.states import Resumed, StateCadence, States
+from library.training.state.writer import StateWriter
 from library.training.validation import Validator
 
 logger = logging.getLogger(__name__)

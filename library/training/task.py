@@ -15,36 +15,37 @@ import torch
 from torch import Tensor, nn
 
 from library import device as devices
-from library.cli.model import ModelOptions
-from library.cli.options import Options
 from library.data.loader import MicroBatch
-from library.diffusion.draws import normal, timesteps
 from library.diffusion.masks import latent_weights
+from library.diffusion.random_draws import normal, timesteps
 from library.diffusion.schedule import NoiseSchedule, prediction_type
 from library.errors import InputError
+from library.generation.prompts import SamplePrompt, read_prompts
 from library.keyed_random import Stream
-from library.models.checkpoint import load_sdxl, load_tokenizers, save_sdxl, saved_bytes
 from library.models.compiled import CompiledBlocks, compile_blocks, plan
-from library.models.conditioned_unet import ConditionedUNet, frozen_copy
-from library.models.metadata import modelspec
-from library.models.sdxl import SDXLModel
+from library.models.denoiser import ConditionedUNet, frozen_copy
+from library.models.files.modelspec import modelspec
+from library.models.files.read import load_sdxl, load_tokenizers
+from library.models.files.write import save_sdxl, saved_bytes
+from library.models.model import SDXLModel
 from library.models.text_encoders import tokenize, tokenize_weighted
 from library.models.token_counts import TokenCounter
 from library.models.vae import encode_images, latent_shape
-from library.training.assembly import Surroundings
-from library.training.bf16_update import bf16_update
-from library.training.checkpoint_policy import choose_checkpoints
-from library.training.held import Training
-from library.training.host_blocks import HostBlocks, move_all_but
-from library.training.memory import GIB, MemoryEstimate, estimator
-from library.training.optimizers import ParameterGroup, make_optimizer
-from library.training.precision import DTYPES, SAVE_DTYPES
+from library.options.model import ModelOptions
+from library.options.options import Options
+from library.training.encoders import SDXLEncoders
+from library.training.engine.bf16_update import bf16_update
+from library.training.engine.block_swap import HostBlocks, move_all_but
+from library.training.engine.optimizers import ParameterGroup, make_optimizer
+from library.training.engine.precision import DTYPES, SAVE_DTYPES
+from library.training.engine.sharding import sharding_kind
+from library.training.engine.swap_schedule import choose_blocks
+from library.training.memory.checkpoint_policy import choose_checkpoints
+from library.training.memory.estimate import GIB, MemoryEstimate, estimator
+from library.training.memory.resident import Training
 from library.training.preview import GuidedDenoiser, Previewer
-from library.training.prompts import SamplePrompt, read_prompts
 from library.training.rules import text_encoder_rates
-from library.training.sdxl_encoders import SDXLEncoders
-from library.training.sharding import sharding_kind
-from library.training.swap_schedule import choose_blocks
+from library.training.run import Surroundings
 
 logger = logging.getLogger(__name__)
 

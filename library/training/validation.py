@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from library.data.held_out import ValidationPlan
 from library.data.loader import MicroBatch
+from library.data.order.held_out import ValidationPlan
 from library.signals import Signals
-from library.training.companions import sums_of_all
-from library.training.metrics import MetricsWriter, finite_or_none
-from library.training.saving import Cadence
+from library.training.log.metrics import MetricsWriter, finite_or_none
+from library.training.ranks.rank_watch import sums_of_all
+from library.training.state.names import Cadence
 
 
 class Task(Protocol):

@@ -38,7 +38,7 @@ def test_the_full_size_is_sdxls(bench):
 
 
 def test_a_checkpoint_that_differs_is_noticed(bench, tmp_path):
-    from library.models.sdxl import SDXLModel
+    from library.models.model import SDXLModel
     from library.tensor_file import tensor_file
 
     torch.manual_seed(0)

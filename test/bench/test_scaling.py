@@ -150,7 +150,7 @@ def test_parameters_are_sdxls(model):
 def test_the_unets_flops_are_diffusers(scaling, model, step_flops):
     from diffusers import UNet2DConditionModel
 
-    from library.models.diffusers_config import unet_config_to_diffusers
+    from library.models.files.diffusers_config import unet_config_to_diffusers
 
     with torch.device("meta"):
         theirs = UNet2DConditionModel.from_config(unet_config_to_diffusers(model.unet.config))

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 import sdxl_pretrain
-from library.cli.caches import CacheOptions
-from library.cli.data import DataOptions
-from library.cli.dataset_config import data_options
-from library.cli.optimization import OptimizationOptions
-from library.cli.options import Options
-from library.cli.parser import fill
-from library.cli.run import PreviewOptions, RunOptions, SavingOptions
+from library.options.caches import CacheOptions
+from library.options.data import DataOptions
+from library.options.dataset_config import data_options
+from library.options.optimization import OptimizationOptions
+from library.options.options import Options
+from library.options.parser import fill
+from library.options.run import PreviewOptions, RunOptions, SavingOptions
 
 
 def picture(width: int, height: int, seed: int = 0, format: str = "JPEG") -> bytes:

@@ -7,9 +7,9 @@ import pytest
 import toml
 
 import sdxl_pretrain
-from library.cli.dataset_config import data_options
 from library.data.dataset import prepare_data
 from library.errors import InputError
+from library.options.dataset_config import data_options
 
 SHAPES = [(40, 30), (30, 40), (32, 32), (64, 24), (50, 50), (31, 42)]
 

@@ -23,13 +23,13 @@ import pytest
 from PIL import Image
 
 from library.data.bad_samples import check_left_out
-from library.data.bucket_rows import bucket_rows
-from library.data.buckets import BucketOptions
-from library.data.index import build_index
+from library.data.index.sources import Subset
+from library.data.index.table import build_index
 from library.data.loader import Share, make_loader
-from library.data.plan import Plan, repeated
-from library.data.sample import Treatment
-from library.data.sources import Subset
+from library.data.order.bucket_rows import bucket_rows
+from library.data.order.buckets import BucketOptions
+from library.data.order.plan import Plan, repeated
+from library.data.sample.prepare import Treatment
 from library.errors import InputError
 
 LONGEST_S = 20  # a case takes some 20 ms

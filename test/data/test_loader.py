@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from library.data.bucket_rows import bucket_rows
-from library.data.buckets import BucketOptions
-from library.data.captions import CaptionOptions
-from library.data.index import build_index
+from library.data.index.sources import Subset
+from library.data.index.table import build_index
 from library.data.loader import Share, make_loader
-from library.data.plan import Plan, repeated
+from library.data.order.bucket_rows import bucket_rows
+from library.data.order.buckets import BucketOptions
+from library.data.order.plan import Plan, repeated
 from library.data.report import data_report
-from library.data.sample import Treatment
-from library.data.sources import Subset
+from library.data.sample.captions import CaptionOptions
+from library.data.sample.prepare import Treatment
 from library.errors import InputError
 
 OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)

@@ -2,13 +2,13 @@
 
 import pytest
 
-from library.data.bucket_rows import bucket_rows
-from library.data.buckets import BucketOptions
-from library.data.captions import CaptionOptions
-from library.data.index import build_index
-from library.data.plan import Plan, repeated
+from library.data.index.sources import Subset
+from library.data.index.table import build_index
+from library.data.order.bucket_rows import bucket_rows
+from library.data.order.buckets import BucketOptions
+from library.data.order.plan import Plan, repeated
 from library.data.report import caption_line, data_report
-from library.data.sources import Subset
+from library.data.sample.captions import CaptionOptions
 
 
 @pytest.fixture

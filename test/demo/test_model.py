@@ -98,7 +98,7 @@ def test_the_unet_starts_by_predicting_nothing(pipeline: StableDiffusionXLPipeli
 
 
 def test_the_trainer_loads_the_folder(model: Path, pipeline: StableDiffusionXLPipeline) -> None:
-    from library.models.checkpoint import load_sdxl
+    from library.models.files.read import load_sdxl
 
     ours = load_sdxl(str(model))
     assert sum(p.numel() for p in ours.unet.parameters()) == sum(p.numel() for p in pipeline.unet.parameters())

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from library.data.index import build_index
-from library.data.sources import Subset
-from library.training.prompts import read_prompts
+from library.data.index.sources import Subset
+from library.data.index.table import build_index
+from library.generation.prompts import read_prompts
 from tools.demo.make_data import held_out_scenes, main, training_scenes, write_data
 from tools.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, combinations, random_size, render
 

@@ -8,12 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from library.data import dataset, decode
-from library.training import sdxl, state_files, state_writer
-from library.training.sdxl import SDXLPretraining
-from library.training.state_writer import StateWriter
+from library.data import dataset
+from library.data.sample import decode
+from library.training import task as sdxl
+from library.training.state import files as state_files
+from library.training.state import writer as state_writer
+from library.training.state.writer import StateWriter
+from library.training.task import SDXLPretraining
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training" / "state"))
 import power_cut
 
 _SLEEP_S = 0.02
@@ -171,7 +174,7 @@ def _in_save(save: int, act) -> None:
 
 def signal_while_caching(number: int, after: int) -> None:
     """The process gets a signal when it has encoded so many batches of images."""
-    from library.training import sdxl_encoders
+    from library.training import encoders as sdxl_encoders
 
     real, calls = sdxl_encoders.encode_moments, 0
 

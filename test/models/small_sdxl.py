@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from library.models.checkpoint import save_sdxl
-from library.models.metadata import modelspec
+from library.models.files.modelspec import modelspec
+from library.models.files.write import save_sdxl
 from library.models.unet import UNet, UNetConfig
 
 

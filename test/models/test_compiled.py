@@ -7,8 +7,8 @@ import torch
 
 from library.models import attention
 from library.models.compiled import Compiled, compile_blocks, equal_blocks, settle
-from library.models.diffusers_config import unet_config_to_diffusers
-from library.models.key_maps import rename, unet_to_diffusers
+from library.models.files.diffusers_config import unet_config_to_diffusers
+from library.models.files.key_maps import rename, unet_to_diffusers
 from library.models.unet import ResBlock, TransformerBlock, UNet, UNetConfig, size_embedding
 from test.models.weights import normal_weights
 

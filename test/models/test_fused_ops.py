@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from library.models import products
-from library.models.lean import normed_convolution, normed_feed_forward, normed_linears
-from library.models.products import Linear
+from library.models import cpu_kernels as products
+from library.models.cpu_kernels import Linear
+from library.models.fused_ops import normed_convolution, normed_feed_forward, normed_linears
 
 
 def layers(*made):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from library.errors import InputError
 from library.models import attention
-from library.models.diffusers_config import unet_config_to_diffusers
-from library.models.key_maps import rename, unet_to_diffusers
+from library.models.files.diffusers_config import unet_config_to_diffusers
+from library.models.files.key_maps import rename, unet_to_diffusers
 from library.models.unet import UNet, UNetConfig, size_embedding
 from test.models.weights import normal_weights
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.models.conditioned_unet import ConditionedUNet
+from library.models.denoiser import ConditionedUNet
 from library.models.text_encoders import encode_sdxl, tokenize, tokenize_weighted
 from library.models.weighted_captions import parse_weights, weigh
 

@@ -6,7 +6,7 @@ import pytest
 import toml
 
 import sdxl_pretrain
-from library.cli.config_file import parse_arguments
+from library.options.config_file import parse_arguments
 
 REQUIRED = ["--pretrained_model_name_or_path=model", "--output_dir=out"]
 

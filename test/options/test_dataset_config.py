@@ -7,8 +7,8 @@ import pytest
 import toml
 
 import sdxl_pretrain
-from library.cli.dataset_config import data_options
 from library.errors import InputError
+from library.options.dataset_config import data_options
 
 REQUIRED = ["--pretrained_model_name_or_path=m", "--output_dir=o"]
 

@@ -3,9 +3,9 @@
 import pytest
 
 import sdxl_pretrain
-from library.cli import model, optimization, run
-from library.cli.dataset_config import data_options
-from library.cli.parser import fill
+from library.options import model, optimization, run
+from library.options.dataset_config import data_options
+from library.options.parser import fill
 
 REQUIRED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--resolution=64", "--output_dir=o"]
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from library.cli.main import EXIT_BAD_INPUT, EXIT_FAILED, run_main
 from library.errors import InputError, Stopped, TrainingError
-from library.machines.failures import Failure, log_of_rank, recorded_failures, root_cause, silent_failures
+from library.processes.failures import Failure, log_of_rank, recorded_failures, root_cause, silent_failures
+from library.script import EXIT_BAD_INPUT, EXIT_FAILED, run_main
 
 PEER_GONE = "RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:24495."
 

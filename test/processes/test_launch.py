@@ -37,7 +37,7 @@ class Machines:
 
     def start(self, *command, machine=0, machines=1, processes=1, env=ENVIRONMENT):
         launcher = [
-            sys.executable, "-m", "library.machines.launch", f"--nnodes={machines}",
+            sys.executable, "-m", "library.processes.launch", f"--nnodes={machines}",
             f"--nproc_per_node={processes}", f"--node_rank={machine}", "--master_ip=127.0.0.1",
             f"--master_port={self.port}", "--start_timeout=60", f"--log={self.folder}/train{machine}", "--",
         ]  # fmt: skip
@@ -203,7 +203,7 @@ def test_a_process_that_is_later_than_the_timeout_ends_the_run(machines, tmp_pat
     """What --ddp_timeout sets, in seconds here: nobody fails, one is too slow."""
     (tmp_path / "late.py").write_text(
         "import sys, time\nfrom datetime import timedelta\n"
-        "from library.cli.main import run_main\nfrom library.training.precision import make_accelerator\n"
+        "from library.script import run_main\nfrom library.training.engine.precision import make_accelerator\n"
         "def work():\n"
         "    accelerator = make_accelerator('no', timedelta(seconds=3))\n"
         "    accelerator.wait_for_everyone()\n"

@@ -207,9 +207,9 @@ def test_a_cut_cable_ends_both_machines_within_a_minute(two_machines, tmp_path):
     outputs = [tmp_path / f"machine{machine}.txt" for machine in range(2)]
     running = [
         start_in(
-            names, machine, sys.executable, "-m", "library.machines.launch", "--nnodes=2", "--nproc_per_node=1",
+            names, machine, sys.executable, "-m", "library.processes.launch", "--nnodes=2", "--nproc_per_node=1",
             f"--node_rank={machine}", "--master_ip=10.77.0.1", "--master_port=8989", "--start_timeout=60",
-            f"--log={tmp_path}/train{machine}", "--", ROOT / "test" / "machines" / "worker.py", 100000,
+            f"--log={tmp_path}/train{machine}", "--", ROOT / "test" / "processes" / "worker.py", 100000,
             output=outputs[machine],
         )
         for machine in range(2)

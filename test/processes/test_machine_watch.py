@@ -2,9 +2,9 @@
 
 import torch.distributed as dist
 
-from library.machines.failures import Failure
-from library.machines.meeting import Place
-from library.machines.watch import Watch
+from library.processes.failures import Failure
+from library.processes.machine_watch import Watch
+from library.processes.rendezvous import Place
 
 
 class GoingStore(dist.Store):

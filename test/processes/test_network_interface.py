@@ -1,6 +1,6 @@
 """The address and interface on the way to another machine."""
 
-from library.machines.address import address_towards, interface_of, network_variables
+from library.processes.network_interface import address_towards, interface_of, network_variables
 
 
 def test_the_way_to_this_machine_is_the_loopback():

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from library.errors import InputError
-from library.machines import meeting
-from library.machines.meeting import Place, call_the_roll, open_store
+from library.processes import rendezvous as meeting
+from library.processes.rendezvous import Place, call_the_roll, open_store
 
 FACTS = {"--nnodes": "2", "torch": "2.14.1"}
 

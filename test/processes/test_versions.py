@@ -2,7 +2,7 @@
 
 import torch
 
-from library.machines import facts
+from library.processes import versions as facts
 
 
 def test_versions_and_code_are_named():

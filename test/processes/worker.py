@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from library.cli.main import run_main, run_script
 from library.errors import InputError
+from library.script import run_main, run_script
 
 
 def work() -> None:

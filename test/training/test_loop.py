@@ -15,13 +15,13 @@ from torch import nn
 
 from library.errors import TrainingError
 from library.signals import Signals
+from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.engine.precision import make_accelerator
+from library.training.engine.sharding import shard
+from library.training.log.metrics import MetricsWriter
 from library.training.loop import LoopOptions, Trainer
-from library.training.metrics import MetricsWriter
-from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
-from library.training.precision import make_accelerator
-from library.training.sharding import shard
-from library.training.state_writer import StateWriter
-from library.training.states import StateCadence, States
+from library.training.state.states import StateCadence, States
+from library.training.state.writer import StateWriter
 from test.training.gradients import InfiniteGradient, NaNGradient
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,10 +300,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from accelerate import Accelerator
-from library.cli.main import run_script
+from library.script import run_script
 from library.errors import TrainingError
-from library.training.companions import sums_of_all
-from library.training.quarantine import Quarantine
+from library.training.ranks.rank_watch import sums_of_all
+from library.training.log.quarantine import Quarantine
 
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from library.models.diffusers_config import unet_config_to_diffusers
-from library.models.key_maps import rename, unet_to_diffusers
+from library.models.files.diffusers_config import unet_config_to_diffusers
+from library.models.files.key_maps import rename, unet_to_diffusers
 from library.models.unet import UNet, UNetConfig, size_embedding
-from library.training.fused_backward import FusedBackward
-from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
-from library.training.precision import make_accelerator
-from library.training.sharding import shard
+from library.training.engine.fused_backward import FusedBackward
+from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.engine.precision import make_accelerator
+from library.training.engine.sharding import shard
 from test.models.weights import normal_weights
 
 STEPS, RATE, BATCH, POOLED = 100, 1e-3, 4, 16

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.keyed_random import Stream, generator
-from library.models.sdxl import DEFAULT_SCHEDULER
+from library.models.model import DEFAULT_SCHEDULER
 from tools.demo.fit_vae import load_vae
 from tools.demo.make_tokenizer import write_tokenizer
 from tools.demo.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from library.atomic_write import write_file
-from library.data.cache import BLOCK, DamagedEntryError, Entry, Found, Made
+from library.data.cache.entries import BLOCK, DamagedEntryError, Entry, Found, Made
 
 _MAX_OPEN = 64  # blocks kept open by a process
 

@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.data.augmentation import ImageOptions
-from library.data.bucket_rows import Buckets
-from library.data.cache import Entry, Made, digest_bytes, digest_of
-from library.data.cache_fill import Loaded
-from library.data.captions import process_caption
-from library.data.decode import Fit, decode
-from library.data.index import Index
+from library.data.cache.entries import Entry, Made, digest_bytes, digest_of
+from library.data.cache.fill import Loaded
+from library.data.index.mapped_file import Opened
+from library.data.index.table import Index
 from library.data.loader import row_fit
-from library.data.mapped import Opened
-from library.data.reader import Reader
-from library.data.sample import Treatment
+from library.data.order.bucket_rows import Buckets
+from library.data.sample.augmentation import ImageOptions
+from library.data.sample.captions import process_caption
+from library.data.sample.decode import Fit, decode
+from library.data.sample.prepare import Treatment
+from library.data.sample.reader import Reader
 from library.keyed_random import Stream, generator
 
 EncodeImages = Callable[[Tensor], tuple[Tensor, ...]]

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from library.data.decode import SampleError, SizeIds
-from library.data.index import Index
+from library.data.index.table import Index
+from library.data.sample.decode import SampleError, SizeIds
 
 BLOCK = 64  # rows; of SDXL's latents at 1024 px in fp32 it takes 32 MiB
 
@@ -37,8 +37,8 @@ class Entry:
 
     Attributes:
         made: of what.
-        size_ids: of an image, as library.data.sample.Sample has them, and behind them those of it mirrored, where its
-            tensors have that, too; () of a caption.
+        size_ids: of an image, as library.data.sample.prepare.Sample has them, and behind them those of the mirrored
+            image, where the tensors have that, too; () of a caption.
         tensors: on the CPU.
     """
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from library.data.cache import Shelf
-from library.data.cache_files import BlockShelf
-from library.data.cache_npz import Beside, NpzShelf, Picture, TextLayout, TextOutputs
+from library.data.cache.block_files import BlockShelf
+from library.data.cache.entries import Shelf
+from library.data.cache.npz_files import Beside, NpzShelf, Picture, TextLayout, TextOutputs
 from library.data.dataset import TrainingData
-from library.data.index import Index
-from library.data.index_cache import digest, kept_name
+from library.data.index.kept_tables import digest, kept_name
+from library.data.index.table import Index
 
 _FOLDER = ".sdxl_cache"
 _LEFT_BEHIND_SECONDS = 24 * 3600  # what a killed process left half written is deleted when it is older

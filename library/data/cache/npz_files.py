@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.data.cache import DamagedEntryError, Entry, Found, Made
-from library.data.cache_files import write_shared
+from library.data.cache.block_files import write_shared
+from library.data.cache.entries import DamagedEntryError, Entry, Found, Made
 from library.keyed_random import Stream, generator
 
 _LATENTS_ENDING = "_sdxl.npz"

@@ -4,8 +4,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
-from library.data.decode import HEADER_BYTES, MAX_BYTES, SampleError, upright_size
-from library.data.rows import (
+from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
     MAX_CAPTION_BYTES,
     CaptionKind,
@@ -13,7 +12,8 @@ from library.data.rows import (
     TextPool,
     row_array,
 )
-from library.data.sources import FileState, Source, is_image
+from library.data.index.sources import FileState, Source, is_image
+from library.data.sample.decode import HEADER_BYTES, MAX_BYTES, SampleError, upright_size
 
 
 def scan_folder(source: Source, files: Sequence[FileState], captions: Mapping[str, str] | None = None) -> Part:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path, PurePosixPath
 
-from library.data.index_cache import locked
-from library.data.rows import COMMON_CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
+from library.data.index.kept_tables import locked
+from library.data.index.rows import COMMON_CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from library.errors import InputError
 from library.hub import Wanted, cached_snapshot, is_hub_name, snapshot
 from library.signals import leave_signals_to_parent

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from library.data.mapped import Opened, load, read_notes, remove, store
-from library.data.parallel import run_all
+from library.data.index.mapped_file import Opened, load, read_notes, remove, store
+from library.data.index.worker_pool import run_all
 from library.errors import InputError
 
 _FOLDER = ".sdxl_index"

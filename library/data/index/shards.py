@@ -6,8 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from library.data.decode import HEADER_BYTES, MAX_BYTES, SampleError, upright_size
-from library.data.rows import (
+from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,
@@ -17,8 +16,9 @@ from library.data.rows import (
     printable,
     row_array,
 )
-from library.data.sources import Source
-from library.data.tar_headers import Member, TornTarError, members
+from library.data.index.sources import Source
+from library.data.index.tar_headers import Member, TornTarError, members
+from library.data.sample.decode import HEADER_BYTES, MAX_BYTES, SampleError, upright_size
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
-from library.data.metadata import read_metadata
-from library.data.rows import IMAGE_EXTENSIONS, NAMED, printable
-from library.data.tar_headers import looks_like_tar
+from library.data.index.metadata import read_metadata
+from library.data.index.rows import IMAGE_EXTENSIONS, NAMED, printable
+from library.data.index.tar_headers import looks_like_tar
 from library.errors import InputError
 
 # A large folder is several sources, each with a share of the files by a hash of their stems: they are scanned in
@@ -25,7 +25,7 @@ class Subset:
     Attributes:
         path: a folder, or a tar.
         caption_extension: with its dot, ".txt".
-        metadata: a JSON with captions (library.data.metadata); then the images that it names are used, and no others.
+        metadata: a JSON with captions (library.data.index.metadata); then only the images that it names are used.
         repeats: how often an epoch shows its images, times the N of `N_class words`.
         class_words: caption of the images without one ("": none).
         class_folders: sub-directories named `N_class words` have their meaning.

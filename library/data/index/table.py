@@ -14,12 +14,12 @@ from functools import partial
 
 import numpy as np
 
-from library.data.folders import scan_folder
-from library.data.index_cache import Arrays, Job, Notes, Table, cache_folder, kept_name, opened, tables
-from library.data.mapped import Opened
-from library.data.rows import NAMED, ROW, Part, Summary, row_key, stored_text
-from library.data.shards import scan_shard
-from library.data.sources import Listed, Source, Subset, find_sources, image_extensions
+from library.data.index.folders import scan_folder
+from library.data.index.kept_tables import Arrays, Job, Notes, Table, cache_folder, kept_name, opened, tables
+from library.data.index.mapped_file import Opened
+from library.data.index.rows import NAMED, ROW, Part, Summary, row_key, stored_text
+from library.data.index.shards import scan_shard
+from library.data.index.sources import Listed, Source, Subset, find_sources, image_extensions
 from library.errors import InputError
 
 # The number is raised whenever a scan of unchanged data gives another table.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from library.data.index import Index
-from library.data.permutation import ROUNDS, permute
-from library.data.plan import Batch, BucketedRows, BucketImages
+from library.data.index.table import Index
+from library.data.order.permutation import ROUNDS, permute
+from library.data.order.plan import Batch, BucketedRows, BucketImages
 from library.errors import InputError
 from library.keyed_random import Stream, generator
 

@@ -18,13 +18,13 @@ from typing import Protocol
 
 import numpy as np
 
-from library.data.permutation import ROUNDS, permute
+from library.data.order.permutation import ROUNDS, permute
 from library.errors import InputError
 from library.keyed_random import Stream, generator
 
 
 class BucketedRows(Protocol):
-    """Which rows are in which bucket; `library.data.bucket_rows.Buckets` is one."""
+    """Which rows are in which bucket; `library.data.order.bucket_rows.Buckets` is one."""
 
     @property
     def images_SK(self) -> np.ndarray:

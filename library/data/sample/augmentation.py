@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from library.data.decode import Fit
-from library.data.scaling import Filter
+from library.data.sample.decode import Fit
+from library.data.sample.scaling import Filter
 
 CROP_NUMBERS, CHANGE_NUMBERS = 5, 4  # how many numbers a sample's crop, and its other changes, take
 # The colour change that sd-scripts has: a third of the samples, of which one half has another hue, the other a gamma.

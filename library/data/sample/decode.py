@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from library.data.scaling import Filter, scaled_crop
+from library.data.sample.scaling import Filter, scaled_crop
 
 # By content, whatever the file's extension says. Pillow knows more kinds, of which some call other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "AVIF", "GIF")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from library.data.augmentation import (
+from library.data.cache.entries import Entry
+from library.data.sample.augmentation import (
     CHANGE_NUMBERS,
     CROP_NUMBERS,
     ImageOptions,
@@ -18,9 +19,8 @@ from library.data.augmentation import (
     placed,
     recoloured,
 )
-from library.data.cache import Entry
-from library.data.captions import CaptionOptions, process_caption
-from library.data.decode import Fit, SizeIds, decode
+from library.data.sample.captions import CaptionOptions, process_caption
+from library.data.sample.decode import Fit, SizeIds, decode
 from library.keyed_random import Stream, generator
 
 

@@ -2,11 +2,11 @@
 
 from itertools import islice
 
-from library.cli.address import shown
-from library.data.rows import COMMON_CAPTION_EXTENSIONS
-from library.data.stream_bytes import Patience, ShardError, store_file
-from library.data.stream_shard import StreamSample, StreamSubset, shard_samples
-from library.data.tar_headers import TornTarError
+from library.address import shown
+from library.data.index.rows import COMMON_CAPTION_EXTENSIONS
+from library.data.index.tar_headers import TornTarError
+from library.data.stream.shard_bytes import Patience, ShardError, store_file
+from library.data.stream.shard_samples import StreamSample, StreamSubset, shard_samples
 from library.errors import InputError
 
 _LOOKED_AT = 8  # samples

@@ -18,14 +18,14 @@ from functools import cached_property
 
 import numpy as np
 
-from library.cli.address import shown
-from library.data.buckets import BucketOptions, bucket_list, bucket_of
-from library.data.decode import SampleError
-from library.data.permutation import ROUNDS, permute
-from library.data.sample import Sample
-from library.data.stream_bytes import Patience, ShardError
-from library.data.stream_shard import StreamSample, StreamSubset, shard_samples
-from library.data.tar_headers import TornTarError
+from library.address import shown
+from library.data.index.tar_headers import TornTarError
+from library.data.order.buckets import BucketOptions, bucket_list, bucket_of
+from library.data.order.permutation import ROUNDS, permute
+from library.data.sample.decode import SampleError
+from library.data.sample.prepare import Sample
+from library.data.stream.shard_bytes import Patience, ShardError
+from library.data.stream.shard_samples import StreamSample, StreamSubset, shard_samples
 from library.errors import InputError
 from library.keyed_random import Stream, generator
 

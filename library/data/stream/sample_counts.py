@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from library.data.stream_bytes import Patience, ShardError, ShardStream
+from library.data.stream.shard_bytes import Patience, ShardError, ShardStream
 
 _PATIENCE = Patience(timeout_s=10, tries=3)
 _MOST_BYTES = 1 << 26

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from library.cli.address import shown
+from library.address import shown
 
 _PIECE = 1 << 20  # bytes asked for at once where bytes are passed over
 _TRANSIENT = frozenset({408, 425, 429})  # and all of 500 and more

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from library.cli.address import shown
-from library.data.decode import MAX_BYTES, SampleError, upright_size
-from library.data.reader import caption_text
-from library.data.rows import IMAGE_EXTENSIONS, MAX_CAPTION_BYTES, printable
-from library.data.stream_bytes import Patience, ShardStream
-from library.data.tar_headers import TornTarError, walk
+from library.address import shown
+from library.data.index.rows import IMAGE_EXTENSIONS, MAX_CAPTION_BYTES, printable
+from library.data.index.tar_headers import TornTarError, walk
+from library.data.sample.decode import MAX_BYTES, SampleError, upright_size
+from library.data.sample.reader import caption_text
+from library.data.stream.shard_bytes import Patience, ShardStream
 
 _PIECE = 1 << 16  # bytes that are asked for at once
 

@@ -1,7 +1,7 @@
 """Data that comes as a stream: shards on web servers, in object stores or out of commands, read again in each pass.
 
 Micro-batch m of rank r in step s has the slot m·n + r of the step (n: ranks), and each slot has readers of its own that
-take turns (library.data.stream_reader). So every rank has data for as long as it asks, and steps are all that is
+take turns (library.data.stream.reader). So every rank has data for as long as it asks, and steps are all that is
 counted. A loader worker has all micro-batches of the readers that fall to it: workers divide the readers of a rank.
 """
 
@@ -16,16 +16,16 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from library.cli.address import Address, shown
-from library.cli.data import DataOptions, SubsetOptions
-from library.data.buckets import BucketOptions, check_options, fit
+from library.address import Address, shown
 from library.data.loader import Loader, MicroBatch, Share, Tokenize, micro_batch
-from library.data.sample import Place, Sample, Treatment, prepare_sample
-from library.data.stream_counts import sample_count
-from library.data.stream_probe import probe
-from library.data.stream_reader import Bucket, Layout, Position, Shard, StreamReader
-from library.data.stream_shard import StreamSample, StreamSubset
+from library.data.order.buckets import BucketOptions, check_options, fit
+from library.data.sample.prepare import Place, Sample, Treatment, prepare_sample
+from library.data.stream.probe import probe
+from library.data.stream.reader import Bucket, Layout, Position, Shard, StreamReader
+from library.data.stream.sample_counts import sample_count
+from library.data.stream.shard_samples import StreamSample, StreamSubset
 from library.errors import InputError
+from library.options.data import DataOptions, SubsetOptions
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from library import hub
-from library.models.weight_files import choose_weights, files_of
+from library.models.files.weight_files import choose_weights, files_of
 
 # The components of an SDXL pipeline with weights; "" is a repository that holds one component at its root.
 _COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")

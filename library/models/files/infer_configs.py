@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from library.models.key_maps import count
+from library.models.files.key_maps import count
 from library.models.unet import UNetConfig
 
 HEAD_CHANNELS = 64

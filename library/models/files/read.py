@@ -10,12 +10,13 @@ from torch import Tensor
 from library.errors import InputError
 from library.hub import is_hub_name
 from library.imports import import_pruned
-from library.models import hub, infer_configs, model_kind, single_file
-from library.models.diffusers_config import unet_config_from_diffusers
-from library.models.meta_load import build
-from library.models.sdxl import DEFAULT_SCHEDULER, SDXLModel
+from library.models.files import hub, infer_configs, single_file
+from library.models.files import identify as model_kind
+from library.models.files.build import build
+from library.models.files.diffusers_config import unet_config_from_diffusers
+from library.models.files.weight_files import read_component, read_json, read_weights
+from library.models.model import DEFAULT_SCHEDULER, SDXLModel
 from library.models.unet import UNet, UNetConfig
-from library.models.weight_files import read_component, read_json, read_weights
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
 DEFAULT_TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from library.errors import InputError
-from library.models import key_maps
-from library.models.infer_configs import VAE_SCALING_FACTOR
-from library.models.sdxl import DEFAULT_SCHEDULER, SDXLModel
+from library.models.files import key_maps
+from library.models.files.infer_configs import VAE_SCALING_FACTOR
+from library.models.model import DEFAULT_SCHEDULER, SDXLModel
 from library.models.unet import UNet, UNetConfig
 
 # Our own metadata, for what neither keys nor ModelSpec tell.

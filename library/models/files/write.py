@@ -13,15 +13,15 @@ from torch import Tensor
 from library.atomic_write import write_file, write_folder
 from library.disk_space import check_space
 from library.errors import InputError
-from library.models import single_file
-from library.models.diffusers_config import unet_config_to_diffusers
-from library.models.metadata import (
+from library.models.files import single_file
+from library.models.files.diffusers_config import unet_config_to_diffusers
+from library.models.files.modelspec import (
     HASH_KEY,
     HASH_PLACEHOLDER,
     IMPLEMENTATION_DIFFUSERS,
     IMPLEMENTATION_STABILITY,
 )
-from library.models.sdxl import SDXLModel
+from library.models.model import SDXLModel
 from library.tensor_file import tensor_file
 
 SAVE_FORMS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")

@@ -5,7 +5,7 @@ rounded back, as --bf16_update has it. Rounding to the nearest loses every step 
 spacing: a weight of 1 then ignores steps below 2^-9, and AdamW's second moment, of which a step takes 0.1 %, never
 falls again.
 
-- stochastic: up or down at random, so that the mean is right (`library.training.rounding`).
+- stochastic: up or down at random, so that the mean is right (`library.training.engine.rounding`).
 - kahan: weights to the nearest, with what that takes away kept beside them, in bf16 too, and put back before the next
   step (Kahan 1965, "Further remarks on reducing truncation errors"). Two more bytes a weight for 16 bits in place of 8.
 - nearest: what plain bf16 training does; to compare with.
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.cli.run import BF16_UPDATES, RunOptions
-from library.training.rounding import RoundingBits, check_integers, places_from, rounding_key, stochastic
+from library.options.run import BF16_UPDATES, RunOptions
+from library.training.engine.rounding import RoundingBits, check_integers, places_from, rounding_key, stochastic
 
 PIECE_ELEMENTS = 2**22  # 16 MiB of fp32, of which an AdamW takes some nine at a time
 

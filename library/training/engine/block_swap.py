@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library import device as devices
-from library.training.swap_schedule import next_wanted
+from library.training.engine.swap_schedule import next_wanted
 
 
 def move_all_but(module: nn.Module, device: torch.device, staying: Collection[Tensor]) -> None:

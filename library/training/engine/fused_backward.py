@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.errors import TrainingError
-from library.training.held import collected_bytes
-from library.training.optimizers import ParameterGroup
-from library.training.sharding import CLIP_EPSILON, MakeOptimizer, MakeSchedule, Replicated, below_limit
+from library.training.engine.optimizers import ParameterGroup
+from library.training.engine.sharding import CLIP_EPSILON, MakeOptimizer, MakeSchedule, Replicated, below_limit
+from library.training.memory.resident import collected_bytes
 
 
 class FusedBackward(Replicated):

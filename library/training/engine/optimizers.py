@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import InputError
-from library.training.bf16_update import Bf16Update, with_bf16_update
+from library.training.engine.bf16_update import Bf16Update, with_bf16_update
 
-# The field's names that are not torch.optim's own; oss is AdamW sharded by fairscale (library.training.sharding).
+# The field's names that are not torch.optim's own; oss is AdamW sharded by fairscale (see sharding.py).
 _PATHS = {
     "oss": "torch.optim.AdamW",
     "AdaFactor": "transformers.optimization.Adafactor",

@@ -32,10 +32,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from library import device as devices
 from library.errors import InputError
-from library.training.averages import Averages
-from library.training.optimizers import ParameterGroup
-from library.training.parts import Part, by_name, check_names, make_part, read_average, read_state, read_weight
-from library.training.shapes import without_data
+from library.training.engine.ema import Averages
+from library.training.engine.optimizers import ParameterGroup
+from library.training.memory.meta_run import without_data
+from library.training.state.tensor_rows import (
+    Part,
+    by_name,
+    check_names,
+    make_part,
+    read_average,
+    read_state,
+    read_weight,
+)
 
 CLIP_EPSILON = 1e-6  # what torch adds to a norm before it divides by it
 # Makes the optimizer over parameter groups, given what a sharded one is constructed with.
@@ -73,7 +81,7 @@ class Replicated:
         Args:
             module: on its device, in the precision of its weights.
             groups: what of it trains.
-            make_optimizer: the optimizer over groups; takes a `construct` (`library.training.optimizers`).
+            make_optimizer: the optimizer over groups; takes a `construct` (`library.training.engine.optimizers`).
             make_schedule: the learning rates' schedule over the optimizer.
         """
         self.accelerator, self.bare_module = accelerator, module
@@ -164,7 +172,7 @@ class Replicated:
         averages.exchange()
 
     def own_parts(self) -> dict[str, dict[str, Any]]:
-        """What this process writes into a training state (`library.training.parts`), by parameter; no copies."""
+        """What this process writes into a training state (`state.tensor_rows`), by parameter; no copies."""
         averages = self.averages.averages if self.averages is not None else {}
         return {
             name: make_part(parameter, self.own_optimizer, self._first_row(name), averages.get(name))

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from library.training.fused_backward import FusedBackward
-from library.training.host_blocks import HostBlocks
-from library.training.optimizers import ParameterGroup
-from library.training.sharding import MakeOptimizer, MakeSchedule, Replicated, total_norm
+from library.training.engine.block_swap import HostBlocks
+from library.training.engine.fused_backward import FusedBackward
+from library.training.engine.optimizers import ParameterGroup
+from library.training.engine.sharding import MakeOptimizer, MakeSchedule, Replicated, total_norm
 
 
 class SwappedBlocks(Replicated):

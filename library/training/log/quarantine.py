@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from library.data.bad_samples import kind, summary, too_many
 from library.data.loader import MicroBatch
 from library.errors import TrainingError
-from library.training.metrics import go_on
+from library.training.log.metrics import go_on
 
 
 class Quarantine:

@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Callable, Iterator
 
-from library.cli.options import Options
 from library.data.contact_sheet import write_contact_sheet
 from library.data.loader import MicroBatch, worker_deaths_reported
 from library.data.training_set import TrainingSet
 from library.models.token_counts import TokenCounter
+from library.options.options import Options
 from library.signals import Signals
 
 logger = logging.getLogger(__name__)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 
 from library import device as devices
-from library.cli.caches import CacheOptions
-from library.cli.optimization import OptimizationOptions
-from library.cli.options import Options
-from library.cli.run import BF16_UPDATES, RunOptions, SavingOptions
 from library.data.training_set import TrainingSet
-from library.training.optimizers import ParameterGroup
+from library.options.caches import CacheOptions
+from library.options.optimization import OptimizationOptions
+from library.options.options import Options
+from library.options.run import BF16_UPDATES, RunOptions, SavingOptions
+from library.training.engine.optimizers import ParameterGroup
 
 
 def plan_lines(

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from library.models.lean import assume_autocast
-from library.training.live_bytes import LiveBytes
+from library.models.fused_ops import assume_autocast
+from library.training.memory.live_bytes import LiveBytes
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.training.live_bytes import LiveBytes
-from library.training.optimizers import ParameterGroup
-from library.training.swap_schedule import largest_together
+from library.training.engine.optimizers import ParameterGroup
+from library.training.engine.swap_schedule import largest_together
+from library.training.memory.live_bytes import LiveBytes
 
 # third_patch/accelerate_patch: elements of each process's bucket of small gradients, and of all of them together.
 OSS_BUCKET, OSS_ALL_BUCKETS = 2**23, 2**26

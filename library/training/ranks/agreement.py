@@ -18,7 +18,7 @@ from torch import nn
 
 from library.data.training_set import TrainingSet
 from library.errors import InputError
-from library.machines.facts import differences, software
+from library.processes.versions import differences, software
 
 _NAMED = 5  # so many differences stand in a message
 _DIGEST_LETTERS = 12

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from library.atomic_write import aside, remove
 from library.errors import InputError
-from library.training.run_lock import RunLock
-from library.training.saving import STATE_SUFFIX, Retention, epoch_name, last_name, state_name, step_name
-from library.training.state_files import MANIFEST, read_info, verify
+from library.training.state.files import MANIFEST, read_info, verify
+from library.training.state.names import STATE_SUFFIX, Retention, epoch_name, last_name, state_name, step_name
+from library.training.state.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from library.errors import InputError
 from library.tensor_file import tensor_file
-from library.training.state_tree import unpack
+from library.training.state.tree import unpack
 
 FORMAT = 1  # of the folder; a reader refuses a higher one
 MANIFEST, INFO = "manifest.json", "state.json"

@@ -10,13 +10,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from library.cli.options import Options
-from library.cli.run import SavingOptions
 from library.data.training_set import TrainingSet
 from library.errors import InputError
-from library.training.state_choice import newest_valid
-from library.training.state_files import StateInfo, read_state, verify
-from library.training.states import Resumed, data_positions
+from library.options.options import Options
+from library.options.run import SavingOptions
+from library.training.state.choice import newest_valid
+from library.training.state.files import StateInfo, read_state, verify
+from library.training.state.states import Resumed, data_positions
 
 logger = logging.getLogger(__name__)
 

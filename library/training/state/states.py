@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.training.parts import Part
-from library.training.sharding import Replicated
-from library.training.state_files import State, StateInfo
-from library.training.state_writer import StateWriter
+from library.training.engine.sharding import Replicated
+from library.training.state.files import State, StateInfo
+from library.training.state.tensor_rows import Part
+from library.training.state.writer import StateWriter
 
 TRAINING, RUN, DATA = "training", "run", "data"  # state objects: each process's parts, what all share, a stream's
 

@@ -22,10 +22,10 @@ from library import device as devices
 from library.atomic_write import aside, remove, replace_folder, sync
 from library.disk_space import check_space
 from library.errors import TrainingError
-from library.training.saving import Retention, state_name
-from library.training.state_choice import obsolete, remove_state
-from library.training.state_files import INFO, Entry, StateInfo, rank_prefix, write_json, write_manifest, write_tensors
-from library.training.state_tree import pack
+from library.training.state.choice import obsolete, remove_state
+from library.training.state.files import INFO, Entry, StateInfo, rank_prefix, write_json, write_manifest, write_tensors
+from library.training.state.names import Retention, state_name
+from library.training.state.tree import pack
 
 logger = logging.getLogger(__name__)
 

@@ -2,20 +2,20 @@ import numpy as np
 import pytest
 import torch
 
-from library.data.bucket_rows import bucket_rows
-from library.data.buckets import BucketOptions
-from library.data.cache import BLOCK, Cache, Caches, Entry, Made, MemoryShelf, blocks_of
-from library.data.cache_files import BlockShelf
-from library.data.cache_fill import fill
-from library.data.cache_making import CaptionMaking, LatentMaking
-from library.data.cache_npz import NpzShelf, Picture, TextLayout, TextOutputs
-from library.data.captions import CaptionOptions
-from library.data.decode import SampleError
-from library.data.index import build_index
+from library.data.cache.block_files import BlockShelf
+from library.data.cache.encodings import CaptionMaking, LatentMaking
+from library.data.cache.entries import BLOCK, Cache, Caches, Entry, Made, MemoryShelf, blocks_of
+from library.data.cache.fill import fill
+from library.data.cache.npz_files import NpzShelf, Picture, TextLayout, TextOutputs
+from library.data.index.sources import Subset
+from library.data.index.table import build_index
 from library.data.loader import Share, make_loader
-from library.data.plan import Plan, repeated
-from library.data.sample import Treatment
-from library.data.sources import Subset
+from library.data.order.bucket_rows import bucket_rows
+from library.data.order.buckets import BucketOptions
+from library.data.order.plan import Plan, repeated
+from library.data.sample.captions import CaptionOptions
+from library.data.sample.decode import SampleError
+from library.data.sample.prepare import Treatment
 from library.errors import InputError
 
 OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)

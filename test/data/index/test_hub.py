@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from library.data import hub_data
 from library.data.dataset import prepare_data
+from library.data.index import hub as hub_data
 from library.errors import Stopped
-from test.models.hub_server import TOKEN, Hub
+from test.models.files.hub_server import TOKEN, Hub
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from library.data.hub_data import local_data
+from library.data.index.hub import local_data
 from library.errors import InputError
 
 if __name__ == "__main__":

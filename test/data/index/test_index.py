@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from library.data import index as index_module
-from library.data import index_cache, parallel
-from library.data import shards as shards_module
-from library.data import sources as sources_module
-from library.data.decode import SampleError
-from library.data.index import build_index
-from library.data.reader import Reader
-from library.data.sources import Subset
+from library.data.index import kept_tables as index_cache
+from library.data.index import shards as shards_module
+from library.data.index import sources as sources_module
+from library.data.index import table as index_module
+from library.data.index import worker_pool as parallel
+from library.data.index.sources import Subset
+from library.data.index.table import build_index
+from library.data.sample.decode import SampleError
+from library.data.sample.reader import Reader
 from library.errors import InputError
 
 
@@ -583,8 +584,8 @@ class TestFingerprint:
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from library.data import index
-from library.data.sources import Subset
+from library.data.index import table as index
+from library.data.index.sources import Subset
 scan_shard = index.scan_shard
 
 def slow(source):
@@ -602,7 +603,7 @@ class TestManyProcesses:
     @staticmethod
     def start(data, log, seconds):
         command = [sys.executable, "-c", SLOW_BUILD, str(data), str(log), str(seconds)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
 
     def test_one_builds_and_the_others_wait_for_it(self, tmp_path, make_shard):
         data, log = tmp_path / "data", tmp_path / "log"
@@ -684,7 +685,7 @@ def test_progress_counts_to_the_end(tmp_path, make_shard, pictures):
 
 
 def test_more_shards_than_are_kept_open(tmp_path, make_shard, monkeypatch):
-    from library.data import reader as reader_module
+    from library.data.sample import reader as reader_module
 
     monkeypatch.setattr(reader_module, "_MAX_OPEN", 2)
     for number in range(5):

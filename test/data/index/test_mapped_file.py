@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from library.data.mapped import Opened, load, read_notes, store
+from library.data.index.mapped_file import Opened, load, read_notes, store
 
 ARRAYS = {
     "rows": np.array([(1, 2.5), (3, 4.5)], [("a", np.int32), ("b", np.float64)]),

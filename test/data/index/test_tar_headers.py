@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.tar_headers import Member, TornTarError, looks_like_tar, members
+from library.data.index.tar_headers import Member, TornTarError, looks_like_tar, members
 
 
 def walk(path):

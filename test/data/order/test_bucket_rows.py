@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from library.data import bucket_rows as bucket_rows_module
-from library.data.bucket_rows import bucket_rows
-from library.data.buckets import BucketOptions, assign_buckets
-from library.data.index import build_index
-from library.data.sources import Subset
+from library.data.index.sources import Subset
+from library.data.index.table import build_index
+from library.data.order import bucket_rows as bucket_rows_module
+from library.data.order.bucket_rows import bucket_rows
+from library.data.order.buckets import BucketOptions, assign_buckets
 from library.errors import InputError
 
 OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)

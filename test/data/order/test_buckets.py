@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.buckets import BucketOptions, assign_buckets, bucket_list, center_crops, fit, scaled_sizes
+from library.data.order.buckets import BucketOptions, assign_buckets, bucket_list, center_crops, fit, scaled_sizes
 from library.errors import InputError
 
 SDXL = BucketOptions((1024, 1024), True, 512, 2048, 64)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdxl_pretrain
-from library.cli.dataset_config import data_options
 from library.data.dataset import prepare_data
-from library.data.held_out import Choice, ValidationPlan
+from library.data.order.held_out import Choice, ValidationPlan
 from library.errors import InputError
+from library.options.dataset_config import data_options
 
 SHAPES = [(40, 30), (30, 40), (32, 32), (64, 24), (50, 50), (31, 42)]
 REQUIRED = ["--pretrained_model_name_or_path=m", "--output_dir=o", "--max_data_loader_n_workers=0"]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from library.data.permutation import ROUNDS, permute
+from library.data.order.permutation import ROUNDS, permute
 
 
 def keys(seed):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from library.data.plan import Plan, repeated
+from library.data.order.plan import Plan, repeated
 from library.errors import InputError
 
 

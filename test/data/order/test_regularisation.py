@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from library.data.regularisation import balanced
+from library.data.order.regularisation import balanced
 
 
 @given(st.data())

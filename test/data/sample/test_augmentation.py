@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as reference
 
-from library.cli.data import INTERPOLATIONS
-from library.data.augmentation import ImageOptions, apply_gamma, face_in, is_mirrored, placed, shift_hue
-from library.data.buckets import BucketOptions, fit
-from library.data.decode import Fit, decode
-from library.data.sample import Place, Treatment, prepare_sample
-from library.data.scaling import FILTERS, Filter
+from library.data.order.buckets import BucketOptions, fit
+from library.data.sample.augmentation import ImageOptions, apply_gamma, face_in, is_mirrored, placed, shift_hue
+from library.data.sample.decode import Fit, decode
+from library.data.sample.prepare import Place, Treatment, prepare_sample
+from library.data.sample.scaling import FILTERS, Filter
 from library.diffusion.masks import latent_weights
+from library.options.data import INTERPOLATIONS
 
 SIZE, BUCKET = (240, 160), (64, 64)  # scaled to cover the bucket: 96×64
 SQUARE = BucketOptions(BUCKET)

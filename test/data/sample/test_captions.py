@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.captions import CaptionOptions, fill_wildcards, process_caption, tags_shown
+from library.data.sample.captions import CaptionOptions, fill_wildcards, process_caption, tags_shown
 
 TAGS = "a cat,  red hat , blue sky, grass,sun"
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.data import decode as decode_module
-from library.data import scaling
-from library.data.buckets import BucketOptions, fit
-from library.data.decode import Fit, SampleError, decode, upright_size
-from library.data.scaling import Filter, scaled_crop
+from library.data.order.buckets import BucketOptions, fit
+from library.data.sample import decode as decode_module
+from library.data.sample import scaling
+from library.data.sample.decode import Fit, SampleError, decode, upright_size
+from library.data.sample.scaling import Filter, scaled_crop
 
 
 def encoded(image, format="PNG", **options):

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from library.cli.address import Address
-from library.data import stream_counts, stream_probe, streams
+from library.address import Address
 from library.data.dataset import prepare_data
-from library.data.stream_bytes import Patience
-from library.data.stream_reader import Layout, Position, Shard, StreamReader
-from library.data.stream_shard import StreamSubset, shard_samples
+from library.data.stream import probe as stream_probe
+from library.data.stream import sample_counts as stream_counts
+from library.data.stream import streamed_set as streams
+from library.data.stream.reader import Layout, Position, Shard, StreamReader
+from library.data.stream.shard_bytes import Patience
+from library.data.stream.shard_samples import StreamSubset, shard_samples
 from library.errors import InputError
 from library.training.rules import check_caches, check_without_epochs
-from library.training.state_tree import pack, unpack
+from library.training.state.tree import pack, unpack
 from test.data.shard_server import ShardServer
 
 SHAPES = [(40, 30), (30, 40), (32, 32), (64, 24), (50, 50), (31, 42)]
@@ -115,7 +117,7 @@ class TestEverySample:
 
 
 def prepare_layout(addresses, slots=1, batch_size=2, pool=16, seed=3):
-    from library.data.buckets import BucketOptions
+    from library.data.order.buckets import BucketOptions
 
     buckets = BucketOptions((32, 32), True, 16, 64, 8)
     shards = tuple(Shard(address, 0) for address in addresses)

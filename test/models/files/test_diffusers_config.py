@@ -5,7 +5,7 @@ import json
 import pytest
 
 from library.errors import InputError
-from library.models.diffusers_config import unet_config_from_diffusers, unet_config_to_diffusers
+from library.models.files.diffusers_config import unet_config_from_diffusers, unet_config_to_diffusers
 from library.models.unet import UNetConfig
 
 # The fields of stabilityai/stable-diffusion-xl-base-1.0's unet/config.json.

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from library.errors import InputError, TrainingError
-from library.models import checkpoint_write, single_file
-from library.models.checkpoint import load_sdxl, load_vae, save_sdxl, saved_bytes
-from library.models.infer_configs import clip_config, unet_config, vae_config
-from library.models.metadata import modelspec, read_metadata
-from library.models.sdxl import SDXLModel
+from library.models.files import single_file
+from library.models.files import write as checkpoint_write
+from library.models.files.infer_configs import clip_config, unet_config, vae_config
+from library.models.files.modelspec import modelspec, read_metadata
+from library.models.files.read import load_sdxl, load_vae
+from library.models.files.write import save_sdxl, saved_bytes
+from library.models.model import SDXLModel
 from library.models.text_encoders import encode_sdxl, tokenize
 from library.models.unet import UNet, UNetConfig, size_embedding
 from library.models.vae import decode_latents

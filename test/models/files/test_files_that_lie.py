@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import InputError
-from library.models.checkpoint import load_sdxl, save_sdxl
-from library.models.model_kind import describe
-from library.models.weight_files import read_component, read_weights
+from library.models.files.identify import describe
+from library.models.files.read import load_sdxl
+from library.models.files.weight_files import read_component, read_weights
+from library.models.files.write import save_sdxl
 
 SPARSE = torch.sparse_coo_tensor(torch.zeros(1, 1).long(), torch.ones(1), (1 << 40,), check_invariants=False)
 

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from library.errors import InputError
-from library.models import checkpoint_read
-from library.models.checkpoint import load_sdxl, save_sdxl
-from library.models.sdxl import SDXLModel
+from library.models.files import read as checkpoint_read
+from library.models.files.read import load_sdxl
+from library.models.files.weight_files import read_weights
+from library.models.files.write import save_sdxl
+from library.models.model import SDXLModel
 from library.models.unet import UNet, UNetConfig
-from library.models.weight_files import read_weights
 
 MEMORY_BYTES = 1 << 30  # of addresses that reading may take; the model's file has 5 MB
 RESIDENT_BYTES = 200 << 20  # of memory

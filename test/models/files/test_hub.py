@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from library.errors import InputError
-from library.models import hub
-from library.models.checkpoint import load_sdxl, save_sdxl
-from library.models.weight_files import choose_weights, files_of
-from test.models.hub_server import Hub
+from library.models.files import hub
+from library.models.files.read import load_sdxl
+from library.models.files.weight_files import choose_weights, files_of
+from library.models.files.write import save_sdxl
+from test.models.files.hub_server import Hub
 
 SCRIPT = """
 import sys, time, urllib.error, urllib.request
 from library.errors import InputError
-from library.models.checkpoint import load_sdxl
+from library.models.files.read import load_sdxl
 
 def attempt(*arguments, **options):
     try:
@@ -69,7 +70,7 @@ def report(sdxl, tmp_path_factory):
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(hub.__file__).parents[2]),
+        "PYTHONPATH": str(Path(hub.__file__).parents[3]),
     }
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, server.endpoint, str(single)],

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from library.models import key_maps
-from library.models.diffusers_config import unet_config_to_diffusers
+from library.models.files import key_maps
+from library.models.files.diffusers_config import unet_config_to_diffusers
 from library.models.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(

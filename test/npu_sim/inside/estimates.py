@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from library.models.unet import UNet, UNetConfig
-from library.training.held import Training
-from library.training.memory import estimate
-from library.training.optimizers import make_optimizer
+from library.training.engine.optimizers import make_optimizer
+from library.training.memory.estimate import estimate
+from library.training.memory.resident import Training
 
 NPU = torch.device("npu", 0)
 TINY = UNetConfig(

@@ -11,14 +11,14 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from library.models.unet import UNet, UNetConfig
-from library.training.fused_backward import FusedBackward
-from library.training.held import Training
-from library.training.host_blocks import HostBlocks, move_all_but
-from library.training.memory import estimate
-from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
-from library.training.precision import make_accelerator
-from library.training.sharding import shard
-from library.training.swapped_backward import SwappedBlocks, SwappedFusedBackward
+from library.training.engine.block_swap import HostBlocks, move_all_but
+from library.training.engine.fused_backward import FusedBackward
+from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
+from library.training.engine.precision import make_accelerator
+from library.training.engine.sharding import shard
+from library.training.engine.swapped_backward import SwappedBlocks, SwappedFusedBackward
+from library.training.memory.estimate import estimate
+from library.training.memory.resident import Training
 
 NPU = torch.device("npu", 0)
 ADAMW, ADAFACTOR = ("AdamW", []), ("AdaFactor", ["relative_step=False", "scale_parameter=False"])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch_npu  # noqa: F401  makes "npu" and "hccl" known
 from torch import nn
 
-from library.cli.main import run_script
+from library.script import run_script
 
 RANK, SIZE = int(os.environ["RANK"]), 2
 NPU = torch.device("npu", RANK)

@@ -23,15 +23,15 @@ from gradients import InfiniteGradient
 from sharding_child import OneEpoch, quiet_states
 from torch import nn
 
-from library.cli.main import run_script
+from library.script import run_script
 from library.signals import Signals
-from library.training.bf16_update import Bf16Update
-from library.training.fused_backward import FusedBackward
+from library.training.engine.bf16_update import Bf16Update
+from library.training.engine.fused_backward import FusedBackward
+from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
+from library.training.engine.precision import make_accelerator
+from library.training.engine.sharding import KINDS, agree_on_overflow, shard
+from library.training.log.metrics import MetricsWriter
 from library.training.loop import LoopOptions, Trainer
-from library.training.metrics import MetricsWriter
-from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
-from library.training.precision import make_accelerator
-from library.training.sharding import KINDS, agree_on_overflow, shard
 from third_patch import PATCHES, apply
 
 RANK, FEATURES, BATCH = int(os.environ["RANK"]), 6, 8

@@ -17,20 +17,20 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import nn
 
-from library.cli.main import run_script
-from library.data.held_out import ValidationPlan
-from library.models.checkpoint import load_sdxl
+from library.data.order.held_out import ValidationPlan
 from library.models.compiled import compile_blocks
-from library.models.conditioned_unet import ConditionedUNet
+from library.models.denoiser import ConditionedUNet
+from library.models.files.read import load_sdxl
+from library.script import run_script
 from library.signals import Signals
+from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.engine.precision import make_accelerator
+from library.training.engine.sharding import shard
+from library.training.log.metrics import MetricsWriter
 from library.training.loop import LoopOptions, Trainer
-from library.training.metrics import MetricsWriter
-from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
-from library.training.precision import make_accelerator
-from library.training.saving import Cadence
-from library.training.sharding import shard
-from library.training.state_writer import StateWriter
-from library.training.states import StateCadence, States
+from library.training.state.names import Cadence
+from library.training.state.states import StateCadence, States
+from library.training.state.writer import StateWriter
 from library.training.validation import Validator
 from third_patch import PATCHES, apply
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from library.training import bf16_update
-from library.training.bf16_update import REMAINDER, UPDATES_DONE, Bf16Update
-from library.training.optimizers import ParameterGroup, make_optimizer
-from library.training.parts import by_name, make_part, read_state, read_weight
+from library.training.engine import bf16_update
+from library.training.engine.bf16_update import REMAINDER, UPDATES_DONE, Bf16Update
+from library.training.engine.optimizers import ParameterGroup, make_optimizer
+from library.training.state.tensor_rows import by_name, make_part, read_state, read_weight
 
 ADAFACTOR = ("AdaFactor", ["relative_step=False", "scale_parameter=False"])
 KINDS = [

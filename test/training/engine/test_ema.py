@@ -5,7 +5,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from library.training.averages import Averages
+from library.training.engine.ema import Averages
 
 
 def parameters() -> dict[str, nn.Parameter]:

@@ -11,18 +11,18 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from library.errors import TrainingError
-from library.models.conditioned_unet import ConditionedUNet
-from library.models.sdxl import SDXLModel
+from library.models.denoiser import ConditionedUNet
+from library.models.model import SDXLModel
 from library.signals import Signals
-from library.training.fused_backward import FusedBackward
-from library.training.live_bytes import LiveBytes
+from library.training.engine.fused_backward import FusedBackward
+from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
+from library.training.engine.precision import make_accelerator
+from library.training.engine.sharding import shard
+from library.training.log.metrics import MetricsWriter
 from library.training.loop import LoopOptions, Trainer
-from library.training.metrics import MetricsWriter
-from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
-from library.training.precision import make_accelerator
-from library.training.sharding import shard
-from library.training.state_writer import StateWriter
-from library.training.states import StateCadence, States
+from library.training.memory.live_bytes import LiveBytes
+from library.training.state.states import StateCadence, States
+from library.training.state.writer import StateWriter
 from test.training.gradients import NaNGradient
 
 ADAFACTOR = ("AdaFactor", ["relative_step=False", "scale_parameter=False"])

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from library.errors import InputError
-from library.training.optimizers import (
+from library.training.engine.optimizers import (
     ParameterGroup,
     choose_optimizer,
     make_lr_schedule,
     make_optimizer,
     parse_optimizer_args,
 )
-from library.training.parts import make_part, read_state
-from library.training.state_tree import pack, unpack
+from library.training.state.tensor_rows import make_part, read_state
+from library.training.state.tree import pack, unpack
 
 OWN_RATES = ["relative_step=False", "scale_parameter=False"]
 

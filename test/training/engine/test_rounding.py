@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from library.training.rounding import RoundingBits, places_from, rounding_key, stochastic
+from library.training.engine.rounding import RoundingBits, places_from, rounding_key, stochastic
 
 CPU = torch.device("cpu")
 DRAWS = 2**14

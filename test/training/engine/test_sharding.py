@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from library.cli.optimization import SHARDINGS
 from library.errors import InputError
-from library.training.sharding import KINDS, clip_gradients, sharding_kind, total_norm
+from library.options.optimization import SHARDINGS
+from library.training.engine.sharding import KINDS, clip_gradients, sharding_kind, total_norm
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 
 
 def torchrun(processes, script, *arguments):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from library.training.swap_schedule import choose_blocks, largest_together, next_wanted
+from library.training.engine.swap_schedule import choose_blocks, largest_together, next_wanted
 
 
 def test_the_largest_blocks_are_chosen_and_of_like_ones_those_that_lie_apart():

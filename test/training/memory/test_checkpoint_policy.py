@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from library.errors import InputError
-from library.models.conditioned_unet import ConditionedUNet
-from library.models.sdxl import SDXLModel
+from library.models.denoiser import ConditionedUNet
+from library.models.model import SDXLModel
 from library.models.unet import ResBlock, TransformerBlock
 from library.models.vae import encode_images
-from library.training.checkpoint_policy import BlockCost, block_costs, checkpoint_order, choose_checkpoints
-from library.training.held import Training
-from library.training.live_bytes import LiveBytes
-from library.training.memory import estimator
-from library.training.optimizers import make_optimizer
+from library.training.engine.optimizers import make_optimizer
+from library.training.memory.checkpoint_policy import BlockCost, block_costs, checkpoint_order, choose_checkpoints
+from library.training.memory.estimate import estimator
+from library.training.memory.live_bytes import LiveBytes
+from library.training.memory.resident import Training
 
 BATCH, SIDE = 4, 16
 

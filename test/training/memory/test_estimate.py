@@ -10,22 +10,22 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from library.models.conditioned_unet import ConditionedUNet
-from library.models.sdxl import SDXLModel
+from library.models.denoiser import ConditionedUNet
+from library.models.model import SDXLModel
 from library.models.unet import UNet, UNetConfig
 from library.models.vae import encode_images
-from library.training.bf16_update import Bf16Update
-from library.training.fused_backward import FusedBackward
-from library.training.held import Training, held_bytes
-from library.training.live_bytes import LiveBytes
-from library.training.memory import estimate
-from library.training.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
-from library.training.precision import make_accelerator
-from library.training.shapes import without_data
-from library.training.sharding import KINDS, shard
+from library.training.engine.bf16_update import Bf16Update
+from library.training.engine.fused_backward import FusedBackward
+from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.engine.precision import make_accelerator
+from library.training.engine.sharding import KINDS, shard
+from library.training.memory.estimate import estimate
+from library.training.memory.live_bytes import LiveBytes
+from library.training.memory.meta_run import without_data
+from library.training.memory.resident import Training, held_bytes
 
 BATCH = 4
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def conditioned(sdxl, gradient_checkpointing):

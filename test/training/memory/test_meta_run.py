@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from library.models.attention import BACKENDS
-from library.training.live_bytes import LiveBytes
-from library.training.shapes import LiveShapes, fused_attention
+from library.training.memory.live_bytes import LiveBytes
+from library.training.memory.meta_run import LiveShapes, fused_attention
 
 BATCH, HEADS, CHANNELS = 2, 2, 64
 

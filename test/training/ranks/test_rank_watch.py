@@ -7,8 +7,8 @@ import pytest
 from torch.distributed import HashStore
 
 from library.signals import Signals
-from library.training import companions as module
-from library.training.companions import READING, TRAINING, WAITING, Companions, Report, waited_for
+from library.training.ranks import rank_watch as module
+from library.training.ranks.rank_watch import READING, TRAINING, WAITING, Companions, Report, waited_for
 
 
 def reports(*entries):

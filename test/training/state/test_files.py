@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from library.errors import InputError
-from library.training.run_lock import RunLock
-from library.training.saving import Retention, epoch_name, last_name, step_name
-from library.training.state_choice import clear_left_behind, newest_valid, obsolete, state_names
-from library.training.state_files import MANIFEST, StateInfo, read_info, read_state, verify, write_tensors
-from library.training.state_tree import pack, unpack
-from library.training.state_writer import StateWriter
+from library.training.state.choice import clear_left_behind, newest_valid, obsolete, state_names
+from library.training.state.files import MANIFEST, StateInfo, read_info, read_state, verify, write_tensors
+from library.training.state.names import Retention, epoch_name, last_name, step_name
+from library.training.state.run_lock import RunLock
+from library.training.state.tree import pack, unpack
+from library.training.state.writer import StateWriter
 
 
 def info(step: int) -> StateInfo:

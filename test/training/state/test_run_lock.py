@@ -9,7 +9,7 @@ import time
 import pytest
 
 from library.errors import InputError
-from library.training.run_lock import RunLock
+from library.training.state.run_lock import RunLock
 
 
 def _holder(folder, grandchild: bool = False) -> tuple[int, int]:

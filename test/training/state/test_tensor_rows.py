@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from library.errors import InputError
-from library.training.parts import by_name, check_names, make_part, read_state, read_weight
+from library.training.state.tensor_rows import by_name, check_names, make_part, read_state, read_weight
 
 
 def trained(seed=0, shape=(10, 3)):

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from library.errors import TrainingError
-from library.training import state_files, state_writer
-from library.training.run_lock import RunLock
-from library.training.saving import Retention, step_name
-from library.training.state_choice import clear_left_behind, newest_valid
-from library.training.state_files import StateInfo, read_state
-from library.training.state_writer import StateWriter
-from test.training.power_cut import run_until
+from library.training.state import files as state_files
+from library.training.state import writer as state_writer
+from library.training.state.choice import clear_left_behind, newest_valid
+from library.training.state.files import StateInfo, read_state
+from library.training.state.names import Retention, step_name
+from library.training.state.run_lock import RunLock
+from library.training.state.writer import StateWriter
+from test.training.state.power_cut import run_until
 
 
 def info(step: int) -> StateInfo:

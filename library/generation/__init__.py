@@ -1,0 +1,4 @@
+"""Pictures.
+
+prompts             prompt files and their options
+"""

@@ -1,0 +1,14 @@
+"""Reading and writing models.
+
+read                a model out of a diffusers folder, a single file or a hub name
+write               a model to a single file or a diffusers folder
+single_file         the names of one model's tensors in each kind of file
+key_maps            Stability's names against diffusers' and transformers', both ways
+infer_configs       configurations from the shapes in a single file
+diffusers_config    a U-Net's configuration as diffusers keeps it
+weight_files        tensors out of safetensors files and pickles
+modelspec           metadata after Stability's ModelSpec
+identify            what a file's tensors say it is
+build               networks filled with tensors that were read, nothing initialised twice
+hub                 of a model's repository on the hub, the files that training needs
+"""

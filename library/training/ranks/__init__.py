@@ -1,0 +1,5 @@
+"""What the processes of a run tell each other.
+
+rank_watch          beside their collectives: a signal to stop, and how far each process is
+agreement           before the first step: that all are about to train the same
+"""
