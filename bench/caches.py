@@ -33,7 +33,8 @@ from library.data.cache.fill import fill
 from library.data.cache.npz_files import NpzShelf, Picture
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
-from library.data.loader import MicroBatchDataset, Share
+from library.data.indexed_batches import MicroBatchDataset
+from library.data.micro_batch import Share
 from library.data.order.bucket_rows import bucket_rows
 from library.data.order.plan import Plan, repeated
 from library.data.sample.prepare import Treatment

@@ -41,14 +41,16 @@ from PIL import Image, features
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from library.data.fit import Fit
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
-from library.data.loader import Share, make_loader
+from library.data.indexed_batches import make_loader
+from library.data.micro_batch import Share
 from library.data.order.bucket_rows import bucket_rows
 from library.data.order.buckets import BucketOptions, assign_buckets, fit
 from library.data.order.plan import Plan, repeated
 from library.data.sample.augmentation import apply_gamma, shift_hue
-from library.data.sample.decode import DRAFT_MARGIN, Fit, decode
+from library.data.sample.decode import DRAFT_MARGIN, decode
 from library.data.sample.prepare import Treatment
 from library.data.sample.scaling import FILTERS, Filter
 

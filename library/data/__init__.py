@@ -7,8 +7,12 @@ stream/             shards that can only be read from their beginning
 cache/              latents and text states that are computed once
 dataset             a run's data in one place: index, buckets, plan and loader
 training_set        what a trainer wants to know of its data, indexed or streamed
-loader              micro-batches of one rank, read and decoded by worker processes
-bad_samples         how many samples may be bad, and what is said where there are more
+micro_batch         what goes through the model together, and which part of a global batch is whose
+indexed_batches     micro-batches of one rank out of an index
+loader              micro-batches read ahead by worker processes
+image_header        an encoded image's size, and whether it can be decoded at a bearable cost
+fit                 how an image meets its bucket: scaled, cut out, mirrored
+bad_samples         samples that cannot be used, how many may be so, and what is said where there are more
 report              the lines about the data that are printed before training
 contact_sheet       a page that shows what a run will see (--debug_dataset)
 """

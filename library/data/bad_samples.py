@@ -1,4 +1,4 @@
-"""How many samples of a data set may be bad, and what is said where there are more."""
+"""Samples that cannot be used: how many of a data set may be so, and what is said where there are more."""
 
 import re
 from collections import Counter
@@ -8,6 +8,10 @@ from library.errors import InputError
 
 _JUDGED_FROM = 1000  # samples: a share of fewer would say little
 _NAMED = 5
+
+
+class SampleError(Exception):
+    """A sample that cannot be used; the message is the reason. The caller puts another in its place."""
 
 
 def too_many(bad: int, seen: int, samples: int, max_share: float) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from library.atomic_write import write_file
-from library.data.loader import MicroBatch
+from library.data.micro_batch import MicroBatch
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,9 @@ from library.data.index.hub import local_data
 from library.data.index.kept_tables import digest
 from library.data.index.sources import Subset
 from library.data.index.table import Index, build_index
-from library.data.loader import Loader, MicroBatchDataset, Share, Tokenize, make_loader
+from library.data.indexed_batches import MicroBatchDataset, make_loader
+from library.data.loader import Loader
+from library.data.micro_batch import Share, Tokenize
 from library.data.order.bucket_rows import Buckets, bucket_rows
 from library.data.order.buckets import BucketOptions, check_options
 from library.data.order.held_out import Split, ValidationPlan, choices

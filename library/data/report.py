@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from library.data.bad_samples import SampleError
 from library.data.index.table import Index
 from library.data.order.bucket_rows import Buckets
 from library.data.order.plan import Plan
 from library.data.sample.captions import CaptionOptions, process_caption
-from library.data.sample.decode import SampleError
 from library.data.sample.reader import Reader
 
 _MOST_BUCKETS = 40  # lines; the rest is summed up

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from library.data.loader import Loader, Tokenize
+from library.data.loader import Loader
+from library.data.micro_batch import Tokenize
 
 
 class Epochs(Protocol):

@@ -106,7 +106,8 @@ def make_caches(
         making = LatentMaking(data.index, data.buckets, images, encoders.image_digest(), encoders.encode_images, size)
         needed = _latent_bytes(data, encoders)
         on_disk, encoder = asked.cache_latents_to_disk, encoders.image_digest()
-        beside = partial(pictures_of, data, encoders.latent_px)
+        mirrored = [entry.flip_aug for entry in images]
+        beside = partial(pictures_of, data.index, data.buckets, mirrored, encoders.latent_px)
         shelves = work.shelves("latents", on_disk, needed, encoder, beside)
         latents = Cache(data.index, shelves, work.filled("latents", making, shelves))
     if asked.text:

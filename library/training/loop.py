@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from library import device as devices
-from library.data.loader import MicroBatch
+from library.data.micro_batch import MicroBatch
 from library.data.training_set import Epochs
 from library.errors import Stopped, TrainingError
 from library.signals import Signals

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library import device as devices
-from library.data.loader import MicroBatch
+from library.data.micro_batch import MicroBatch
 from library.diffusion.masks import latent_weights
 from library.diffusion.random_draws import normal, timesteps
 from library.diffusion.schedule import NoiseSchedule, prediction_type

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from library.data.loader import MicroBatch
+from library.data.micro_batch import MicroBatch
 from library.data.order.held_out import ValidationPlan
 from library.signals import Signals
 from library.training.log.metrics import MetricsWriter, finite_or_none

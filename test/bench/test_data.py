@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from library.data.sample.decode import Fit
+from library.data.fit import Fit
 
 PATH = Path(__file__).resolve().parents[2] / "bench" / "data.py"
 

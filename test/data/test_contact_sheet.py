@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from library.data.contact_sheet import MOST_SAMPLES, TITLE, write_contact_sheet
-from library.data.loader import MicroBatch
+from library.data.micro_batch import MicroBatch
 
 NASTY = """<script>alert(1)</script> "quoted" & 'so' <img src=x onerror=alert(1)>"""
 

@@ -25,7 +25,8 @@ from PIL import Image
 from library.data.bad_samples import check_left_out
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
-from library.data.loader import Share, make_loader
+from library.data.indexed_batches import make_loader
+from library.data.micro_batch import Share
 from library.data.order.bucket_rows import bucket_rows
 from library.data.order.buckets import BucketOptions
 from library.data.order.plan import Plan, repeated

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from library.data.cache.entries import Entry, Made, digest_bytes, digest_of
 from library.data.cache.fill import Loaded
+from library.data.fit import Fit
 from library.data.index.mapped_file import Opened
 from library.data.index.table import Index
-from library.data.loader import row_fit
 from library.data.order.bucket_rows import Buckets
+from library.data.order.row_fit import row_fit
 from library.data.sample.augmentation import ImageOptions
 from library.data.sample.captions import process_caption
-from library.data.sample.decode import Fit, decode
+from library.data.sample.decode import decode
 from library.data.sample.prepare import Treatment
 from library.data.sample.reader import Reader
 from library.keyed_random import Stream, generator

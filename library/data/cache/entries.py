@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from library.data.bad_samples import SampleError
+from library.data.fit import SizeIds
 from library.data.index.table import Index
-from library.data.sample.decode import SampleError, SizeIds
 
 BLOCK = 64  # rows; of SDXL's latents at 1024 px in fp32 it takes 32 MiB
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from library.data.bad_samples import SampleError
 from library.data.cache.entries import Block, Entry, Made, Shelf
 from library.data.index.table import Index
-from library.data.sample.decode import SampleError
 from library.signals import leave_signals_to_parent
 
 _WINDOW = 8  # blocks whose rows are grouped together: more of them fill more of the batches

@@ -10,9 +10,9 @@ from pathlib import Path
 from library.data.cache.block_files import BlockShelf
 from library.data.cache.entries import Shelf
 from library.data.cache.npz_files import Beside, NpzShelf, Picture, TextLayout, TextOutputs
-from library.data.dataset import TrainingData
 from library.data.index.kept_tables import digest, kept_name
 from library.data.index.table import Index
+from library.data.order.bucket_rows import Buckets
 
 _FOLDER = ".sdxl_cache"
 _LEFT_BEHIND_SECONDS = 24 * 3600  # what a killed process left half written is deleted when it is older
@@ -63,17 +63,24 @@ def disk_shelf(
     return BlockShelf(roots[source.subset] / kind / kept_name(name, made_from, index.tables[number].notes["digest"]))
 
 
-def pictures_of(data: TrainingData, latent_px: int, number: int) -> Callable[[int], Picture]:
-    """The .npz of the latents of a source's images, by place."""
-    index, source = data.index, data.index.sources[number]
-    buckets_n, first = data.buckets.buckets_of(number), int(index.starts_S[number])
-    mirrored = data.options.subsets[source.subset].flip_aug
+def pictures_of(
+    index: Index, buckets: Buckets, mirrored: Sequence[bool], latent_px: int, number: int
+) -> Callable[[int], Picture]:
+    """The .npz of the latents of a source's images, by place.
+
+    Args:
+        mirrored: of each subset, whether the latents of mirrored images are kept, too.
+        latent_px: pixels a side that one latent stands for.
+        number: of the source.
+    """
+    source = index.sources[number]
+    buckets_n, first = buckets.buckets_of(number), int(index.starts_S[number])
 
     def picture(place: int) -> Picture:
         record = index.record(first + place)
         path = source.path / index.key(first + place)
-        size = data.buckets.size(int(buckets_n[place]))
-        return Picture(path, (int(record["width"]), int(record["height"])), size, mirrored, latent_px)
+        size = buckets.size(int(buckets_n[place]))
+        return Picture(path, (int(record["width"]), int(record["height"])), size, mirrored[source.subset], latent_px)
 
     return picture
 

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
+from library.data.bad_samples import SampleError
+from library.data.image_header import HEADER_BYTES, MAX_BYTES, upright_size
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
     MAX_CAPTION_BYTES,
@@ -13,7 +15,6 @@ from library.data.index.rows import (
     row_array,
 )
 from library.data.index.sources import FileState, Source, is_image
-from library.data.sample.decode import HEADER_BYTES, MAX_BYTES, SampleError, upright_size
 
 
 def scan_folder(source: Source, files: Sequence[FileState], captions: Mapping[str, str] | None = None) -> Part:

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from library.data.bad_samples import SampleError
+from library.data.image_header import HEADER_BYTES, MAX_BYTES, upright_size
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -18,7 +20,6 @@ from library.data.index.rows import (
 )
 from library.data.index.sources import Source
 from library.data.index.tar_headers import Member, TornTarError, members
-from library.data.sample.decode import HEADER_BYTES, MAX_BYTES, SampleError, upright_size
 
 
 @dataclass

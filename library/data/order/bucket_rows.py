@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 
+from library.data.fit import Fit
 from library.data.index.kept_tables import Arrays, Job, Notes, Table, digest, opened, tables
 from library.data.index.mapped_file import Opened
 from library.data.index.rows import NAMED, row_key
@@ -16,7 +17,6 @@ from library.data.index.sources import Source
 from library.data.index.table import Index
 from library.data.order.buckets import BucketOptions, assign_buckets, check_options, fit, scaled_sizes, size_codes
 from library.data.order.held_out import Choice
-from library.data.sample.decode import Fit
 
 _VERSION = 2  # raise it whenever the same sizes and options give another table
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from library.data.sample.decode import Fit
+from library.data.fit import Fit
 from library.errors import InputError
 
 _LATENT_PX = 8  # the VAE makes one latent column of so many pixel columns

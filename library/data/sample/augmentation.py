@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from library.data.sample.decode import Fit
+from library.data.fit import Fit
 from library.data.sample.scaling import Filter
 
 CROP_NUMBERS, CHANGE_NUMBERS = 5, 4  # how many numbers a sample's crop, and its other changes, take

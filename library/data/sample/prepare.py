@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from library.data.cache.entries import Entry
+from library.data.fit import Fit, SizeIds
 from library.data.sample.augmentation import (
     CHANGE_NUMBERS,
     CROP_NUMBERS,
@@ -20,7 +20,7 @@ from library.data.sample.augmentation import (
     recoloured,
 )
 from library.data.sample.captions import CaptionOptions, process_caption
-from library.data.sample.decode import Fit, SizeIds, decode
+from library.data.sample.decode import decode
 from library.keyed_random import Stream, generator
 
 
@@ -112,14 +112,20 @@ def prepare_sample(
     return Sample(pixels_HWC, size_ids, caption, name, treatment.loss_weight, mirrored, mask_HW)
 
 
-def prepare_cached(name: str, entry: Entry, text: str, treatment: Treatment, at: Place) -> Sample:
+def prepare_cached(
+    name: str,
+    encoded: Callable[[bool], tuple[SizeIds, tuple[Tensor, ...]]],
+    text: str,
+    treatment: Treatment,
+    at: Place,
+) -> Sample:
     """The sample that `prepare_sample` makes, with cached latents in place of pixels.
 
     Args:
-        entry: of the image as it is and, with flip_aug, of it mirrored.
+        encoded: size ids and moments of the image as it is or, with flip_aug, of it mirrored.
     """
     mirrored = is_mirrored(treatment.images, _change_numbers(at))
-    size_ids, moments = entry.variant(mirrored)
+    size_ids, moments = encoded(mirrored)
     caption = _caption(text, treatment, at)
     return Sample(None, size_ids, caption, name, treatment.loss_weight, mirrored, moments=moments)
 

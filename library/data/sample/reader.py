@@ -5,9 +5,10 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
+from library.data.bad_samples import SampleError
+from library.data.image_header import MAX_BYTES
 from library.data.index.rows import MAX_CAPTION_BYTES, CaptionKind
 from library.data.index.table import Index
-from library.data.sample.decode import MAX_BYTES, SampleError
 
 _MAX_OPEN = 64  # shards kept open; the usual limit of a process is 1024 files
 

@@ -19,10 +19,10 @@ from functools import cached_property
 import numpy as np
 
 from library.address import shown
+from library.data.bad_samples import SampleError
 from library.data.index.tar_headers import TornTarError
 from library.data.order.buckets import BucketOptions, bucket_list, bucket_of
 from library.data.order.permutation import ROUNDS, permute
-from library.data.sample.decode import SampleError
 from library.data.sample.prepare import Sample
 from library.data.stream.shard_bytes import Patience, ShardError
 from library.data.stream.shard_samples import StreamSample, StreamSubset, shard_samples

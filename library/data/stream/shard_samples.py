@@ -6,9 +6,10 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from library.address import shown
+from library.data.bad_samples import SampleError
+from library.data.image_header import MAX_BYTES, upright_size
 from library.data.index.rows import IMAGE_EXTENSIONS, MAX_CAPTION_BYTES, printable
 from library.data.index.tar_headers import TornTarError, walk
-from library.data.sample.decode import MAX_BYTES, SampleError, upright_size
 from library.data.sample.reader import caption_text
 from library.data.stream.shard_bytes import Patience, ShardStream
 

@@ -17,7 +17,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from library.address import Address, shown
-from library.data.loader import Loader, MicroBatch, Share, Tokenize, micro_batch
+from library.data.loader import Loader
+from library.data.micro_batch import MicroBatch, Share, Tokenize, micro_batch
 from library.data.order.buckets import BucketOptions, check_options, fit
 from library.data.sample.prepare import Place, Sample, Treatment, prepare_sample
 from library.data.stream.probe import probe

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from library.data.bad_samples import kind, summary, too_many
-from library.data.loader import MicroBatch
+from library.data.micro_batch import MicroBatch
 from library.errors import TrainingError
 from library.training.log.metrics import go_on
 

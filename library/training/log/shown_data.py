@@ -4,7 +4,8 @@ import logging
 from collections.abc import Callable, Iterator
 
 from library.data.contact_sheet import write_contact_sheet
-from library.data.loader import MicroBatch, worker_deaths_reported
+from library.data.loader import worker_deaths_reported
+from library.data.micro_batch import MicroBatch
 from library.data.training_set import TrainingSet
 from library.models.token_counts import TokenCounter
 from library.options.options import Options

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from library.data.bad_samples import SampleError
 from library.data.cache.block_files import BlockShelf
 from library.data.cache.encodings import CaptionMaking, LatentMaking
 from library.data.cache.entries import BLOCK, Cache, Caches, Entry, Made, MemoryShelf, blocks_of
@@ -9,12 +10,12 @@ from library.data.cache.fill import fill
 from library.data.cache.npz_files import NpzShelf, Picture, TextLayout, TextOutputs
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
-from library.data.loader import Share, make_loader
+from library.data.indexed_batches import make_loader
+from library.data.micro_batch import Share
 from library.data.order.bucket_rows import bucket_rows
 from library.data.order.buckets import BucketOptions
 from library.data.order.plan import Plan, repeated
 from library.data.sample.captions import CaptionOptions
-from library.data.sample.decode import SampleError
 from library.data.sample.prepare import Treatment
 from library.errors import InputError
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from library.data.bad_samples import SampleError
 from library.data.index import kept_tables as index_cache
 from library.data.index import shards as shards_module
 from library.data.index import sources as sources_module
@@ -22,7 +23,6 @@ from library.data.index import table as index_module
 from library.data.index import worker_pool as parallel
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
-from library.data.sample.decode import SampleError
 from library.data.sample.reader import Reader
 from library.errors import InputError
 

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as reference
 
+from library.data.fit import Fit
 from library.data.order.buckets import BucketOptions, fit
 from library.data.sample.augmentation import ImageOptions, apply_gamma, face_in, is_mirrored, placed, shift_hue
-from library.data.sample.decode import Fit, decode
+from library.data.sample.decode import decode
 from library.data.sample.prepare import Place, Treatment, prepare_sample
 from library.data.sample.scaling import FILTERS, Filter
 from library.diffusion.masks import latent_weights

@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.data import image_header
+from library.data.bad_samples import SampleError
+from library.data.fit import Fit
+from library.data.image_header import upright_size
 from library.data.order.buckets import BucketOptions, fit
 from library.data.sample import decode as decode_module
 from library.data.sample import scaling
-from library.data.sample.decode import Fit, SampleError, decode, upright_size
+from library.data.sample.decode import decode
 from library.data.sample.scaling import Filter, scaled_crop
 
 
@@ -187,7 +191,7 @@ def test_damaged_files_raise_nothing_else():
 
 
 def test_decompression_bombs_are_refused(monkeypatch):
-    monkeypatch.setattr(decode_module, "MAX_PIXELS", 99 * 99)
+    monkeypatch.setattr(image_header, "MAX_PIXELS", 99 * 99)
     with pytest.raises(SampleError, match="100×100 px"):
         decode(encoded(Image.new("L", (100, 100))), (32, 32), covering((32, 32)))
     bomb = encoded(Image.new("1", (20_000, 20_000)))  # 50 KB of file, 400 million pixels

@@ -1,0 +1,157 @@
+"""Micro-batches of one rank in the plan's order, out of an index; for a damaged sample another of its bucket."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from library.data.bad_samples import SampleError
+from library.data.cache.entries import NO_CACHES, Caches
+from library.data.index.table import Index
+from library.data.loader import Loader
+from library.data.micro_batch import MicroBatch, Share, Tokenize, micro_batch
+from library.data.order.bucket_rows import Buckets
+from library.data.order.held_out import ValidationPlan
+from library.data.order.permutation import ROUNDS, permute
+from library.data.order.plan import Plan
+from library.data.order.row_fit import row_fit
+from library.data.sample.prepare import Place, Sample, Treatment, prepare_cached, prepare_sample
+from library.data.sample.reader import Reader
+from library.errors import InputError
+from library.keyed_random import Stream, generator
+
+MAX_REPLACEMENTS = 16  # samples tried at one place before the data set is called broken
+
+
+class MicroBatchDataset(Dataset):
+    """Item i is micro-batch i % accumulation of step i // accumulation: a pure function, so any worker can make it."""
+
+    def __init__(
+        self,
+        index: Index,
+        buckets: Buckets,
+        plan: Plan | ValidationPlan,
+        share: Share,
+        treatments: Sequence[Treatment],
+        tokenize: Tokenize | None = None,
+        caches: Caches = NO_CACHES,
+    ) -> None:
+        if plan.global_batch != share.global_batch:
+            raise ValueError(f"the plan's global batch is {plan.global_batch}, the share's {share.global_batch}")
+        self._reader = Reader(index)
+        self._index, self._buckets, self._plan, self._share = index, buckets, plan, share
+        self._treatments, self._tokenize, self._caches = treatments, tokenize, caches
+
+    def __getitem__(self, item: int) -> MicroBatch:
+        """One micro-batch.
+
+        Raises:
+            InputError: no readable sample is found for a place.
+        """
+        step, micro = divmod(item, self._share.accumulation)
+        places = self._share.places(micro)
+        batch = self._plan.batch_of_step(step, places)
+        samples: list[Sample] = []
+        quarantined: list[tuple[str, str]] = []
+        replaced = 0
+        for place, row in zip(places.tolist(), batch.rows_G.tolist(), strict=True):
+            listed = len(quarantined)
+            at = Place(self._plan.seed, step, place, batch.epoch)
+            samples.append(self._readable(row, batch.bucket, at, quarantined))
+            replaced += len(quarantined) > listed
+        masked = any(treatment.images.alpha_mask for treatment in self._treatments)
+        made = micro_batch(
+            samples,
+            step,
+            micro,
+            places,
+            None if self._caches.text is not None else self._tokenize,
+            quarantined,
+            replaced,
+            masked,
+        )
+        made.moments = _stacked([sample.moments for sample in samples])
+        made.text = _stacked([sample.text for sample in samples])
+        return made
+
+    def _readable(self, row: int, bucket: int, at: Place, quarantined: list[tuple[str, str]]) -> Sample:
+        """The planned sample, or the first that can be read in an order of its bucket keyed by step and place."""
+        failed: list[tuple[str, str]] = []
+        for candidate in self._candidates(row, bucket, at):
+            try:
+                sample = self._sample(candidate, bucket, at)
+            except SampleError as error:
+                failed.append((self._index.name(candidate), str(error)))
+                continue
+            quarantined += failed
+            return sample
+        width, height = self._buckets.size(bucket)
+        listed = "; ".join(f"{name}: {reason}" for name, reason in failed[:3])
+        raise InputError(
+            f"--train_data_dir: {len(failed)} samples of bucket {width}×{height}, tried one after the other for step "
+            f"{at.step}, cannot be read, so the data set is damaged or gone. The first: {listed}"
+        )
+
+    def _candidates(self, row: int, bucket: int, at: Place) -> Iterator[int]:
+        """The planned row, then others of its bucket; those are only thought up when asked for."""
+        yield row
+        rows = self._plan.rows_of_bucket(bucket)
+        keys = generator(at.seed, Stream.REPLACEMENT, at.step, at.place).integers(0, 2**64, ROUNDS, np.uint64)
+        order = permute(np.arange(min(MAX_REPLACEMENTS, len(rows))), len(rows), keys)
+        yield from (int(other) for other in rows[order] if other != row)
+
+    def _sample(self, row: int, bucket: int, at: Place) -> Sample:
+        """Read, decode and caption one row.
+
+        Raises:
+            SampleError: it cannot be read or decoded.
+        """
+        text = self._reader.caption(row)
+        treatment = self._treatments[self._index.source(row).subset]
+        name = self._index.name(row)
+        if self._caches.latents is None:
+            fit = partial(row_fit, self._index, self._buckets, row, bucket)
+            image = self._reader.image(row)
+            sample = prepare_sample(name, image, text, treatment, self._buckets.size(bucket), fit, at)
+        else:
+            sample = prepare_cached(name, self._caches.latents.read(row).variant, text, treatment, at)
+        if self._caches.text is not None:
+            sample = replace(sample, text=self._caches.text.read(row, empty=not sample.caption).tensors)
+        return sample
+
+
+def _stacked(entries: Sequence[tuple[Tensor, ...] | None]) -> tuple[Tensor, ...] | None:
+    """Each tensor of the entries with those of the others, batch first; None where there are none."""
+    found = [entry for entry in entries if entry is not None]
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)) if found else None
+
+
+def make_loader(
+    index: Index,
+    buckets: Buckets,
+    plan: Plan,
+    share: Share,
+    treatments: Sequence[Treatment],
+    *,
+    end_step: int,
+    start_step: int = 0,
+    tokenize: Tokenize | None = None,
+    workers: int = 0,
+    caches: Caches = NO_CACHES,
+) -> Loader:
+    """The micro-batches of one process.
+
+    Args:
+        plan: its global batch must be the share's.
+        treatments: one for each subset of the index.
+        end_step: the first step that is not loaded any more.
+        tokenize: captions to the token ids of each text encoder; called in the workers.
+        workers: processes that read and decode; 0 does it in this one.
+        caches: what is read in place of images and captions.
+    """
+    dataset = MicroBatchDataset(index, buckets, plan, share, treatments, tokenize, caches)
+    return Loader(dataset, share.accumulation, start_step, end_step, workers)

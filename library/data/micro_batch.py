@@ -1,0 +1,142 @@
+"""Micro-batches: what goes through the model together, and which part of each global batch a process computes.
+
+B: samples of a micro-batch. H, W: rows and columns of the bucket in px. K: chunks of a tokenised caption.
+
+A global batch of `batch size × ranks × accumulation` places is dealt out so that micro-batch m of rank r has the places
+m·b·n + r·b … + b (b: batch size, n: ranks). What stands at a place is a function of (seed, step, place) alone: the
+number of ranks, accumulation and workers only says who computes it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.data.sample.prepare import Sample
+
+Tokenize = Callable[[Sequence[str]], tuple[Tensor, ...]]
+
+
+@dataclass
+class MicroBatch:
+    """Samples of one bucket that go through the model together.
+
+    Attributes:
+        images_BHWC: uint8 RGB; none of cached latents.
+        captions: as trained.
+        size_ids_B6: float32 original height and width, crop top and left, target height and width, in px.
+        names: where the samples come from.
+        step: of the optimizer, from 0.
+        micro: number of this micro-batch in its step.
+        places_B: int64 places in the global batch.
+        ids: int64 (B, K, 77) token ids, one tensor a text encoder, and behind them, where captions have weights, as
+            many of float32 weights; none without a tokenizer or of cached text.
+        quarantined: (name, reason) of samples that could not be used, replacements that could not either among them.
+        replaced: places where another sample than the planned one stands; of a stream, samples lost on the way.
+        loss_weights_B: float32, what the samples' losses are multiplied by; without it 1.
+        mirrored: of each sample, whether left and right are exchanged.
+        masks_BHW: uint8 weights of the loss; None: all of it counts.
+        moments: of cached latents: mean and standard deviation, each (B, channels, rows, columns).
+        text: of cached text: what the text encoders gave, one tensor each with B first.
+        reader: of a stream: the number of the reader that it comes from, and where that is after it.
+        epoch: of a stream: the pass that it is of, from 0.
+    """
+
+    images_BHWC: Tensor | None
+    captions: list[str]
+    size_ids_B6: Tensor
+    names: list[str]
+    step: int
+    micro: int
+    places_B: Tensor
+    ids: tuple[Tensor, ...] = ()
+    quarantined: list[tuple[str, str]] = field(default_factory=list)
+    replaced: int = 0
+    loss_weights_B: Tensor = field(default_factory=lambda: torch.ones(()))
+    mirrored: list[bool] = field(default_factory=list)
+    masks_BHW: Tensor | None = None
+    moments: tuple[Tensor, ...] | None = None
+    text: tuple[Tensor, ...] | None = None
+    reader: tuple[int, Any] | None = None
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each global batch a process computes."""
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one step over all processes."""
+        return self.batch_size * self.world_size * self.accumulation
+
+    def of_one_process(self) -> "Share":
+        """The same global batches, all of them for one process."""
+        return Share(self.batch_size, accumulation=self.world_size * self.accumulation)
+
+    def places(self, micro: int) -> np.ndarray:
+        """(batch size,) int64: places in the global batch of this process's micro-batch number `micro`."""
+        start = (micro * self.world_size + self.rank) * self.batch_size
+        return np.arange(start, start + self.batch_size)
+
+
+def _pixels(samples: Sequence[Sample]) -> Tensor | None:
+    """(B, rows, columns, 3) uint8, in that order in memory whatever that of the decoders' arrays; None of latents."""
+    images = [sample.pixels_HWC for sample in samples if sample.pixels_HWC is not None]
+    if not images:
+        return None
+    return torch.from_numpy(np.stack(images, out=np.empty((len(images), *images[0].shape), np.uint8)))
+
+
+def _masks(samples: Sequence[Sample]) -> Tensor:
+    """(B, rows, columns) uint8; all of a sample without a mask counts."""
+    _, _, _, _, height, width = samples[0].size_ids
+    masks_BHW = np.full((len(samples), int(height), int(width)), 255, np.uint8)
+    for number, sample in enumerate(samples):
+        if sample.mask_HW is not None:
+            masks_BHW[number] = sample.mask_HW
+    return torch.from_numpy(masks_BHW)
+
+
+def micro_batch(
+    samples: Sequence[Sample],
+    step: int,
+    micro: int,
+    places_B: np.ndarray,
+    tokenize: Tokenize | None,
+    quarantined: list[tuple[str, str]],
+    replaced: int,
+    masked: bool,
+) -> MicroBatch:
+    """Samples of one bucket put together, wherever they come from; the arguments are as MicroBatch has them.
+
+    Args:
+        masked: some treatment of the run makes masks.
+    """
+    captions = [sample.caption for sample in samples]
+    return MicroBatch(
+        _pixels(samples),
+        captions,
+        torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32),
+        [sample.name for sample in samples],
+        step,
+        micro,
+        torch.from_numpy(places_B),
+        () if tokenize is None else tokenize(captions),
+        quarantined,
+        replaced,
+        torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),
+        [sample.mirrored for sample in samples],
+        _masks(samples) if masked else None,
+    )
