@@ -105,7 +105,7 @@ def measure(rows: int, shards: int, starts: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder)
         making = make_synthetic(data, rows, shards)
-        kept = sum(file.stat().st_size for file in (data / ".sdxl_index").iterdir())
+        kept = sum(file.stat().st_size for file in (data / ".image_index").iterdir())
         runs = []
         for _ in range(starts):
             command = [sys.executable, __file__, "--start", str(data)]

@@ -106,7 +106,7 @@ def test_training_from_a_cache_is_training_without_bit_for_bit(train, encoded):
         assert (cached / "quarantine.jsonl").read_text() == (plain / "quarantine.jsonl").read_text()
         assert sum(encoded) == (0 if out == "again" else 15), out
     assert len(list(train.data.glob("*_te_outputs.npz"))) == 10
-    blocks = [path.parent.parent.name for path in (train.data / ".sdxl_cache").rglob("*.safetensors")]
+    blocks = [path.parent.parent.name for path in (train.data / ".encoding_cache").rglob("*.safetensors")]
     assert sorted(blocks) == ["latents", "text_encoder_outputs"]  # of the shard alone
 
 

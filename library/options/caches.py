@@ -38,7 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--cache_latents_to_disk",
         action="store_true",
-        help="keep them on disk: beside images as .npz that sd-scripts reads, of shards in .sdxl_cache beside them",
+        help="keep them on disk: beside images as .npz that sd-scripts reads, of shards in .encoding_cache beside them",
     )
     group.add_argument(
         "--vae_batch_size",
@@ -53,7 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--cache_text_encoder_outputs_to_disk",
         action="store_true",
-        help="keep them on disk: beside images as .npz that sd-scripts reads, of shards in .sdxl_cache beside them",
+        help="keep them on disk: beside images as .npz that sd-scripts reads, of shards in .encoding_cache beside them",
     )
     group.add_argument(
         "--text_encoder_batch_size",

@@ -39,7 +39,7 @@ def test_two_processes_share_the_work_and_train_as_without_a_cache(start_two, tw
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text
         assert "cache latents: 0 entries kept, 16 computed" in ranks[0].text  # one shard each, not all by both
         assert_undisturbed(out, plain)
-    assert len(list((two_shards / ".sdxl_cache").rglob("*.safetensors"))) == 2
+    assert len(list((two_shards / ".encoding_cache").rglob("*.safetensors"))) == 2
 
 
 def test_a_process_that_is_stopped_while_it_fills_the_cache_stops_both_and_the_work_goes_on(
@@ -47,7 +47,7 @@ def test_a_process_that_is_stopped_while_it_fills_the_cache_stops_both_and_the_w
 ):
     """The other one is done with its own part by then, and waits."""
     data = tmp_path / "data"
-    shutil.copytree(two_shards, data, ignore=shutil.ignore_patterns(".sdxl_cache"))
+    shutil.copytree(two_shards, data, ignore=shutil.ignore_patterns(".encoding_cache"))
     arguments = (f"--train_data_dir={data}", "--cache_latents_to_disk", "--max_train_steps=1")
     faults = ((), [("signal_while_caching", int(signal.SIGTERM), 5)])
     ranks = start_two(tmp_path / "out", *arguments, faults_of=faults)

@@ -187,7 +187,7 @@ def test_two_machines_train_as_one_and_count_the_images_of_both(machines, tiny_s
 
 def test_different_data_on_two_machines_is_named_on_both(machines, tiny_sdxl_folder, pictures, tmp_path):
     other = tmp_path / "copy" / pictures.name
-    shutil.copytree(pictures, other, ignore=shutil.ignore_patterns(".sdxl_index"))
+    shutil.copytree(pictures, other, ignore=shutil.ignore_patterns(".image_index"))
     (other / "7.png").unlink()
     for machine, data in ((1, other), (0, pictures)):
         machines.start(*train_arguments(tiny_sdxl_folder, data, tmp_path / "out", 1), machine=machine, machines=2)

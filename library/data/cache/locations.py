@@ -14,7 +14,7 @@ from library.data.index.kept_tables import digest, kept_name
 from library.data.index.table import Index
 from library.data.order.bucket_rows import Buckets
 
-_FOLDER = ".sdxl_cache"
+_FOLDER = ".encoding_cache"
 _LEFT_BEHIND_SECONDS = 24 * 3600  # what a killed process left half written is deleted when it is older
 
 BesideOf = Callable[[int], Callable[[int], Beside]]  # from a source's number and a place in it to the row's .npz

@@ -19,7 +19,8 @@ from library.keyed_random import Stream, generator
 _LATENTS_ENDING = "_sdxl.npz"
 _TEXT_ENDING = "_te_outputs.npz"
 _TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")  # of CLIP-L, of OpenCLIP bigG, its pooled text
-_FACTS = "sdxl_pretrain"  # the key of .npz files under which this project says what they were made of
+# The keys of .npz files that are this project's own: of what they were made, and the moments of latents.
+_FACTS, _MOMENT = "made_of", "moment"
 
 
 class Beside(Protocol):
@@ -124,13 +125,13 @@ class Picture:
             "original_size": np.array([width, height]),
             "crop_ltrb": np.array([left, top, left + bucket_w, top + bucket_h]),
             _FACTS: np.array(json.dumps([entry.made.content, entry.made.settings, entry.size_ids])),
-            f"{_FACTS}_0": mean,
-            f"{_FACTS}_1": std,
+            f"{_MOMENT}_0": mean,
+            f"{_MOMENT}_1": std,
         }
         if len(entry.tensors) == 4:
             mean, std = (_array(tensor) for tensor in entry.tensors[2:])
             arrays["latents_flipped"] = mean.astype(np.float32) + std.astype(np.float32) * noise[..., ::-1]
-            arrays |= {f"{_FACTS}_2": mean, f"{_FACTS}_3": std}
+            arrays |= {f"{_MOMENT}_2": mean, f"{_MOMENT}_3": std}
         return arrays
 
     def entry(self, file: Any) -> Entry:
@@ -142,7 +143,7 @@ class Picture:
         if _FACTS in file:
             content, settings, size_ids = json.loads(str(file[_FACTS]))
             tensors: list[Tensor] = []
-            while (name := f"{_FACTS}_{len(tensors)}") in file:
+            while (name := f"{_MOMENT}_{len(tensors)}") in file:
                 tensors.append(torch.from_numpy(file[name]))
             return Entry(Made(content, settings), tuple(size_ids), tuple(tensors))
         bucket_w, bucket_h = self.bucket_wh_px

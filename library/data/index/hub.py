@@ -16,7 +16,7 @@ from library.hub import Wanted, cached_snapshot, is_hub_name, snapshot
 from library.signals import leave_signals_to_parent
 
 _POLL_S = 0.2
-_LOCKS = ".sdxl_pretrain"  # folder in the hub's cache
+_LOCKS = ".sd_training"  # folder in the hub's cache
 
 
 def local_data(path: Path, flag: str, caption_extension: str, between: Callable[[], None] = lambda: None) -> Path:

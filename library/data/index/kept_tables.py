@@ -25,7 +25,7 @@ from library.data.index.mapped_file import Opened, load, read_notes, remove, sto
 from library.data.index.worker_pool import run_all
 from library.errors import InputError
 
-_FOLDER = ".sdxl_index"
+_FOLDER = ".image_index"
 _LOCK = "lock"
 _LOCK_POLL_SECONDS = 0.1
 _KEPT_DAYS = 30
@@ -141,7 +141,7 @@ def cache_folder(data: Path) -> Path:
     if folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK):
         return folder / _FOLDER
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    return home / "sdxl_pretrain" / "index" / digest(str(folder.resolve()))
+    return home / "sd_training" / "index" / digest(str(folder.resolve()))
 
 
 def _open(made: tuple[Table, ...], number: int) -> Arrays:

@@ -428,7 +428,7 @@ class TestCache:
     def test_a_damaged_cache_is_replaced(self, tmp_path, make_shard, scans):
         make_shard(tmp_path, 0, [(20, 10)])
         first = build(tmp_path, use_cache=True)
-        (kept,) = (tmp_path / ".sdxl_index").glob("*.rows")
+        (kept,) = (tmp_path / ".image_index").glob("*.rows")
         data = kept.read_bytes()
         for damaged in (b"", data[:100], data[: len(data) // 2]):
             kept.unlink()  # and no other content for those who have it mapped
@@ -443,21 +443,21 @@ class TestCache:
         make_shard(tmp_path, 1, [(20, 10)])
         build(tmp_path, use_cache=True)
         build(tmp_path, ".caption", use_cache=True)
-        kept = set((tmp_path / ".sdxl_index").glob("*.rows"))
+        kept = set((tmp_path / ".image_index").glob("*.rows"))
         make_shard(tmp_path, 0, [(64, 10)])
         build(tmp_path, use_cache=True)
-        assert len(list((tmp_path / ".sdxl_index").glob("*.rows"))) == 5
+        assert len(list((tmp_path / ".image_index").glob("*.rows"))) == 5
         for path in kept:
             os.utime(path, (0, 0))
         make_shard(tmp_path, 1, [(64, 10), (20, 10)])
         build(tmp_path, use_cache=True)
-        now = set((tmp_path / ".sdxl_index").glob("*.rows"))
+        now = set((tmp_path / ".image_index").glob("*.rows"))
         assert len(kept) == len(now) == 4  # two shards, two caption extensions
         assert len(kept & now) == 2  # those of the other caption extension
 
     def test_a_cache_that_cannot_be_written_is_done_without(self, tmp_path, make_shard):
         make_shard(tmp_path, 0, [(20, 10)])
-        (tmp_path / ".sdxl_index").write_text("a file where the cache's folder would be")
+        (tmp_path / ".image_index").write_text("a file where the cache's folder would be")
         assert len(build(tmp_path, use_cache=True)) == 1
 
 
@@ -626,7 +626,7 @@ class TestManyProcesses:
             raise InterruptedError
 
         with pytest.raises(InterruptedError):
-            index_cache.tables([index_cache.Job(tmp_path / ".sdxl_index" / "a.b.rows", dict)], between=stop)
+            index_cache.tables([index_cache.Job(tmp_path / ".image_index" / "a.b.rows", dict)], between=stop)
         assert builder.poll() is None
         builder.kill()
         builder.wait()
