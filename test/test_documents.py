@@ -1,5 +1,6 @@
-"""The READMEs and the list of public addresses say what the code says."""
+"""The documents and the list of public addresses say what the code says."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -15,7 +16,25 @@ STATEMENT = "public_address_statement.md"
 READMES = ("README.md", "README-zh.md")
 COMMANDS = ("bash test/pretrain_full_1m_1p_sdxl.sh --demo", "bash test/run_tests.sh")
 LAUNCHERS = ("pretrain_full_1m_1p_sdxl.sh", "pretrain_full_1m_8p_sdxl.sh", "pretrain_full_nm_np_sdxl.sh")
-MAP_TITLES = {"README.md": "Repository map", "README-zh.md": "仓库结构"}
+MOST_BYTES = 12 * 1024  # of a README
+# Pages that are in both languages, and those of developers and measurements, which are in English only.
+SUBJECTS = (
+    "running", "many_machines", "data", "captions_and_crops", "caches", "streaming", "bad_samples", "training",
+    "memory", "resuming", "output_files", "exactness", "sd_scripts",
+)  # fmt: skip
+PAIRS = (READMES, *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in SUBJECTS))
+ENGLISH_ONLY = (
+    "CONTRIBUTING.md", "docs/architecture.md", "docs/scaling.md", "docs/emoji-laion.md", "docs/flags/sdxl_pretrain.md",
+    "third_patch/README.md", "tools/demo/README.md", "test/npu_sim/README.md", "public_address_statement.md",
+)  # fmt: skip
+DOCUMENTS = (*(page for pair in PAIRS for page in pair), *ENGLISH_ONLY)
+FLAGS = "docs/flags/sdxl_pretrain.md"
+NOT_THERE = {"docs/sd_scripts.md": "Not there yet", "docs/zh/sd_scripts.md": "尚缺的部分"}  # flags that are missing
+OTHER_COMMANDS = {"--all", "--demo", "--help", "--shm-size"}  # flags of run_tests.sh, the launchers, docker
+# Lines that call other scripts, whose flags are their own.
+OTHER_SCRIPTS = re.compile(r"(tools/demo|bench|test/npu_sim|accelerate|docker|pytest)\b.*--|--out\b|--write\b")
+CHANGES = "What 14 changes touch"
+PROMPT_OPTIONS = {"--w", "--h", "--d", "--s", "--l", "--n", "--ss"}
 CONTACTED = "Contacted without standing in the code / 未写在代码中但会访问的地址"
 REQUIRED, OFF, NOTHING = {"required", "必填"}, {"off", "关"}, {"—"}
 
@@ -41,6 +60,9 @@ def tracked(*patterns):
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return sorted({name for name in listed.stdout.splitlines() if (ROOT / name).is_file()})
+
+
+PAGES = (*DOCUMENTS, *tracked("docs/measurements/*.md"))
 
 
 def code_files():
@@ -125,9 +147,39 @@ def bash_blocks(text):
     return re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(params=READMES)
-def readme(request):
-    return request.param, (ROOT / request.param).read_text(encoding="utf-8")
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def script_flags():
+    return {flag for action in sdxl_pretrain.build_parser()._actions for flag in action.option_strings}
+
+
+def launcher_defaults(launcher):
+    shown = subprocess.run(
+        ["bash", f"test/{launcher}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    return dict(re.findall(r"^  --(\w+)=(.*)$", shown, re.MULTILINE))
+
+
+def without_blocks(text):
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def prose_spans(text):
+    return code_spans(without_blocks(text))
+
+
+def anchors(text):
+    """The names by which links reach a page's headings, as GitHub makes them; code blocks have no headings."""
+    titles = re.findall(r"^#+ (.*)$", without_blocks(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def mapped_names(docstring):
+    """The files and packages that a package's docstring has a line for: names, two spaces or more, their purpose."""
+    lines = re.findall(r"^ *([\w/]+(?:, [\w/]+)*) {2,}\S", docstring, re.MULTILINE)
+    return [name for line in lines for name in line.split(", ")]
 
 
 def test_addresses_are_found_in_code_and_made_up_ones_are_not():
@@ -160,8 +212,17 @@ def test_every_public_address_in_the_code_is_stated_with_its_files():
     assert not missing, f"{STATEMENT}: " + "; ".join(missing)
 
 
+def test_every_public_address_in_the_documents_is_stated():
+    statement = read(STATEMENT)
+    stated = {address for _, cells in table_rows(statement) for address in code_spans(cells[0])}
+    links = {(url.rstrip(".,;:"), name) for name in DOCUMENTS if name != STATEMENT for url in URL.findall(read(name))}
+    made_up = re.compile(rf"{LOCAL_HOSTS.pattern}|host$|bucket$")
+    real = {(url, name) for url, name in links if not made_up.match(urlsplit(url).netloc)}
+    assert sorted((url, name) for url, name in real if url not in stated) == []
+
+
 def test_no_stated_address_is_out_of_date():
-    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*dict(code_files()), *READMES, "LICENSE")}
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*dict(code_files()), *DOCUMENTS, "LICENSE")}
     statement = (ROOT / STATEMENT).read_text(encoding="utf-8")
     in_files = statement.replace(section(statement, CONTACTED), "")
     stale = []
@@ -176,8 +237,21 @@ def test_no_stated_address_is_out_of_date():
     assert not stale, f"{STATEMENT}: " + "; ".join(stale)
 
 
-def test_the_tables_hold_every_flag_with_its_default_in_the_groups_of_help(readme):
-    name, text = readme
+def test_the_readmes_are_short():
+    assert {name: len(read(name).encode()) for name in READMES if len(read(name).encode()) > MOST_BYTES} == {}
+
+
+def test_every_page_is_known_here_and_linked_from_the_readme_of_its_language():
+    pages = {page for page in tracked("*.md") if not page.startswith("docs/measurements/")}
+    assert pages == set(DOCUMENTS)
+    for number, name in enumerate(READMES):
+        linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", read(name))}
+        lacking = {pair[number] for pair in PAIRS} | set(ENGLISH_ONLY) - {name}
+        assert not lacking - linked - {name}, f"{name} does not link to {sorted(lacking - linked - {name})}"
+
+
+def test_the_tables_hold_every_flag_with_its_default_in_the_groups_of_help():
+    name, text = FLAGS, read(FLAGS)
     groups, tables = flag_groups(sdxl_pretrain.build_parser()), flag_tables(text)
     flags_of = [{flag for action in group for flag in action.option_strings} for group in groups]
     told = [{flag for flags, _, _ in table for flag in flags} for table in tables]
@@ -199,12 +273,10 @@ def test_the_tables_hold_every_flag_with_its_default_in_the_groups_of_help(readm
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_launchers_arguments_are_told_with_their_defaults(readme, launcher):
-    name, text = readme
-    shown = subprocess.run(
-        ["bash", f"test/{launcher}", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    defaults = dict(re.findall(r"^  --(\w+)=(.*)$", shown, re.MULTILINE))
+@pytest.mark.parametrize("language", [0, 1], ids=READMES)
+def test_the_launchers_arguments_are_told_with_their_defaults(language, launcher):
+    text = "\n".join(read(pair[language]) for pair in PAIRS)
+    defaults = launcher_defaults(launcher)
     told = {
         cells[0].strip("`"): cells[1].strip("`") for _, cells in table_rows(text) if cells[0].strip("`") in defaults
     }
@@ -212,54 +284,125 @@ def test_the_launchers_arguments_are_told_with_their_defaults(readme, launcher):
     if launcher == LAUNCHERS[-1]:  # its own number of epochs stands beside the table
         epochs = defaults.pop("max_train_epoch")
         assert told.pop("max_train_epoch") != epochs
-        assert re.search(rf"\b{epochs} (epochs \(|轮（)`max_train_epoch`", text), name
-    assert told == defaults, name
+        assert re.search(rf"\b{epochs} (epochs \(|轮（)`max_train_epoch`", text)
+    assert told == defaults
 
 
-def test_the_repository_map_is_the_repository(readme):
-    name, text = readme
-    rows = [cells for _, cells in table_rows(section(text, MAP_TITLES[name]))]
-    paths = [path for cells in rows for path in code_spans(cells[0])]
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_flag_in_the_text_is_one_that_something_takes(name):
+    text = read(name)
+    known = script_flags() | PROMPT_OPTIONS | OTHER_COMMANDS
+    known |= {f"--{argument}" for launcher in LAUNCHERS for argument in launcher_defaults(launcher)}
+    missing = set()
+    if name in NOT_THERE:
+        told = section(text, NOT_THERE[name])
+        missing = {flag for span in code_spans(told) for flag in re.findall(r"--\w+", span)}
+        assert missing and not missing & known, f"{name} says that {sorted(missing & known)} are missing"
+    spans = [*prose_spans(text), *bash_blocks(text)]
+    named = set()
+    for span in spans:
+        # What follows another script's name, or stands in a line that calls one, is that script's own.
+        lines = [line for line in span.replace("\\\n", " ").splitlines() if not OTHER_SCRIPTS.search(line)]
+        named |= {flag for line in lines for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", line)}
+    assert not named - known - missing, f"{name} names {sorted(named - known - missing)}, which nothing takes"
+
+
+def test_the_repository_map_is_the_repository():
+    text = read("docs/architecture.md")
+    paths = [path for _, cells in table_rows(section(text, "Repository map")) for path in code_spans(cells[0])]
     absent = [path for path in paths if not (ROOT / path).exists()]
     files = [file for file in tracked("*.py", "*.sh", "bench", "docs") if Path(file).name != "__init__.py"]
     left_out = [file for file in files if not any(file == path or file.startswith(path) for path in paths)]
-    assert (absent, left_out) == ([], []), f"{name}: the map names {absent}, not there, and leaves out {left_out}"
+    packages = {f"{Path(file).parent}/" for file in tracked("library/*/__init__.py")}
+    assert (absent, left_out, packages - set(paths)) == ([], [], set())
 
 
-def test_the_two_commands_and_all_others_are_right(readme):
-    name, text = readme
-    blocks = bash_blocks(text)
-    for command in COMMANDS:
-        assert any(command in block.splitlines() for block in blocks), f"{name} does not show: {command}"
-    parser, tried = sdxl_pretrain.build_parser(), 0
-    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+@pytest.mark.parametrize("package", [str(Path(file).parent) for file in tracked("library/**/__init__.py")])
+def test_every_package_has_a_line_for_each_of_its_files(package):
+    docstring = ast.get_docstring(ast.parse(read(f"{package}/__init__.py"))) or ""
+    files = {Path(file).relative_to(package) for file in tracked(f"{package}/*.py")} - {Path("__init__.py")}
+    there = {file.stem if len(file.parts) == 1 else f"{file.parts[0]}/" for file in files}
+    named = mapped_names(docstring)
+    assert sorted(named) == sorted(there), f"{package}/__init__.py, the map of that package"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_files_that_a_page_names_exist(name):
+    text = read(name)
+    if name == "docs/architecture.md":  # the column of a commit that is past names files that have moved
+        changes = section(text, CHANGES)
+        text = text.replace(changes, "\n".join(cells[-1] for _, cells in table_rows(changes)))
+    paths = set(re.findall(r"(?<![\w/.-])((?:library|third_patch|test|tools|bench)/[\w./-]*\w)", text))
+    absent = [path for path in sorted(paths) if not (ROOT / path).exists() and not path.startswith("test/output")]
+    assert not absent, f"{name}: {absent}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_are_right(name):
+    parser = sdxl_pretrain.build_parser()
+    for line in "\n".join(bash_blocks(read(name))).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         scripts = [word for word in words if word.endswith((".sh", ".py"))]
-        assert all((ROOT / word).exists() for word in scripts), f"{name}: no such script in: {line}"
+        absent = [word for word in scripts if not (ROOT / word).exists()]
+        assert not absent, f"{name}: no such script in: {line}"
         if "sdxl_pretrain.py" in words:
             parser.parse_args(words[words.index("sdxl_pretrain.py") + 1 :])  # exits with status 2 at an unknown flag
-            tried += 1
-    assert tried >= 3
+        elif words and words[0] == "...":  # flags that are added to a command
+            parser.parse_args([*words[1:], "--pretrained_model_name_or_path=model", "--output_dir=output"])
+        launchers = [Path(word).name for word in scripts if Path(word).name in LAUNCHERS]
+        for launcher in launchers:
+            given = {word[2:].partition("=")[0] for word in words if re.match(r"--\w+=", word)}
+            assert given <= set(launcher_defaults(launcher)), f"{name}: {launcher} does not take all of: {line}"
 
 
-def test_links_lead_somewhere(readme):
-    name, text = readme
-    anchors = {
-        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    }
-    dead = []
+@pytest.mark.parametrize("language", [0, 1], ids=READMES)
+def test_the_two_commands_and_training_by_hand_are_shown(language):
+    blocks = bash_blocks(read(READMES[language]))
+    for command in COMMANDS:
+        assert any(command in block.splitlines() for block in blocks), f"{READMES[language]} does not show: {command}"
+    shown = "\n".join(block for pair in PAIRS for block in bash_blocks(read(pair[language])))
+    assert len(re.findall(r"^\S*python sdxl_pretrain\.py", shown, re.MULTILINE)) >= 3
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    text, dead = read(name), []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
-        if "://" not in target and ((path and not (ROOT / path).exists()) or (not path and anchor not in anchors)):
+        file = (ROOT / name).parent / path if path else ROOT / name
+        if "://" in target:
+            continue
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
             dead.append(target)
     assert not dead, f"{name}: {dead}"
 
 
-def test_both_languages_show_the_same_commands_and_tables():
-    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
+@pytest.mark.parametrize("english, chinese", PAIRS)
+def test_both_languages_show_the_same_commands_and_tables(english, chinese):
+    english, chinese = read(english), read(chinese)
     assert bash_blocks(english) == bash_blocks(chinese)
     first_cells = [[code_spans(cells[0]) for _, cells in table_rows(text)] for text in (english, chinese)]
     assert first_cells[0] == first_cells[1]
     levels = [re.findall(r"^(#+) ", text, re.MULTILINE) for text in (english, chinese)]
     assert levels[0] == levels[1]
+
+
+@pytest.mark.parametrize("language", [0, 1], ids=READMES)
+def test_the_memory_of_the_readme_is_the_measurements(language):
+    """Each row of the README's table is a row of docs/measurements/memory.md, rounded."""
+    rows = {
+        cells[0]: float(cells[-1]) for _, cells in table_rows(read("docs/measurements/memory.md")) if len(cells) == 8
+    }
+    shown = [cells for _, cells in table_rows(read(READMES[language])) if re.fullmatch(r"\d+\.\d", cells[1])]
+    shown = [cells for cells in shown if cells[0].startswith("Ada")]
+    assert len(shown) >= 8
+    for setting, peak in shown:
+        flags = {flag.removeprefix("--") for flag in code_spans(setting)} | {"gradient_checkpointing"}
+        kind = re.match(r"\w+", setting)[0]
+        wanted = {f"{kind}", *(flag.replace("=", " ") for flag in flags)}
+        wanted = {"full_bf16 (stochastic)" if flag == "full_bf16" else flag for flag in wanted}
+        wanted = {f"{flag.removeprefix('sharding ')} over 8" if "sharding" in flag else flag for flag in wanted}
+        peaks = [
+            value for name, value in rows.items() if set(name.removeprefix("1024 px, bf16: ").split(", ")) == wanted
+        ]
+        assert [f"{value:.1f}" for value in peaks] == [peak], f"{setting}: {peaks}"
