@@ -1,54 +1,156 @@
 #!/usr/bin/env bash
-# What the SDXL pre-training launchers share; sourced by them, not run. They set their own defaults, add their own
-# arguments to known_arguments, and call parse_arguments "$@", then launch. Everything a user can set is a --name=value
-# below or there; an unknown one is an error.
+# What all launchers share: arguments, environment, log, start, signals, exit status. It knows no model and no script.
+# A launcher sources it, states its settings and ends with launch "$@":
+#
+#   source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+#   script=train_something.py                           # in the root of the repository
+#   argument batch_size 4 --train_batch_size            # --batch_size=N, 4 by default: --train_batch_size=N
+#   path_argument model_name "" --pretrained_model_name_or_path
+#   takes_processes 8                                   # or takes_machines 8; neither: one process, no torchrun
+#   settings() { flags=(--seed=1); }                    # further flags, made when the arguments are known
+#   launch "$@"
+#
+# A launcher that takes --demo defines demo_settings (defaults, by demo_default), build_demo (by build_part) and
+# judge_demo. All these functions see the arguments, $processes, $output_dir, $demo and, in the demo, $demo_dir.
 set -euo pipefail
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$PWD
 
-# The published configuration of the system (README, "The launchers").
-batch_size=4                # images per device
-max_train_epoch=120         # 13 is the performance run
-max_train_steps=            # steps instead of epochs
-mixed_precision=fp16
-resolution=1024,1024
-model_name=stabilityai/stable-diffusion-xl-base-1.0
-vae=madebyollin/sdxl-vae-fp16-fix
-tokenizer1_path=openai/clip-vit-large-patch14
-tokenizer2_path=laion/CLIP-ViT-bigG-14-laion2B-39B-b160k
-dataset_name=laion          # folder of LAION shards or of images with captions
-output_dir=                 # default: test/output/DEVICE_ID
-save_state_every_n_minutes= # training states, of which those of the last 10,000 steps are kept; none if not given
-resume=                     # auto, or the folder of a training state
-nnodes=1                    # machines
-nproc_per_node=1            # processes on each, one a device
-node_rank=0                 # this machine's number
-master_ip=                  # of machine 0
-master_port=8989
-start_timeout=600           # seconds that the machines wait for each other
-save_every_n_epochs=20
-by_torchrun=1               # 0: one process, without torchrun
+script=                     # what the launcher starts
+flags=()                    # of the script, beside those of the arguments
 demo=0
-known_arguments="batch_size max_train_epoch max_train_steps mixed_precision resolution model_name vae tokenizer1_path tokenizer2_path dataset_name output_dir save_state_every_n_minutes resume"
-given=" "                   # names that the user gave
+by_torchrun=0               # 0: one process, without torchrun
+nnodes=1 nproc_per_node=1 node_rank=0 master_ip="" master_port=8989 start_timeout=600
+
+known_arguments=()          # in the order of --help
+declare -A flag_of=()       # the script's flag that an argument sets
+declare -A argument_of=()   # the argument that sets a flag of the script
+declare -A default_of=()
+paths=" "                   # arguments that may be paths
+given=" "                   # arguments that the user gave
+left_out=()                 # names of the launcher's own flags that the user does not want
+passed_on=()                # what the user gave after --
 
 fail() { echo "$(basename "$0"): $1" >&2; exit 2; }
 
+# argument NAME DEFAULT [FLAG ...]: --NAME=VALUE, the script's first FLAG; the others are aliases of that one.
+argument() {
+    local name=$1 default=$2 flag
+    shift 2
+    known_arguments+=("$name")
+    printf -v "$name" %s "$default"
+    default_of[$name]=$default
+    flag_of[$name]=${1:-}
+    for flag in "$@"; do argument_of[$flag]=$name; done
+}
+
+# An argument whose value is a path where there is one of that name, and else, for example, a hub name.
+path_argument() {
+    argument "$@"
+    paths+="$1 "
+}
+
+takes_processes() {
+    by_torchrun=1
+    argument nproc_per_node "$1"    # processes on a machine, one a device
+}
+
+takes_machines() {
+    takes_processes "$1"
+    argument nnodes 1               # machines
+    argument node_rank 0            # this machine's number
+    argument master_ip ""           # of machine 0
+    argument master_port 8989
+    argument start_timeout 600      # seconds that the machines wait for each other
+}
+
+# What every launcher takes.
+path_argument output_dir "" --output_dir    # test/output/DEVICE_ID if not given
+path_argument resume "" --resume            # auto, or the folder of a training state
+
+has_demo() { declare -F demo_settings >/dev/null; }
+
+is_given() { [[ "$given" == *" $1 "* ]]; }
+
+is_known() { [[ " ${known_arguments[*]} " == *" $1 "* ]]; }
+
 parse_arguments() {
-    local argument name
-    for argument in "$@"; do
-        case $argument in
-            --demo) demo=1 ;;
+    local word name names
+    while [ $# -gt 0 ]; do
+        word=$1
+        shift
+        case $word in
+            --) take_passed_on "$@"; return ;;
             --help | -h) usage; exit 0 ;;
+            --demo) has_demo || fail "--demo: there is none for $script"; demo=1 ;;
+            --demo=*) fail "$word: --demo takes no value" ;;
+            --without=?*) IFS=, read -ra names <<< "${word#*=}"; left_out+=("${names[@]}") ;;
+            --without | --without=) fail "$word needs names: --without=NAME[,NAME ...]" ;;
             --*=*)
-                name=${argument%%=*}; name=${name#--}
-                [[ " $known_arguments " == *" $name "* ]] || fail "unknown argument --$name; known are --demo and --NAME=VALUE for: $known_arguments"
-                printf -v "$name" %s "$(from_callers_folder "$name" "${argument#*=}")"
-                given+="$name "
+                name=${word%%=*}
+                is_known "${name#--}" || unknown_argument "$name"
+                set_argument "${name#--}" "${word#*=}"
                 ;;
-            *) fail "unknown argument $argument; arguments are --demo and --NAME=VALUE for: $known_arguments" ;;
+            --*)
+                is_known "${word#--}" || unknown_argument "$word"
+                [[ $# -gt 0 && "$1" != -* ]] || fail "$word needs a value: $word=VALUE"
+                fail "$word $1: write $word=$(printf %q "$1")"
+                ;;
+            *) unknown_argument "$word" ;;
         esac
     done
+}
+
+# The error for a name that the launcher does not take; where it is the script's, with the way to give it.
+unknown_argument() {
+    local own=${argument_of[$1]:-} known="--NAME=VALUE for: ${known_arguments[*]}"
+    local hint="flags of $script itself stand at the end, after --"
+    if has_demo; then known="--demo and $known"; fi
+    if [ -n "$own" ]; then hint="$script's $1 is --$own=VALUE here"; fi
+    fail "unknown argument $1; arguments are $known; $hint"
+}
+
+set_argument() {
+    printf -v "$1" %s "$(from_callers_folder "$1" "$2")"
+    given+="$1 "
+}
+
+# A path that is relative to where the user stands, made absolute; what is no path there (a hub name) stays as it is.
+from_callers_folder() {
+    local is_path=0
+    if [ "$1" = output_dir ] || [[ "$paths" == *" $1 "* && -e "$caller/$2" ]]; then is_path=1; fi
+    if [[ $is_path = 1 && -n "$2" && "$2" != /* ]]; then printf %s "$caller/$2"; else printf %s "$2"; fi
+}
+
+# What follows -- goes to the script as it is. A flag that is an argument's, too, sets that argument, for the launcher
+# derives other things from it: the name of the case, or whether the length is given in steps or in epochs.
+take_passed_on() {
+    local number flag
+    passed_on=("$@")
+    [[ $# = 0 || "$1" == -* ]] || fail "$1: what follows -- starts with a flag of $script, such as --seed=1"
+    for ((number = 0; number < $#; number++)); do
+        flag=${passed_on[number]%%=*}
+        [ -n "$flag" ] && [ -n "${argument_of[$flag]:-}" ] || continue
+        [ "$flag" != --output_dir ] || fail "--output_dir=FOLDER stands before --: the log is written there, too"
+        if [[ "${passed_on[number]}" == *=* ]]; then
+            set_argument "${argument_of[$flag]}" "${passed_on[number]#*=}"
+        elif [ $((number + 1)) -lt $# ]; then
+            set_argument "${argument_of[$flag]}" "${passed_on[number + 1]}"
+        fi  # otherwise the script says that a value is missing
+    done
+}
+
+usage() {
+    local name
+    echo "usage: bash test/$(basename "$0") [--NAME=VALUE ...] [--without=NAME,...] [-- FLAG ...]"
+    if has_demo; then
+        echo "  --demo  builds a small model and data set offline, trains in minutes, judges the pictures"
+    fi
+    for name in "${known_arguments[@]}"; do echo "  --$name=${!name}"; done
+    echo "What follows -- goes to $script as it is and takes the place of the launcher's own flags:"
+    echo "  bash test/$(basename "$0") --output_dir=out -- --learning_rate=1e-5 --optimizer_args \"weight_decay=0.1\""
+    echo "--without leaves own flags of the launcher out, such as switches, which nothing else turns off."
 }
 
 # Fails unless an argument is a whole number in MIN .. MAX (no bound where MAX is empty).
@@ -59,9 +161,7 @@ check_number() {
     [ -z "$maximum" ] || [ "$value" -le "$maximum" ] || fail "--$name=$value: must be at most $maximum${4:+ ($4)}"
 }
 
-# The machines and processes, before anything is built or waited for.
 check_machines() {
-    check_number batch_size 1 ""
     check_number nproc_per_node 1 ""
     check_number nnodes 1 ""
     check_number node_rank 0 $((nnodes - 1)) "the machines of --nnodes=$nnodes are 0 to $((nnodes - 1))"
@@ -75,92 +175,74 @@ check_machines() {
     is_given node_rank || fail "--nnodes=$nnodes needs --node_rank=NUMBER, 0 to $((nnodes - 1)), another on each machine"
 }
 
-is_given() { [[ "$given" == *" $1 "* ]]; }
-
-# A path that is relative to where the user stands, made absolute; what is no path there (a hub name) stays as it is.
-from_callers_folder() {
-    local is_path=0
-    case $1 in
-        output_dir) is_path=1 ;;
-        dataset_name | resume | model_name | vae | tokenizer1_path | tokenizer2_path) if [ -e "$caller/$2" ]; then is_path=1; fi ;;
-    esac
-    if [[ $is_path = 1 && -n "$2" && "$2" != /* ]]; then echo "$caller/$2"; else echo "$2"; fi
-}
-
-usage() {
-    echo "usage: bash test/$(basename "$0") [--demo] [--NAME=VALUE ...]"
-    echo "  --demo  builds a small model and data set offline, trains in minutes, judges the pictures"
-    local name
-    for name in $known_arguments; do echo "  --$name=${!name}"; done
-}
-
 # Sets a default that holds in the demo only, unless the user gave the argument.
 demo_default() { is_given "$1" || printf -v "$1" %s "$2"; }
 
-train_arguments() {
-    train=(
-        --pretrained_model_name_or_path="$model_name" --train_data_dir="$dataset_name" --output_dir="$output_dir"
-        --logging_dir="$output_dir/logs" --resolution="$resolution" --enable_bucket --caption_extension=.txt
-        --shuffle_caption --keep_tokens=0 --train_batch_size="$batch_size" --mixed_precision="$mixed_precision"
-        --optimizer_type=oss --train_text_encoder --lr_warmup_steps=0 --max_grad_norm=1 --gradient_accumulation_steps=1
-        --seed=1 --max_token_length=77 --enable_npu_flash_attention --save_precision=float --save_model_as=safetensors
-        --case_name="$case_name"
-    )
-    if [ -n "$save_state_every_n_minutes" ]; then
-        train+=(--save_state_every_n_minutes="$save_state_every_n_minutes" --save_last_n_steps_state=10000)
-    fi
-    if [ -n "$resume" ]; then train+=(--resume="$resume"); fi
-    if [ -n "$max_train_steps" ]; then
-        train+=(--max_train_steps="$max_train_steps")
-    else
-        train+=(--max_train_epochs="$max_train_epoch")
-    fi
+# Reads the arguments into the output folder, the log's stem and the script's command line ($train); starts nothing.
+resolve() {
+    local device_id=${ASCEND_DEVICE_ID:-${DEVICE_ID:-0}}
+    parse_arguments "$@"
+    check_machines
+    processes=$((nnodes * nproc_per_node))
     if [ "$demo" = 1 ]; then
-        demo_train_arguments
-    else
-        train+=(
-            --vae="$vae" --tokenizer1_path="$tokenizer1_path" --tokenizer2_path="$tokenizer2_path"
-            --min_bucket_reso=512 --max_bucket_reso=2048
-            --learning_rate=1e-6 --learning_rate_te1=1e-7 --learning_rate_te2=1e-7
-            --lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=1
-            --gradient_checkpointing --save_every_n_epochs="$save_every_n_epochs"
-        )
+        demo_dir=${output_dir:-$root/test/output/demo}
+        output_dir=$demo_dir/$device_id
+        demo_settings
     fi
+    output_dir=${output_dir:-$root/test/output/$device_id}
+    # Machines that share the folder write logs of their own.
+    log_stem=$output_dir/train_$device_id
+    if [ "$node_rank" != 0 ]; then log_stem+=.node$node_rank; fi
+    settings
+    script_flags
 }
 
-# The demo's sizes, unless the user gave others (tools/demo/README.md says how they were found). Its global batch is 16
-# on any number of processes (rounded up where they do not divide it), so that it learns the same everywhere.
-demo_settings() {
-    demo_default batch_size $(((16 + processes - 1) / processes))
-    demo_default max_train_steps 800
-    demo_default mixed_precision no
-    demo_default resolution 64,64
-    demo_default model_name "$demo_dir/model"
-    demo_default dataset_name "$demo_dir/data"
+# The script's flags, into $train: those of the arguments, the launcher's own, and last, so that they win, the user's.
+script_flags() {
+    local name flag
+    train=()
+    for name in "${known_arguments[@]}"; do
+        flag=${flag_of[$name]}
+        if [ -z "$flag" ]; then continue; fi
+        # An empty value says "none" where that is the default; elsewhere the script judges it.
+        if [ -n "${!name}" ] || { is_given "$name" && [ -n "${default_of[$name]}" ]; }; then
+            train+=("$flag=$(from_the_root "$name")")
+        fi
+    done
+    train+=("${flags[@]}")
+    for name in "${left_out[@]}"; do leave_out "--${name#--}"; done
+    train+=("${passed_on[@]}")
 }
 
-demo_train_arguments() {
-    train+=(
-        --min_bucket_reso=48 --max_bucket_reso=80 --bucket_reso_steps=8
-        --learning_rate=1.5e-3 --learning_rate_te1=2e-3 --learning_rate_te2=2e-3
-        --optimizer_args "betas=0.9,0.99" "weight_decay=0.01" --lr_scheduler=cosine
-        --lr_warmup_steps="$((max_train_steps / 16))"
-        --caption_dropout_rate=0.1 --v_parameterization --zero_terminal_snr
-        --sample_prompts="$demo_dir/data/prompts.txt" --sample_at_first --sample_every_n_steps="$max_train_steps"
-        --max_data_loader_n_workers=1
-    )
+# An argument's value; a default that is a path in the repository is made absolute: the script runs where the user is.
+from_the_root() {
+    local value=${!1}
+    if [[ "$paths" == *" $1 "* && -n "$value" && "$value" != /* && -e "$root/$value" ]] && ! is_given "$1"; then
+        value=$root/$value
+    fi
+    printf %s "$value"
 }
 
-build_demo() {
-    build_part data tools/demo/make_data.py
-    build_part model tools/demo/make_model.py
+# Takes a flag and its values out of $train.
+leave_out() {
+    local word kept=() names=() inside=0 found=0
+    for word in "${train[@]}"; do
+        if [[ "$word" == --* ]]; then
+            names+=("${word%%=*}")
+            if [ "${word%%=*}" = "$1" ]; then inside=1 found=1; else inside=0; fi
+        fi
+        if [ "$inside" = 0 ]; then kept+=("$word"); fi
+    done
+    [ "$found" = 1 ] || fail "--without=${1#--}: the launcher gives no $1; it gives ${names[*]}"
+    train=("${kept[@]}")
 }
 
-# Builds a part of the demo with a tool unless it is there as the tools make it. It is built aside and renamed, so that machines
-# that share the folder may do it at once: the first one's stays.
+# build_part NAME TOOL: builds a part of the demo with a tool, unless it is there as the files of the tool's folder make
+# it. It is built aside and renamed, so that machines that share the folder may do it at once: the first one's stays.
 build_part() {
-    local target=$demo_dir/$1 made_by aside
-    made_by=$(cat tools/demo/*.py tools/demo/vae.safetensors | sha256sum | cut -d' ' -f1)
+    local target=$demo_dir/$1 made_by aside tools
+    readarray -t tools < <(find "$(dirname "$2")" -maxdepth 1 -type f ! -name "*.md" | sort)
+    made_by=$(cat "${tools[@]}" | sha256sum | cut -d' ' -f1)
     if [ "$(cat "$target/.made_by" 2>/dev/null)" = "$made_by" ]; then return; fi
     echo "building the demo's $1 in $target"
     mkdir -p "$demo_dir"
@@ -173,21 +255,41 @@ build_part() {
     [ -e "$target/.made_by" ] || fail "$target cannot be made"
 }
 
-judge_demo() {
-    "$python" tools/demo/judge.py --expected "$demo_dir/data/expected.json" --samples "$output_dir/sample" \
-        --grid "$output_dir/samples_before_after.png" --at_least 12
+# Opens the log: anew, or at its end where a run is resumed. Fails, and leaves it as it is, where another run writes in
+# the folder. The log stays locked as long as anything writes to it: also after the launcher, but not the trainer, was
+# killed.
+open_log() {
+    local log=$1
+    { mkdir -p "$output_dir" && : >> "$log"; } 2>/dev/null || fail "--output_dir=$output_dir: cannot be written"
+    exec {log_lock}>> "$log"
+    if is_locked "$log_lock"; then in_use "another start writes $(basename "$log")"; fi
+    if [ -r "$output_dir/.lock" ]; then  # of library/training/state/run_lock.py; the file stays when a run has ended
+        if is_locked -s "$output_dir/.lock" true; then
+            in_use "another run writes there ($(tr -d '{}"' < "$output_dir/.lock"))"
+        fi
+    fi
+    if [ -z "$resume" ]; then : > "$log"; fi
 }
 
-# Runs a command; its output goes to a log and to the screen. Ends with its status. The command has a process group of
-# its own and gets SIGTERM, Ctrl-C and SIGHUP from here, so that each comes once: the trainer saves at the first one and
-# ends at once at a second one. The log takes in what it says after that, too.
+in_use() { fail "--output_dir=$output_dir: $1. Wait for it, end it, or choose another folder."; }
+
+# is_locked ARGUMENTS_OF_FLOCK: whether another process has the lock. On a file system without locks none has.
+is_locked() {
+    local status=0
+    flock -n -E 75 "$@" 2>/dev/null || status=$?
+    [ "$status" = 75 ]
+}
+
+# run_logged LOG FOLDER COMMAND: runs a command in a folder; its output goes to the open log and to the screen. Ends
+# with its status. The command has a process group of its own and gets SIGTERM, Ctrl-C and SIGHUP from here, so that each
+# comes once: the trainer saves at the first one and ends at once at a second one. The log has what it says then, too.
 run_logged() {
-    local log=$1 logger child name status=0
-    shift
-    exec 3> >(trap "" INT TERM HUP; exec tee ${resume:+-a} "$log")
+    local log=$1 folder=$2 logger child name status=0
+    shift 2
+    exec 3> >(trap "" INT TERM HUP; exec tee -a "$log")
     logger=$!
     set -m  # a background command then has its own process group, and does not ignore Ctrl-C
-    (trap - INT TERM HUP; exec "$@") >&3 2>&1 3>&- &
+    (trap - INT TERM HUP; cd "$folder"; exec "$@") >&3 2>&1 3>&- {log_lock}>&- &
     child=$!
     set +m
     exec 3>&-
@@ -202,29 +304,10 @@ run_logged() {
     return "$status"
 }
 
-# The output folder and the log in it; machines that share the folder write logs of their own.
-name_output() {
-    local device_id=${ASCEND_DEVICE_ID:-${DEVICE_ID:-0}} kind=acc
-    processes=$((nnodes * nproc_per_node))
-    if [ "$demo" = 1 ]; then
-        demo_dir=${output_dir:-test/output/demo}
-        output_dir=$demo_dir/$device_id
-        demo_settings
-        # The demo's layers are too small to share: on a busy machine OpenMP's threads wait for each other, many times
-        # as long as they compute (docs/measurements/demo.md).
-        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    fi
-    output_dir=${output_dir:-test/output/$device_id}
-    if [ "$max_train_epoch" = 13 ]; then kind=perf; fi
-    case_name=SDXL_bs${batch_size}_${processes}p_$kind
-    log_stem=$output_dir/train_$device_id
-    if [ "$node_rank" != 0 ]; then log_stem+=.node$node_rank; fi
-}
-
 # Trains and, in the demo, judges. Ends with the trainer's exit status: that of the first process that failed.
 launch() {
-    local command status=0
-    check_machines
+    local command folder=$caller status=0
+    resolve "$@"
     python=$(bash test/setup_env.sh | tail -n 1)
     # The card that DEVICE_ID names is the one that trains, unless the user has chosen the visible ones.
     if [ "$nnodes" = 1 ] && [ "$nproc_per_node" = 1 ] && [ -n "${ASCEND_DEVICE_ID:-}" ]; then
@@ -233,20 +316,25 @@ launch() {
     export NNODES=$nnodes
     # shellcheck source=test/env_npu.sh
     source test/env_npu.sh
-    name_output
-    mkdir -p "$output_dir"
-    if [ "$demo" = 1 ]; then build_demo; fi
-    train_arguments
+    open_log "$log_stem.log"
+    if [ "$demo" = 1 ]; then
+        # The demo's layers are too small to share: on a busy machine OpenMP's threads wait for each other, many times
+        # as long as they compute (docs/measurements/demo.md).
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+        build_demo
+    fi
     export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
     command=("$python")
     if [ "$by_torchrun" = 1 ]; then
+        folder=$root  # for the module; the script runs in the user's
         command+=(
             -m library.processes.launch --nnodes="$nnodes" --nproc_per_node="$nproc_per_node" --node_rank="$node_rank"
-            --master_ip="$master_ip" --master_port="$master_port" --start_timeout="$start_timeout" --log="$log_stem" --
+            --master_ip="$master_ip" --master_port="$master_port" --start_timeout="$start_timeout" --log="$log_stem"
+            --working_dir="$caller" --
         )
         echo "log: $log_stem.log, those of the other processes beside it: $(basename "$log_stem").rank1.log and so on"
     fi
-    run_logged "$log_stem.log" "${command[@]}" sdxl_pretrain.py "${train[@]}" || status=$?
+    run_logged "$log_stem.log" "$folder" "${command[@]}" "$root/$script" "${train[@]}" || status=$?
     if [ "$status" != 0 ]; then
         if [ "$by_torchrun" = 0 ]; then
             echo "$(basename "$0"): training failed with exit status $status; log: $log_stem.log" >&2

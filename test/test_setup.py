@@ -68,7 +68,7 @@ def test_what_is_missing_and_what_is_too_old_are_listed(tmp_path):
     [
         ("--batchsize=4", "unknown argument --batchsize"),
         ("batch_size=4", "unknown argument batch_size=4"),
-        ("--batch_size", "unknown argument --batch_size"),
+        ("--batch-size=4", "unknown argument --batch-size"),
     ],
 )
 def test_an_unknown_launcher_argument_is_an_error(argument, message):

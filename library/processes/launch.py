@@ -34,7 +34,10 @@ from library.processes.versions import software
 from library.script import EXIT_BAD_INPUT, EXIT_OK, leave_at_once
 
 # Each process becomes the command itself, so that signals and exit statuses are its own.
-_WORKER = 'if [ "$LOCAL_RANK" = 0 ]; then exec "$@"; else exec "$@" > "$WORKER_LOG.rank$RANK.log" 2>&1; fi'
+_WORKER = """
+cd "$WORKER_DIR" || exit
+if [ "$LOCAL_RANK" = 0 ]; then exec "$@"; else exec "$@" > "$WORKER_LOG.rank$RANK.log" 2>&1; fi
+"""
 # A process that the user stops may have a training state to write first.
 _STOP_SECONDS = 600
 
@@ -50,6 +53,7 @@ class LaunchOptions:
     master_port: int
     start_timeout: int  # seconds
     log: str  # stem
+    working_dir: str  # of the processes
     command: Sequence[str]
 
 
@@ -60,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     _quieten_torchrun()
-    os.environ["WORKER_LOG"] = options.log
+    os.environ |= {"WORKER_LOG": str(Path(options.log).absolute()), "WORKER_DIR": options.working_dir}
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // options.nproc_per_node, 1)))
     _raise_on_signals()
     try:
@@ -82,6 +86,7 @@ def _parse(argv: list[str] | None) -> LaunchOptions:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--master_ip", required=True)
     parser.add_argument("--log", required=True, help="stem of the logs of all processes but the first")
+    parser.add_argument("--working_dir", default=".", help="where the processes run (default: here)")
     parser.add_argument("command", nargs="+", help="the script and its arguments, after --")
     return LaunchOptions(**vars(parser.parse_args(argv)))
 
@@ -142,7 +147,7 @@ class _Ended:
 
 def _run_processes(options: LaunchOptions) -> _Ended:
     """Run torchrun's agent until all processes have ended; where one fails it ends the others."""
-    with tempfile.TemporaryDirectory(prefix="sdxl_launch_") as folder:
+    with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         config = LaunchConfig(
             min_nodes=options.nnodes,
             max_nodes=options.nnodes,
@@ -173,7 +178,7 @@ def _rendezvous(options: LaunchOptions) -> dict[str, Any]:
         "rdzv_backend": "static",
         "rdzv_endpoint": f"{options.master_ip}:{options.master_port}",
         "rdzv_configs": {"rank": options.node_rank, "timeout": options.start_timeout},
-        "run_id": "sdxl",
+        "run_id": "training",
     }
 
 
