@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.training.state.files import StateInfo, verify
+from library.training.state.lineage import new_lineage
 from library.training.state.names import Retention, step_name
 from library.training.state.writer import StateWriter
 
@@ -56,7 +57,7 @@ def measure(folder: Path, gigabytes: float, saves: int) -> dict:
         name: {str(place): torch.randn(numbers) for place in range(TENSORS)}
         for name in ("unet", "exp_avg", "exp_avg_sq")
     }
-    info = StateInfo(0, 0, "", {}, {}, {})
+    info = StateInfo(0, 0, "", {}, {}, {}, new_lineage(None, 0, []))
     matrix = torch.randn(512, 512)
     stalls, writes, working = [], [], []
     with StateWriter(folder / "unreserved") as writer:

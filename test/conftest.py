@@ -162,3 +162,30 @@ def small_shard(tmp_path_factory):
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return folder
+
+
+STEPS = 6
+
+
+@pytest.fixture(scope="session")
+def train(tiny_sdxl_folder, small_shard):
+    """Runs sdxl_pretrain.py in this process; returns its exit status."""
+    from accelerate.state import AcceleratorState
+
+    import sdxl_pretrain
+
+    def run(out, *arguments, data=small_shard):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return sdxl_pretrain.main(
+            [
+                f"--pretrained_model_name_or_path={tiny_sdxl_folder}", f"--train_data_dir={data}", "--resolution=64",
+                "--enable_bucket", "--min_bucket_reso=32", "--max_bucket_reso=128", "--bucket_reso_steps=16",
+                "--caption_extension=.txt", f"--output_dir={out}", "--max_data_loader_n_workers=0", "--seed=1",
+                "--learning_rate=1e-3", "--train_text_encoder", "--train_batch_size=2", "--shuffle_caption",
+                "--gradient_accumulation_steps=2", "--caption_dropout_rate=0.2", "--lr_scheduler=cosine_with_restarts",
+                "--lr_warmup_steps=2", f"--max_train_steps={STEPS}", "--save_model_as=safetensors", "--use_ema",
+                "--ema_decay=0.5", *arguments,
+            ]
+        )  # fmt: skip
+
+    return run

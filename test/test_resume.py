@@ -1,6 +1,5 @@
 """A run that goes on from a training state is the run that was not stopped, through sdxl_pretrain.py and its files."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,37 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-import sdxl_pretrain
 from library.training.state.resume import log_changed_options, versions
 from library.training.task import SDXLPretraining
+from test.conftest import STEPS
 from test.data.shard_server import ShardServer
+from test.training_runs import assert_same_weights, lines, state_of
 
 ROOT = Path(__file__).parents[1]
-STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def train(tiny_sdxl_folder, small_shard):
-    """Runs the script in this process; returns its exit status."""
-
-    def run(out, *arguments, data=small_shard):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        return sdxl_pretrain.main(
-            [
-                f"--pretrained_model_name_or_path={tiny_sdxl_folder}", f"--train_data_dir={data}", "--resolution=64",
-                "--enable_bucket", "--min_bucket_reso=32", "--max_bucket_reso=128", "--bucket_reso_steps=16",
-                "--caption_extension=.txt", f"--output_dir={out}", "--max_data_loader_n_workers=0", "--seed=1",
-                "--learning_rate=1e-3", "--train_text_encoder", "--train_batch_size=2", "--shuffle_caption",
-                "--gradient_accumulation_steps=2", "--caption_dropout_rate=0.2", "--lr_scheduler=cosine_with_restarts",
-                "--lr_warmup_steps=2", f"--max_train_steps={STEPS}", "--save_model_as=safetensors", "--use_ema",
-                "--ema_decay=0.5", *arguments,
-            ]
-        )  # fmt: skip
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -49,23 +26,6 @@ def undisturbed(train, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     assert train(out, "--save_state_every_n_steps=1", "--logging_dir", str(out / "logs")) == 0
     return out
-
-
-def state_of(step: int) -> str:
-    return f"at-step{step:08d}-state"
-
-
-def lines(out: Path) -> list[dict]:
-    """Metrics without what the clock and the machine say."""
-    loose = ("images_per_second", "images_per_second_without_wait", "data_wait_seconds", "memory_bytes")
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in loose} for line in found]
-
-
-def assert_same_weights(out: Path, other: Path, name: str = "last.safetensors") -> None:
-    mine, theirs = load_file(out / name), load_file(other / name)
-    assert mine.keys() == theirs.keys()
-    assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
 
 
 def stopped_after(step: int, undisturbed: Path, out: Path) -> Path:

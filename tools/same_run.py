@@ -4,7 +4,7 @@
     git worktree add ../before HEAD~1 && python tools/same_run.py ../before
 
 Both train the demo's model for a few steps in several settings, with the same interpreter, on the CPU and on the
-simulated NPU. metrics.jsonl (its times and speeds left out) and every checkpoint must be equal bit for bit. Ends with
+simulated NPU. metrics.jsonl (its times, speeds and run ids left out) and every checkpoint must be equal bit for bit. Ends with
 status 1 where they are not.
 """
 
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMED = {"images_per_second", "images_per_second_without_wait", "data_wait_seconds", "memory_bytes", "time"}
+TIMED = {"images_per_second", "images_per_second_without_wait", "data_wait_seconds", "memory_bytes", "time", "run"}
 COMMON = (
     "--resolution=64,64", "--enable_bucket", "--min_bucket_reso=48", "--max_bucket_reso=80", "--bucket_reso_steps=8",
     "--caption_extension=.txt", "--train_batch_size=2", "--seed=3", "--learning_rate=1e-3",

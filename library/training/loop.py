@@ -40,7 +40,7 @@ from library.training.ranks.rank_watch import (
     sums_of_all,
 )
 from library.training.state.names import AVERAGE_SUFFIX
-from library.training.state.states import RUN, Resumed, States, parts_by_process
+from library.training.state.states import RUN, Resumed, States
 from library.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -156,13 +156,8 @@ class Trainer:
         )
 
     def resume(self, resumed: Resumed) -> None:
-        """Take up a training state; `train` then begins with the step after it.
-
-        Raises:
-            InputError: it is of other parameters than those that train.
-        """
+        """Take up what a training state holds besides weights and optimizer; `train` then begins after its step."""
         run = resumed.state.whole[RUN]
-        self.parallel.read_parts(parts_by_process(resumed.state))
         if self.parallel.averages is not None:
             self.parallel.averages.updates = run.get("average_updates", 0)
         set_schedule(self.schedule.scheduler, run["schedule_steps"])

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +34,13 @@ from library.training.engine.bf16_update import bf16_update
 from library.training.engine.block_swap import HostBlocks
 from library.training.engine.compiling import check_backend
 from library.training.engine.fused_backward import FusedBackward
-from library.training.engine.optimizers import Construct, ParameterGroup, make_lr_schedule, make_optimizer
+from library.training.engine.optimizers import (
+    Construct,
+    ParameterGroup,
+    make_lr_schedule,
+    make_optimizer,
+    parameters_by_name,
+)
 from library.training.engine.precision import make_accelerator
 from library.training.engine.sharding import MakeOptimizer, Replicated, shard, sharding_kind
 from library.training.engine.swapped_backward import SwappedBlocks, SwappedFusedBackward
@@ -42,6 +49,7 @@ from library.training.log.shown_data import caption_lines, show_data
 from library.training.log.startup import plan_lines
 from library.training.output_folder import check_room, finish, prepare_output
 from library.training.ranks.agreement import check_agreement, describe_run
+from library.training.ranks.main_process import on_main_process
 from library.training.ranks.rank_watch import Companions, Progress, companions
 from library.training.rules import (
     check_caches,
@@ -55,12 +63,21 @@ from library.training.rules import (
     check_swapping,
     check_without_epochs,
 )
+from library.training.state.branch import start_branch
 from library.training.state.choice import clear_left_behind
 from library.training.state.files import StateInfo
+from library.training.state.lineage import Lineage
 from library.training.state.names import Cadence, Retention, last_name, step_name
-from library.training.state.resume import check_resumed, options_by_flag, resumed_state, versions
+from library.training.state.resume import (
+    check_parameters,
+    check_resumed,
+    files_in_use,
+    options_by_flag,
+    resumed_state,
+    versions,
+)
 from library.training.state.run_lock import RunLock
-from library.training.state.states import Resumed, StateCadence, States
+from library.training.state.states import Resumed, StateCadence, States, parts_by_process
 from library.training.state.writer import StateWriter
 from library.training.validation import Validator
 
@@ -168,9 +185,8 @@ def run(
             check_backend(options.run.dynamo_backend, accelerator.device)
         if not options.run.dry_run:
             prepare_output(options)
-            if accelerator.is_main_process and not options.data.debug_dataset:
-                lock = stack.enter_context(RunLock(options.saving.output_dir))
-                clear_left_behind(options.saving.output_dir, lock)
+            if not options.data.debug_dataset:
+                on_main_process(accelerator, partial(_take_folder, options.saving.output_dir, stack))
         resumed = resumed_state(options.saving, accelerator)
         surroundings = Surroundings(
             accelerator, _seed(options.run.seed, accelerator, resumed), signals, beside.progress
@@ -197,6 +213,8 @@ def run(
             check_agreement(accelerator, describe_run(options, surroundings.seed, data, task.module))
         task.choose_checkpoints(data.largest_bucket)
         groups = task.parameter_groups()
+        if resumed is not None:
+            check_parameters(resumed, parameters_by_name(task.module, groups))
         logger.info("seed: %d", surroundings.seed)
         resolved = plan_lines(options, data, steps, epochs, groups, accelerator, _sharding(options))
         for line in (
@@ -211,8 +229,7 @@ def run(
             for line in task.memory_lines(data.largest_bucket):
                 logger.info(line)
             return
-        if accelerator.is_main_process:
-            check_room(options, task.checkpoint_bytes(), groups)
+        on_main_process(accelerator, partial(check_room, options, task.checkpoint_bytes(), groups))
         if isinstance(data, TrainingData):
             data = replace(
                 data, caches=make_caches(options, data, task.encoders, accelerator, signals, beside.progress)
@@ -221,6 +238,11 @@ def run(
         if accelerator.is_main_process:
             finish(options, report, task.network_name, task.report_lines(), data, accelerator, started)
         accelerator.end_training()
+
+
+def _take_folder(output_dir: Path, stack: ExitStack) -> None:
+    """Lock the output folder until the stack is closed, and clear what a killed run has left there."""
+    clear_left_behind(output_dir, stack.enter_context(RunLock(output_dir)))
 
 
 @contextmanager
@@ -265,6 +287,18 @@ def _train(
     if options.optimization.use_ema:
         where = torch.device("cpu") if options.optimization.offload_ema else None
         parallel.keep_averages(options.optimization.ema_decay, where)
+    if resumed is not None:
+        parallel.read_parts(parts_by_process(resumed.state))
+    lineage = on_main_process(
+        accelerator,
+        lambda: start_branch(
+            saving.output_dir,
+            saving.output_name,
+            (resumed.folder, resumed.state.info) if resumed else None,
+            data.epochs.steps_before_epoch,
+            files_in_use(options),
+        ),
+    )
     writer = MetricsWriter(
         saving.output_dir,
         saving.logging_dir,
@@ -272,10 +306,11 @@ def _train(
         accelerator.is_main_process,
         steps_done=resumed.step if resumed else 0,
         board_folder=resumed.state.info.metrics.get("board_folder") if resumed else None,
+        run_id=lineage.run_id,
     )
     with ExitStack() as stack:
         stack.callback(writer.close)
-        states = _states(options, parallel, data, surroundings)
+        states = _states(options, parallel, data, surroundings, lineage)
         stack.enter_context(states.writer)
         stack.enter_context(logging_redirect_tqdm())
         trainer = loop.Trainer(
@@ -292,7 +327,14 @@ def _train(
         )
         if resumed is not None:
             trainer.resume(resumed)
+            resumed.let_go()
             logger.info("resumed from %s: %d steps are done", resumed.folder, resumed.step)
+        logger.info(
+            "run %s, attempt %d%s",
+            lineage.run_id,
+            lineage.attempt,
+            f", goes on from run {lineage.parent}" if lineage.parent else "",
+        )
         trainer.stop_if_asked()
         logger.info("running training")
         stack.enter_context(worker_deaths_reported())
@@ -316,7 +358,9 @@ def _validator(task: Task, data: TrainingSet, surroundings: Surroundings, writer
     return Validator(task, surroundings.accelerator, *found, cadence, writer, surroundings.signals)
 
 
-def _states(options: Options, parallel: Replicated, data: TrainingSet, surroundings: Surroundings) -> States:
+def _states(
+    options: Options, parallel: Replicated, data: TrainingSet, surroundings: Surroundings, lineage: Lineage
+) -> States:
     """What saves training states, as the flags have it."""
     saving, accelerator = options.saving, surroundings.accelerator
     writer = StateWriter(
@@ -334,7 +378,7 @@ def _states(options: Options, parallel: Replicated, data: TrainingSet, surroundi
     plan, plain, software = data.fingerprint(), options_by_flag(options), versions()
 
     def info(step: int, metrics: Mapping[str, Any]) -> StateInfo:
-        return StateInfo(step, surroundings.seed, plan, plain, software, metrics)
+        return StateInfo(step, surroundings.seed, plan, plain, software, metrics, lineage)
 
     return States(writer, parallel, cadence, info, partial(step_name, saving.output_name), data.position)
 

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from library import device as devices
 from library.errors import InputError
 from library.training.engine.ema import Averages
-from library.training.engine.optimizers import ParameterGroup
+from library.training.engine.optimizers import ParameterGroup, parameters_by_name
 from library.training.memory.meta_run import without_data
 from library.training.state.tensor_rows import (
     Part,
@@ -86,7 +86,7 @@ class Replicated:
         """
         self.accelerator, self.bare_module = accelerator, module
         self.averages: Averages | None = None
-        self.named = _named(module, groups)
+        self.named = parameters_by_name(module, groups)
         self._prepare(groups, make_optimizer, make_schedule)
 
     def _prepare(
@@ -430,12 +430,6 @@ def agree_on_overflow(scaler: Any) -> None:
 
     unscale.agreed = True  # type: ignore[attr-defined]
     scaler._unscale_grads_ = unscale
-
-
-def _named(module: nn.Module, groups: Sequence[ParameterGroup]) -> dict[str, nn.Parameter]:
-    """What trains, by its name in the module, in the groups' order."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return {names[id(parameter)]: parameter for group in groups for parameter in group.parameters}
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

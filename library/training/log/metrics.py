@@ -1,6 +1,5 @@
 """What a run measures of itself: speed without warm-up, average loss, metrics.jsonl, TensorBoard, the bar."""
 
-import itertools
 import json
 import math
 import os
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-
-from library.atomic_write import write_file
 
 AVERAGE_WINDOW = 100  # steps in the average loss that the bar and the final block show
 WARMUP_STEPS = 5  # left out of the speed: first-time allocations, kernel choices, workers starting
@@ -100,8 +97,8 @@ class MovingAverage:
 class MetricsWriter:
     """Writes each step to metrics.jsonl and TensorBoard and shows it in the bar; only on the main process.
 
-    An earlier run's metrics.jsonl in the same folder is kept under the next free name (metrics.1.jsonl, ...). A run
-    that goes on adds to it, after the lines of the steps that it will do again are taken out.
+    It adds to the metrics.jsonl that is there (`library.training.state.branch` has left in it what the run goes on
+    from). Each line names the start that wrote it.
     """
 
     def __init__(
@@ -112,26 +109,27 @@ class MetricsWriter:
         main: bool = True,
         steps_done: int = 0,
         board_folder: str | None = None,
+        run_id: str = "",
     ) -> None:
         """
         Args:
             steps_done: by the run that goes on.
-            board_folder: where that run's TensorBoard events are, None if it had none.
+            board_folder: where that run's TensorBoard events are, below `logging_dir`; None if it had none.
+            run_id: of this start.
         """
-        self.main = main
+        self.main, self.run_id = main, run_id
         self.board_folder: str | None = None
         if not main:
             return
-        path = output_dir / "metrics.jsonl"
-        go_on(path, steps_done)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = None
         if logging_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            goes_on = board_folder is not None and Path(board_folder).is_relative_to(logging_dir)
-            self.board_folder = board_folder if goes_on else _new_board(logging_dir)
-            self._board = SummaryWriter(self.board_folder, purge_step=steps_done + 1 if goes_on else None)
+            goes_on = board_folder is not None and (logging_dir / board_folder).is_dir()
+            self.board_folder = board_folder if goes_on else f"{time.strftime('%Y%m%d%H%M%S')}/finetuning"
+            folder = str(logging_dir / str(self.board_folder))
+            self._board = SummaryWriter(folder, purge_step=steps_done + 1 if goes_on else None)
         self.bar = tqdm(
             total=total_steps, initial=steps_done, desc="steps", smoothing=0.1, dynamic_ncols=True, mininterval=0.5
         )
@@ -140,7 +138,7 @@ class MetricsWriter:
         """Record one step."""
         if not self.main:
             return
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.write(json.dumps({**asdict(metrics), "run": self.run_id}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in _scalars(metrics).items():
@@ -157,7 +155,7 @@ class MetricsWriter:
         """Record what is measured besides at a step, by TensorBoard's names: a line of its own in metrics.jsonl."""
         if not self.main:
             return
-        self._file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, "epoch": epoch, **values, "run": self.run_id}) + "\n")
         self._file.flush()
         for name, value in values.items():
             if self._board is not None and value is not None:
@@ -180,34 +178,6 @@ class MetricsWriter:
             self._file.close()
             if self._board is not None:
                 self._board.close()
-
-
-def _new_board(logging_dir: Path) -> str:
-    return str(logging_dir / time.strftime("%Y%m%d%H%M%S") / "finetuning")
-
-
-def go_on(path: Path, steps_done: int) -> None:
-    """Prepare a file of lines by step for what follows: an earlier run's is set aside, one's own is cut at a step."""
-    if not steps_done:
-        set_aside(path)
-    elif path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= steps_done]
-        write_file(path, lambda partial: partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8"))
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; beyond all steps for one that a power cut has damaged."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def set_aside(path: Path) -> None:
-    """Keep a file of an earlier run under the next free name: metrics.jsonl becomes metrics.1.jsonl, and so on."""
-    if path.exists():
-        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
-        path.rename(next(name for name in names if not name.exists()))
 
 
 def _scalars(metrics: StepMetrics) -> dict[str, float]:

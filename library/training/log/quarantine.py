@@ -1,7 +1,6 @@
 """The list of samples that could not be used, their count over all processes, and the stop when it is too high."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from accelerate.utils import gather_object
 from library.data.bad_samples import kind, summary, too_many
 from library.data.micro_batch import MicroBatch
 from library.errors import TrainingError
-from library.training.log.metrics import go_on
 
 
 class Quarantine:
@@ -38,18 +36,13 @@ class Quarantine:
         self._kinds: Counter[str] = Counter()
 
     def begin(self, steps_done: int, left_out: Iterable[tuple[str, str]]) -> None:
-        """Set an earlier run's lists aside, or cut this run's at the step that it goes on from.
+        """List what the index left out, as of step 0, unless the run goes on.
 
         Args:
-            steps_done: before this start; 0 lists what the index left out, as of step 0.
+            steps_done: before this start.
             left_out: (name, reason); the same on all processes, so the main one lists it.
         """
-        if not self._accelerator.is_main_process:
-            return
-        for path in self._path.parent.glob("quarantine*.jsonl"):
-            if re.fullmatch(r"quarantine(\.rank\d+)?\.jsonl", path.name):  # others were set aside before
-                go_on(path, steps_done)
-        if not steps_done:
+        if self._accelerator.is_main_process and not steps_done:
             self._write(0, left_out)
 
     def add(self, step: int, batches: Sequence[MicroBatch], replaced: int) -> None:

@@ -6,6 +6,8 @@ files               a state on disk: its files, and the manifest that says that 
 tree                nested state dicts as tensors and JSON
 tensor_rows         weights and optimizer state by parameter name, in ranges of rows
 choice              the states of an output folder: which resumes, which may go
+lineage             which start wrote something, and what that start goes on from
+branch              an output folder holds one branch: what a start does not go on from is moved aside
 resume              whether a state fits the run that takes it up
 run_lock            one run at a time in an output folder
 names               what files are called, and how many are kept

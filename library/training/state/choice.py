@@ -17,16 +17,17 @@ _LEFT_BEHIND = re.compile(r"\.(?P<name>.+-state)\.(?P<what>partial\d+|previous|r
 
 
 def newest_valid(output_dir: Path, output_name: str | None) -> Path | None:
-    """The state that has done the most steps, of those whose manifest holds; None where there is none.
+    """The newest attempt's state of the most steps, of those whose manifest holds; None where there is none.
 
-    Steps decide, not times: a clock may have been set back. Whatever is passed over is logged with its reason. Call
-    `clear_left_behind` before.
+    Attempts and steps decide, not times: a clock may have been set back. Whatever is passed over is logged with its
+    reason. Call `clear_left_behind` before.
     """
     candidates = []
     for name in state_names(_entries(output_dir), output_name):
         folder = output_dir / name
         try:
-            candidates.append((read_info(folder).step, (folder / MANIFEST).exists(), name))
+            info = read_info(folder)
+            candidates.append(((info.lineage.attempt, info.step), (folder / MANIFEST).exists(), name))
         except InputError as error:
             logger.warning("state passed over: %s", error)
     for _, _, name in sorted(candidates, reverse=True):
@@ -42,7 +43,7 @@ def newest_valid(output_dir: Path, output_name: str | None) -> Path | None:
 def state_names(names: Iterable[str], output_name: str | None) -> list[str]:
     """Of the names in an output_dir, those of this output_name's states, in the order of the alphabet."""
     names = list(names)
-    steps, epochs = _positions(names, output_name, STATE_SUFFIX)
+    steps, epochs = positions(names, output_name, STATE_SUFFIX)
     last = state_name(last_name(output_name))
     return sorted([*steps.values(), *epochs.values(), *(name for name in names if name == last)])
 
@@ -52,7 +53,7 @@ def obsolete(
 ) -> list[str]:
     """Which states, or checkpoints of that suffix, may go once `saved` is durable; those of steps and of epochs are
     counted apart."""
-    steps, epochs = _positions(names, output_name, suffix)
+    steps, epochs = positions(names, output_name, suffix)
     step = next((number for number, name in steps.items() if name == saved), None)
     epoch = next((number for number, name in epochs.items() if name == saved), None)
     going = []
@@ -92,8 +93,8 @@ def clear_left_behind(output_dir: Path, lock: RunLock) -> None:
             remove(output_dir / name)
 
 
-def _positions(names: Iterable[str], output_name: str | None, suffix: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Names by step and by epoch, as far as they say so."""
+def positions(names: Iterable[str], output_name: str | None, suffix: str) -> tuple[dict[int, str], dict[int, str]]:
+    """Names with that suffix by step and by epoch, as far as they say so."""
     by_step = _pattern(step_name(output_name, 0), f"{0:08d}", suffix)
     by_epoch = _pattern(epoch_name(output_name, 0), f"{0:06d}", suffix)
     names = list(names)

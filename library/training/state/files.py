@@ -23,6 +23,7 @@ from torch import Tensor
 
 from library.errors import InputError
 from library.tensor_file import tensor_file
+from library.training.state.lineage import Lineage, lineage_of
 from library.training.state.tree import unpack
 
 FORMAT = 1  # of the folder; a reader refuses a higher one
@@ -41,6 +42,7 @@ class StateInfo:
         options: plain values by flag.
         versions: of the packages that computed.
         metrics: what logging needs to go on: sums, averages, counts.
+        lineage: which start of the run wrote it, and what that one went on from.
     """
 
     step: int
@@ -49,6 +51,7 @@ class StateInfo:
     options: Mapping[str, Any]
     versions: Mapping[str, str]
     metrics: Mapping[str, Any]
+    lineage: Lineage
 
 
 @dataclass(frozen=True)
@@ -166,9 +169,13 @@ def _read_object(folder: Path, stem: str) -> Any:
 
 def _info(content: Mapping[str, Any], folder: Path) -> StateInfo:
     try:
-        info = StateInfo(**{field.name: content[field.name] for field in fields(StateInfo)})
+        values = {field.name: content[field.name] for field in fields(StateInfo)}
     except KeyError as missing:
         raise InputError(f"{folder / INFO}: lacks {missing}. Resume from another state.") from missing
+    try:
+        info = StateInfo(**{**values, "lineage": lineage_of(values["lineage"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / INFO}: lineage: damaged ({error}). Resume from another state.") from error
     if type(info.step) is not int or info.step < 0:
         raise InputError(f"{folder / INFO}: step is {info.step!r}, no number of steps. Resume from another state.")
     return info

@@ -2,21 +2,23 @@
 
 import importlib.metadata
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from library.data.training_set import TrainingSet
 from library.errors import InputError
 from library.options.options import Options
 from library.options.run import SavingOptions
+from library.training.ranks.main_process import on_main_process
 from library.training.state.choice import newest_valid
 from library.training.state.files import StateInfo, read_state, verify
-from library.training.state.states import Resumed, data_positions
+from library.training.state.states import Resumed, data_positions, parts_by_process
+from library.training.state.tensor_rows import by_name, check_names
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +141,7 @@ def resumed_state(saving: SavingOptions, accelerator: Accelerator) -> Resumed | 
     """The state that --resume asks for: the main process chooses and verifies it, all read it."""
     if saving.resume is None:
         return None
-    chosen = choose_state(saving.resume, saving.output_dir, saving.output_name) if accelerator.is_main_process else None
-    (folder,) = broadcast_object_list([chosen])
+    folder = on_main_process(accelerator, lambda: choose_state(saving.resume, saving.output_dir, saving.output_name))
     return None if folder is None else Resumed(folder, read_state(folder, verified=True))
 
 
@@ -154,6 +155,17 @@ def check_resumed(resumed: Resumed, options: Options, data: TrainingSet, seed: i
     check_length(resumed.step, steps, resumed.folder)
     data.go_on_from(data_positions(resumed.state), options.saving.resume_anyway)
     log_changed_options(info, options_by_flag(options))
+
+
+def check_parameters(resumed: Resumed, names: Collection[str]) -> None:
+    """Raise InputError if the state is of other parameters than those that train, by their names."""
+    check_names(by_name(parts_by_process(resumed.state)), dict.fromkeys(names))
+
+
+def files_in_use(options: Options) -> set[Path]:
+    """What the flags name of files and folders that are there."""
+    named = (value for value in options_by_flag(options).values() if isinstance(value, str))
+    return {Path(value) for value in named if os.path.exists(value)}  # noqa: PTH110 - Path.exists refuses long texts
 
 
 def options_by_flag(options: Options) -> dict[str, Any]:

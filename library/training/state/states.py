@@ -101,12 +101,16 @@ def data_positions(state: State) -> list[Mapping[str, Any]]:
     return [own[DATA] for own in state.own if DATA in own]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Resumed:
     """A state that a run goes on from."""
 
     folder: Path
     state: State
+
+    def let_go(self) -> None:
+        """Once the state has been taken up: keep what it says of itself alone, and let go of its files."""
+        self.state = State(self.state.info, {}, ())
 
     @property
     def step(self) -> int:

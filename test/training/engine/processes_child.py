@@ -104,6 +104,7 @@ def train(
         )  # fmt: skip
         parallel.keep_averages(0.5)
         folder = OUT / f"rank{RANK}"
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
         writer = MetricsWriter(folder, None, steps, True)
         options = LoopOptions(end or steps, 1, BATCH, max_grad_norm, folder)
         task = Regression(accelerator.device, overflow_on)

@@ -79,16 +79,19 @@ def step_metrics(step, loss):
     return StepMetrics(step, 0, loss, loss, {"unet": 1e-3}, 1.0, None, 0, 8.0, 9.0, 0.1, 1000, True)
 
 
-def test_metrics_are_written_as_they_come_and_an_earlier_runs_are_kept(tmp_path):
-    for run in range(3):
-        writer = MetricsWriter(tmp_path, tmp_path / "logs", total_steps=2)
-        writer.write(step_metrics(1, float(run)))
-        assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == run
-        writer.write(step_metrics(2, None))
+def test_metrics_are_written_as_they_come_and_name_the_start_that_wrote_them(tmp_path):
+    for number, run in enumerate("ab"):
+        writer = MetricsWriter(tmp_path, tmp_path / "logs", total_steps=4, steps_done=2 * number, run_id=run)
+        writer.write(step_metrics(2 * number + 1, 0.5))
+        writer.write_values(2 * number + 1, 1, {"loss/validation": 0.25})
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [line["run"] for line in lines[-2:]] == [run, run]
+        writer.write(step_metrics(2 * number + 2, None))
         writer.close()
-    assert [
-        json.loads((tmp_path / f"metrics{n}.jsonl").read_text().splitlines()[0])["loss"] for n in (".1", ".2", "")
-    ] == [0, 1, 2]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["run"]) for line in lines] == [
+        (1, "a"), (1, "a"), (2, "a"), (3, "b"), (3, "b"), (4, "b"),
+    ]  # fmt: skip
 
 
 def test_tensorboard_shows_loss_and_rates(tmp_path):

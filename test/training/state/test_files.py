@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,24 @@ import torch
 from library.errors import InputError
 from library.training.state.choice import clear_left_behind, newest_valid, obsolete, state_names
 from library.training.state.files import MANIFEST, StateInfo, read_info, read_state, verify, write_tensors
+from library.training.state.lineage import new_lineage
 from library.training.state.names import Retention, epoch_name, last_name, step_name
 from library.training.state.run_lock import RunLock
 from library.training.state.tree import pack, unpack
 from library.training.state.writer import StateWriter
 
-
-def info(step: int) -> StateInfo:
-    return StateInfo(step, 7, "abc", {"train_batch_size": 4}, {"torch": "2"}, {"sum": 0.1 + 0.2})
+LINEAGE = new_lineage(new_lineage(new_lineage(None, 0, []), 2, []), 5, [])
 
 
-def save(folder: Path, stem: str, step: int, **options) -> Path:
-    with StateWriter(folder, **options) as writer:
+def info(step: int, attempt: int = 3) -> StateInfo:
+    lineage = replace(LINEAGE, attempt=attempt)
+    return StateInfo(step, 7, "abc", {"train_batch_size": 4}, {"torch": "2"}, {"sum": 0.1 + 0.2}, lineage)
+
+
+def save(folder: Path, stem: str, step: int, attempt: int = 3) -> Path:
+    with StateWriter(folder) as writer:
         writer.snapshot(
-            stem, info(step), {"rng": {"draws": step}}, {"unet": {"weight": torch.full((300,), float(step))}}
+            stem, info(step, attempt), {"rng": {"draws": step}}, {"unet": {"weight": torch.full((300,), float(step))}}
         )
     return folder / f"{stem}-state"
 
@@ -166,6 +171,8 @@ def test_the_newest_is_that_of_the_most_steps_whatever_clock_and_name_say(tmp_pa
     assert newest_valid(tmp_path, None) == most
     assert newest_valid(tmp_path, "mine") is None
     assert newest_valid(tmp_path / "nowhere", None) is None
+    later = save(tmp_path, "at-step00000007", 7, attempt=4)  # a run that has gone back
+    assert newest_valid(tmp_path, None) == later
 
 
 def test_what_no_state_is_gets_a_clear_word(tmp_path):

@@ -15,6 +15,7 @@ from library.training.state import files as state_files
 from library.training.state import writer as state_writer
 from library.training.state.choice import clear_left_behind, newest_valid
 from library.training.state.files import StateInfo, read_state
+from library.training.state.lineage import new_lineage
 from library.training.state.names import Retention, step_name
 from library.training.state.run_lock import RunLock
 from library.training.state.writer import StateWriter
@@ -22,7 +23,7 @@ from test.training.state.power_cut import run_until
 
 
 def info(step: int) -> StateInfo:
-    return StateInfo(step, 7, "abc", {}, {}, {})
+    return StateInfo(step, 7, "abc", {}, {}, {}, new_lineage(None, 0, []))
 
 
 def weights(value: float, numbers: int = 50) -> dict:
