@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sdxl_pretrain
 from library import device as devices
-from library.models.model import SDXLModel
+from library.families import SDXL
+from library.models.model import Model
 from library.models.unet import UNet, UNetConfig
 from tools.demo.make_tokenizer import write_tokenizer
 
@@ -71,7 +72,7 @@ def materialised(make: Any) -> Any:
     return network.eval()
 
 
-def random_model(size: str, folder: Path) -> SDXLModel:
+def random_model(size: str, folder: Path) -> Model:
     """All parts of SDXL with random weights; small tokenizers, whose ids are among CLIP's."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -97,7 +98,8 @@ def random_model(size: str, folder: Path) -> SDXLModel:
             scaling_factor=0.13025,
         )
     )  # fmt: skip
-    return SDXLModel(materialised(lambda: UNet(shape["unet"])), vae.requires_grad_(False), *encoders, *tokenizers)
+    unet = materialised(lambda: UNet(shape["unet"]))
+    return Model(SDXL, unet, vae.requires_grad_(False), tuple(encoders), tuple(tokenizers), dict(SDXL.scheduler))
 
 
 def write_pictures(folder: Path, side_px: int, count: int) -> None:
@@ -114,7 +116,7 @@ def write_pictures(folder: Path, side_px: int, count: int) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
-def differing_tensors(path: Path, model: SDXLModel) -> list[str]:
+def differing_tensors(path: Path, model: Model) -> list[str]:
     """Names of the U-Net's tensors that are not in the checkpoint as they are in memory; read one at a time."""
     from safetensors import safe_open
 
@@ -136,8 +138,8 @@ def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) 
     write_pictures(folder / "pictures", side_px, count=8)
     before = {name: parameter.detach().flatten()[:4].clone() for name, parameter in model.unet.named_parameters()}
     saving = {}
-    load, save = sdxl.load_sdxl, sdxl.SDXLPretraining.save
-    sdxl.load_sdxl = lambda *_, **__: model  # type: ignore[assignment]
+    load, save = sdxl.load_model, sdxl.SDXLPretraining.save
+    sdxl.load_model = lambda *_, **__: model  # type: ignore[assignment]
 
     def timed_save(task: Any, stem: str, module: nn.Module) -> Path:
         started = time.perf_counter()
@@ -158,7 +160,7 @@ def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) 
                 ]
             )  # fmt: skip
     finally:
-        sdxl.load_sdxl, sdxl.SDXLPretraining.save = load, save  # type: ignore[method-assign]
+        sdxl.load_model, sdxl.SDXLPretraining.save = load, save  # type: ignore[method-assign]
     if status:
         raise SystemExit(status)
     saved_peak = _peak()
@@ -168,7 +170,7 @@ def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) 
         "unet_parameters": sum(parameter.numel() for parameter in model.unet.parameters()),
         "all_parameters": sum(
             parameter.numel()
-            for part in (model.unet, model.vae, model.text_encoder1, model.text_encoder2)
+            for part in (model.unet, model.vae, *model.text_encoders)
             for parameter in part.parameters()
         ),
         "making_seconds": made_seconds,

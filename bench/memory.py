@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from scaling import sdxl
 
-from library.models.denoiser import ConditionedUNet
-from library.models.model import SDXLModel
+from library.models.denoiser import Denoiser
+from library.models.model import Model
+from library.models.text import Tokens
 from library.models.vae import encode_images
 from library.options.run import BF16_UPDATES
 from library.training.engine.bf16_update import Bf16Update
@@ -86,18 +87,18 @@ def configurations() -> list[Configuration]:
     return rows + [Configuration(side, "no", **factored, fused=True) for side in (256, 512)]
 
 
-def predict(model: SDXLModel, one: Configuration) -> MemoryEstimate:
+def predict(model: Model, one: Configuration) -> MemoryEstimate:
     """The estimate of one configuration; of the model only shapes are used."""
     return estimate(*parts_of(model, one))
 
 
-def parts_of(model: SDXLModel, one: Configuration) -> tuple[Any, ...]:
+def parts_of(model: Model, one: Configuration) -> tuple[Any, ...]:
     """What the estimator is made of for one configuration."""
     half, batch = DTYPES[one.precision], 1
-    module = ConditionedUNet(model, False, False, gradient_checkpointing=False)
+    module = Denoiser(model)
     module.unet.enable_gradient_checkpointing(one.checkpointing)
-    for name in ("text_encoder1", "text_encoder2"):
-        setattr(module, name, without_data(getattr(module, name), half))
+    for place, encoder in enumerate(module.text_encoders):
+        module.text_encoders[place] = without_data(encoder, half)
     if one.update:
         module.unet = without_data(module.unet, half)
     noisy_BCHW = torch.empty(batch, 4, one.side_px // 8, one.side_px // 8, device="meta")
@@ -106,7 +107,7 @@ def parts_of(model: SDXLModel, one: Configuration) -> tuple[Any, ...]:
 
     def step(shapes: Any) -> Tensor:
         t_B, size_ids_B6 = torch.zeros(batch, device="meta"), torch.zeros(batch, 6, device="meta")
-        return shapes(noisy_BCHW, t_B, ids_BK77, ids_BK77, size_ids_B6).float().mean()
+        return shapes(noisy_BCHW, t_B, Tokens((ids_BK77, ids_BK77)), size_ids_B6).float().mean()
 
     def encode(shapes: nn.Module) -> Tensor:
         return encode_images(shapes, images_BHWC)

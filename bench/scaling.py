@@ -25,8 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from library.models.denoiser import ConditionedUNet
-from library.models.model import SDXLModel
+from library.families import SDXL
+from library.models.denoiser import Denoiser
+from library.models.model import Model
+from library.models.text import Tokens
 from library.models.unet import UNet
 from library.models.vae import encode_images
 from third_patch.accelerate_patch.accelerator import ALL_BUCKETS_ELEMENTS, BUCKET_ELEMENTS
@@ -238,7 +240,7 @@ def state_bytes(method: str, trained: Trained, devices: int) -> dict[str, int]:
 # FLOPs
 
 
-def sdxl() -> SDXLModel:
+def sdxl() -> Model:
     """SDXL's networks at full size on the meta device."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -256,7 +258,7 @@ def sdxl() -> SDXLModel:
         )  # fmt: skip
         encoders = CLIPTextModel(text(768, 12, "quick_gelu")), CLIPTextModelWithProjection(text(1280, 32, "gelu"))
         nothing: Any = None  # no tokenizers: token ids are made here
-        return SDXLModel(UNet(), vae, *encoders, nothing, nothing)
+        return Model(SDXL, UNet(), vae, encoders, (nothing, nothing), dict(SDXL.scheduler))
 
 
 def flops(run: Callable[[], Any]) -> int:
@@ -277,26 +279,26 @@ class StepFlops:
     run: int
 
 
-def step_flops(model: SDXLModel, resolution_px: int = 1024) -> StepFlops:
+def step_flops(model: Model, resolution_px: int = 1024) -> StepFlops:
     """The trainer's own modules with both text encoders trained, one image, 77 text tokens."""
     side = resolution_px // 8
     with torch.device("meta"):
         noisy_BCHW, t_B, sizes_B6 = torch.empty(1, 4, side, side), torch.empty(1), torch.empty(1, 6)
         ids_BK77 = torch.zeros(1, 1, 77, dtype=torch.long)
         image_BHWC = torch.empty(1, resolution_px, resolution_px, 3, dtype=torch.uint8)
-    plain = ConditionedUNet(model, train_te1=True, train_te2=True, gradient_checkpointing=False)
+    plain = Denoiser(model, (True, True), gradient_checkpointing=False)
 
     def predict(module: nn.Module) -> Tensor:
-        return module(noisy_BCHW, t_B, ids_BK77, ids_BK77, sizes_B6)
+        return module(noisy_BCHW, t_B, Tokens((ids_BK77, ids_BK77)), sizes_B6)
 
-    text = flops(lambda: plain.conditions(ids_BK77, ids_BK77, sizes_B6))
+    text = flops(lambda: plain.conditions(Tokens((ids_BK77, ids_BK77)), sizes_B6))
     vae = flops(lambda: encode_images(model.vae, image_BHWC))
     with FlopCounterMode(display=False) as counter:
         prediction = predict(plain)
         forward = counter.get_total_flops()
         prediction.sum().backward()
     both = counter.get_total_flops()
-    checkpointing = ConditionedUNet(model, train_te1=True, train_te2=True, gradient_checkpointing=True)
+    checkpointing = Denoiser(model, (True, True), gradient_checkpointing=True)
     recomputed = flops(lambda: predict(checkpointing).sum().backward())
     return StepFlops(forward - text, text, vae, vae + both, vae + recomputed)
 
@@ -333,12 +335,12 @@ def _cases(trained: Trained) -> list[tuple[str, str, int]]:
     return [*rows, ("FSDP2, gathered in fp16", "fsdp", 2)]
 
 
-def parameters_table(model: SDXLModel, module: ConditionedUNet) -> str:
+def parameters_table(model: Model, module: Denoiser) -> str:
     """What there is and what trains."""
     parts = {
         "U-Net": (model.unet, list(module.unet.parameters())),
-        "text encoder 1 (CLIP-L)": (model.text_encoder1, module.trained_te1),
-        "text encoder 2 (OpenCLIP bigG)": (model.text_encoder2, module.trained_te2),
+        "text encoder 1 (CLIP-L)": (model.text_encoders[0], module.trained_encoders[0]),
+        "text encoder 2 (OpenCLIP bigG)": (model.text_encoders[1], module.trained_encoders[1]),
     }
     rows = []
     for name, (network, trained) in parts.items():
@@ -417,9 +419,9 @@ def published_table(found: StepFlops) -> str:
     return table(head, rows)
 
 
-def tables(model: SDXLModel, found: StepFlops) -> dict[str, str]:
+def tables(model: Model, found: StepFlops) -> dict[str, str]:
     """The document's tables by name."""
-    module = ConditionedUNet(model, train_te1=True, train_te2=True, gradient_checkpointing=False)
+    module = Denoiser(model, (True, True), gradient_checkpointing=False)
     trained = trained_sizes(module)
     times = "\n\n".join(time_table(trained, links) for links in LINKS)
     return {
@@ -452,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.write:
         options.write.write_text(with_tables(options.write.read_text(encoding="utf-8"), texts), encoding="utf-8")
     print(*texts.values(), sep="\n\n")
-    trained = trained_sizes(ConditionedUNet(model, True, True, gradient_checkpointing=False))
+    trained = trained_sizes(Denoiser(model, (True, True), gradient_checkpointing=False))
     moved = {
         name: {devices: round(sent(collectives(method, trained, devices, gathered), devices)) for devices in DEVICES}
         for name, method, gathered in _cases(trained)

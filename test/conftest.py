@@ -117,7 +117,8 @@ def vae():
 @pytest.fixture(scope="session")
 def sdxl(tokenizers, text_encoders, vae):
     """All of a tiny SDXL: three levels with none, one and two transformer layers."""
-    from library.models.model import SDXLModel
+    from library.families import SDXL
+    from library.models.model import Model
     from library.models.unet import UNet, UNetConfig
 
     torch.manual_seed(3)
@@ -134,17 +135,17 @@ def sdxl(tokenizers, text_encoders, vae):
     )
     for parameter in unet.parameters():  # the zero-initialised ones, too
         torch.nn.init.normal_(parameter, std=0.05)
-    return SDXLModel(unet.eval(), vae, *text_encoders, *tokenizers)
+    return Model(SDXL, unet.eval(), vae, text_encoders, tokenizers, dict(SDXL.scheduler))
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_folder(sdxl, tmp_path_factory):
     """The tiny model as a diffusers folder, what a run starts from."""
     from library.models.files.modelspec import modelspec
-    from library.models.files.write import save_sdxl
+    from library.models.files.write import save_model
 
     metadata = modelspec(title="tiny", resolution_wh_px=(64, 64), prediction_type="epsilon")
-    return save_sdxl(sdxl, tmp_path_factory.mktemp("tiny") / "sdxl", "diffusers_safetensors", None, metadata)
+    return save_model(sdxl, tmp_path_factory.mktemp("tiny") / "sdxl", "diffusers_safetensors", None, metadata)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LOAD = """
 import gc, importlib.metadata, json, sys
 import torch
-from library.models.files.read import load_sdxl
+from library.families import SDXL
+from library.models.files.read import load_model
 
-model = load_sdxl(sys.argv[1])
+model = load_model(sys.argv[1], SDXL)
 with torch.no_grad():
     model.vae.encode(torch.zeros(1, 3, 16, 16))
 loaded = [name for name, module in sys.modules.items() if "Deferred" not in type(module).__name__]
@@ -25,7 +26,7 @@ import scipy.stats
 import torchvision
 from transformers.loss.loss_for_object_detection import dice_loss
 later = {
-    "same classes": AutoencoderKL is type(model.vae) and CLIPTextModel is type(model.text_encoder1),
+    "same classes": AutoencoderKL is type(model.vae) and CLIPTextModel is type(model.text_encoders[0]),
     "others": [FluxTransformer2DModel.__name__, UNet2DConditionModel.__name__, BertConfig().model_type],
     "package": models.bert.__name__,
     "median": float(scipy.stats.norm.cdf(0.0)),

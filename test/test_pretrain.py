@@ -17,11 +17,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sdxl_pretrain
-from library.models.files.read import load_sdxl
+from library.families import SDXL
+from library.models.files.read import load_model
+from library.models.text import Tokens
 from library.training import task as sdxl_task
 from library.training.task import SDXLPretraining
 
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220), "green": (40, 180, 70)}
+
+
+PARTS = {
+    "VAE": lambda model: model.vae,
+    "text encoder 1": lambda model: model.text_encoders[0],
+    "text encoder 2": lambda model: model.text_encoders[1],
+}
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +162,8 @@ def test_weighted_captions_reach_the_loss_from_the_workers(train, shards, tmp_pa
 
     def loss(self, module, batch):
         with torch.no_grad():
-            without = real(self, module, replace(batch, ids=batch.ids[:2]))
-        found.append((batch.ids, without.item(), real(self, module, batch)))
+            without = real(self, module, replace(batch, tokens=Tokens(batch.tokens.ids)))
+        found.append(((*batch.tokens.ids, *batch.tokens.weights), without.item(), real(self, module, batch)))
         return found[-1][2]
 
     monkeypatch.setattr(SDXLPretraining, "loss", loss)
@@ -223,7 +232,7 @@ def test_numbers_of_two_moments_compare(train, tmp_path):
 
 
 def test_what_is_asked_to_train_trains_and_nothing_else_does(train, tiny_sdxl_folder):
-    before = load_sdxl(str(tiny_sdxl_folder))
+    before = load_model(str(tiny_sdxl_folder), SDXL)
     common = ("--train_batch_size=2", "--max_train_steps=2", "--save_model_as=diffusers_safetensors")
     for out, arguments, te1_trains, te2_trains in (
         ("unet", (), False, False),
@@ -232,10 +241,10 @@ def test_what_is_asked_to_train_trains_and_nothing_else_does(train, tiny_sdxl_fo
     ):
         status, folder, printed = train(*common, *arguments, out=out)
         assert status == 0, printed
-        after = load_sdxl(str(folder / "last"))
+        after = load_model(str(folder / "last"), SDXL)
         assert not torch.equal(after.unet.out[2].weight, before.unet.out[2].weight)
-        for part, trains in (("text_encoder1", te1_trains), ("text_encoder2", te2_trains), ("vae", False)):
-            old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
+        for part, trains in (("text encoder 1", te1_trains), ("text encoder 2", te2_trains), ("VAE", False)):
+            old, new = PARTS[part](before).state_dict(), PARTS[part](after).state_dict()
             assert all(torch.equal(old[key], new[key]) for key in old) != trains, (out, part)
 
 
@@ -292,9 +301,9 @@ def test_half_precision_trains_and_keeps_what_does_not_train_bit_for_bit(train, 
     status, out, printed = train(*arguments, f"--mixed_precision={precision}")
     assert status == 0, printed
     assert metrics(out)[0]["updated"]
-    before, after = load_sdxl(str(tiny_sdxl_folder)), load_sdxl(str(out / "last"))
-    for part in ("vae", "text_encoder1"):
-        old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
+    before, after = load_model(str(tiny_sdxl_folder), SDXL), load_model(str(out / "last"), SDXL)
+    for part in ("VAE", "text encoder 1"):
+        old, new = PARTS[part](before).state_dict(), PARTS[part](after).state_dict()
         assert all(torch.equal(old[key], new[key]) for key in old), part
     assert not torch.equal(before.unet.out[2].weight, after.unet.out[2].weight)
 
@@ -323,8 +332,8 @@ def test_what_the_model_was_trained_to_predict_goes_into_its_checkpoint(train, t
     status, out, printed = train(*arguments, f"--save_model_as={form}")
     assert status == 0, printed
     path = out / ("last.safetensors" if form == "safetensors" else "last")
-    tokenizers = {"tokenizer1": f"{tiny_sdxl_folder}/tokenizer", "tokenizer2": f"{tiny_sdxl_folder}/tokenizer_2"}
-    config = load_sdxl(str(path), **tokenizers).scheduler_config
+    tokenizers = f"{tiny_sdxl_folder}/tokenizer", f"{tiny_sdxl_folder}/tokenizer_2"
+    config = load_model(str(path), SDXL, tokenizers=tokenizers).scheduler_config
     assert config["prediction_type"] == "v_prediction"
     assert config["rescale_betas_zero_snr"] is True
 
@@ -521,7 +530,7 @@ def test_the_data_is_shown_instead_of_trained_on_and_no_weights_are_read(train, 
     seen = samples_seen(monkeypatch)
     train("--max_train_steps=3", "--train_batch_size=4", "--flip_aug", out="trained")
     names = [name for _, step_names in seen for name in step_names]
-    monkeypatch.setattr(sdxl_task, "load_sdxl", load)
+    monkeypatch.setattr(sdxl_task, "load_model", load)
     arguments = ("--debug_dataset", "--max_train_steps=3", "--train_batch_size=2", "--gradient_accumulation_steps=2")
     status, folder, printed = train(*arguments, "--flip_aug")
     assert status == 0, printed

@@ -23,6 +23,7 @@ from library.data.sample.prepare import Place, Sample, Treatment, prepare_cached
 from library.data.sample.reader import Reader
 from library.errors import InputError
 from library.keyed_random import Stream, generator
+from library.models.text import TextStates
 
 MAX_REPLACEMENTS = 16  # samples tried at one place before the data set is called broken
 
@@ -75,7 +76,8 @@ class MicroBatchDataset(Dataset):
             masked,
         )
         made.moments = _stacked([sample.moments for sample in samples])
-        made.text = _stacked([sample.text for sample in samples])
+        text = _stacked([sample.text for sample in samples])
+        made.text = TextStates(*text) if text is not None else None
         return made
 
     def _readable(self, row: int, bucket: int, at: Place, quarantined: list[tuple[str, str]]) -> Sample:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from library.data.sample.prepare import Sample
+from library.models.text import TextStates, Tokens
 
-Tokenize = Callable[[Sequence[str]], tuple[Tensor, ...]]
+Tokenize = Callable[[Sequence[str]], Tokens]
 
 
 @dataclass
@@ -32,15 +33,14 @@ class MicroBatch:
         step: of the optimizer, from 0.
         micro: number of this micro-batch in its step.
         places_B: int64 places in the global batch.
-        ids: int64 (B, K, 77) token ids, one tensor a text encoder, and behind them, where captions have weights, as
-            many of float32 weights; none without a tokenizer or of cached text.
+        tokens: of the captions; None without a tokenizer or with cached text.
         quarantined: (name, reason) of samples that could not be used, replacements that could not either among them.
         replaced: places where another sample than the planned one stands; of a stream, samples lost on the way.
         loss_weights_B: float32, what the samples' losses are multiplied by; without it 1.
         mirrored: of each sample, whether left and right are exchanged.
         masks_BHW: uint8 weights of the loss; None: all of it counts.
         moments: of cached latents: mean and standard deviation, each (B, channels, rows, columns).
-        text: of cached text: what the text encoders gave, one tensor each with B first.
+        text: what the text encoders made of the captions, where that is cached.
         reader: of a stream: the number of the reader that it comes from, and where that is after it.
         epoch: of a stream: the pass that it is of, from 0.
     """
@@ -52,14 +52,14 @@ class MicroBatch:
     step: int
     micro: int
     places_B: Tensor
-    ids: tuple[Tensor, ...] = ()
+    tokens: Tokens | None = None
     quarantined: list[tuple[str, str]] = field(default_factory=list)
     replaced: int = 0
     loss_weights_B: Tensor = field(default_factory=lambda: torch.ones(()))
     mirrored: list[bool] = field(default_factory=list)
     masks_BHW: Tensor | None = None
     moments: tuple[Tensor, ...] | None = None
-    text: tuple[Tensor, ...] | None = None
+    text: TextStates | None = None
     reader: tuple[int, Any] | None = None
     epoch: int = 0
 
@@ -133,7 +133,7 @@ def micro_batch(
         step,
         micro,
         torch.from_numpy(places_B),
-        () if tokenize is None else tokenize(captions),
+        None if tokenize is None else tokenize(captions),
         quarantined,
         replaced,
         torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),

@@ -1,24 +1,25 @@
-"""SDXL's U-Net together with the two text encoders that condition it, as the one module that trains.
+"""A U-Net together with the text encoders that condition it, as the one module that trains.
 
 One module, so that a wrapper (DistributedDataParallel and its kin) sees every gradient of a step.
-Legend: B batch, C channels, H W latent rows and columns, K chunks of a caption, T text tokens, V vector conditions.
+Legend: B batch, C channels, H W latent rows and columns, V vector conditions.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from library.models.model import SDXLModel
+from library.models.model import Model
+from library.models.text import TextStates, Tokens
 from library.models.text_encoders import (
     enable_gradient_checkpointing,
-    encode_sdxl,
+    encode,
     set_trainable,
     trainable_parameters,
     trained_layers,
 )
-from library.models.unet import size_embedding
 
 
 def frozen_copy(network: Any, dtype: torch.dtype) -> Any:
@@ -28,85 +29,87 @@ def frozen_copy(network: Any, dtype: torch.dtype) -> Any:
     return frozen if same else nn.Module.to(copy.deepcopy(frozen), dtype)
 
 
-class ConditionedUNet(nn.Module):
-    """U-Net and text encoders; what does not train is frozen and stays out of the gradients."""
+class Denoiser(nn.Module):
+    """U-Net and text encoders; what does not train is frozen and stays out of the gradients.
 
-    def __init__(self, model: SDXLModel, train_te1: bool, train_te2: bool, gradient_checkpointing: bool) -> None:
+    Attributes:
+        text_encoders: empty once they have been taken out (`without_text_encoders`).
+        trained_encoders: the parameters that train, of each text encoder; empty lists for those that do not train.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        train_text_encoders: Sequence[bool] = (),
+        gradient_checkpointing: bool = False,
+        clip_skip: int | None = None,
+    ) -> None:
+        """
+        Args:
+            train_text_encoders: of each text encoder, whether it trains; () where none does.
+            clip_skip: as --clip_skip has it.
+        """
         super().__init__()
-        self.unet, self.text_encoder1, self.text_encoder2 = model.unet, model.text_encoder1, model.text_encoder2
+        self.unet = model.unet
+        self.text_encoders = nn.ModuleList(model.text_encoders)
+        self.uses, self._vector = model.family.uses(clip_skip), model.family.vector
         self.unet.requires_grad_(True)
-        set_trainable(self.text_encoder1, self.text_encoder2, train_te1, train_te2)
-        self.trained_te1 = trainable_parameters(self.text_encoder1)
-        self.trained_te2 = trainable_parameters(self.text_encoder2)
+        trains = train_text_encoders or [False] * len(self.text_encoders)
+        for encoder, use, train in zip(self.text_encoders, self.uses, trains, strict=True):
+            set_trainable(encoder, use, train)
+        self.trained_encoders = [trainable_parameters(encoder) for encoder in self.text_encoders]
         self.train()
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-            for encoder, trained in ((self.text_encoder1, train_te1), (self.text_encoder2, train_te2)):
+            for encoder, trained in zip(self.text_encoders, self.trained_encoders, strict=True):
                 if trained:
                     enable_gradient_checkpointing(encoder)
 
     def cast_frozen(self, dtype: torch.dtype) -> None:
         """Compute with copies in `dtype` of the encoders that do not train; what trains keeps its weights."""
-        if not self.trained_te1:
-            self.text_encoder1 = frozen_copy(self.text_encoder1, dtype)
-        if not self.trained_te2:
-            self.text_encoder2 = frozen_copy(self.text_encoder2, dtype)
+        for place, trained in enumerate(self.trained_encoders):
+            if not trained:
+                self.text_encoders[place] = frozen_copy(self.text_encoders[place], dtype)
 
     def cast_trained(self, dtype: torch.dtype) -> None:
         """Have the weights of the U-Net and of each encoder that trains in `dtype`, and their gradients with them."""
-        parts: list[nn.Module] = [self.unet]
-        parts += [self.text_encoder1] * bool(self.trained_te1) + [self.text_encoder2] * bool(self.trained_te2)
-        for part in parts:
-            part.to(dtype)
+        self.unet.to(dtype)
+        for encoder, trained in zip(self.text_encoders, self.trained_encoders, strict=True):
+            if trained:
+                encoder.to(dtype)
 
     def sharding_units(self) -> list[nn.Module]:
         """The parts that fully sharded training gathers one by one: each is called for itself."""
         unet = self.unet
-        trained = ((self.text_encoder1, self.trained_te1), (self.text_encoder2, self.trained_te2))
-        layers = [layer for encoder, trains in trained if trains for layer in trained_layers(encoder)]
+        layers = [
+            layer
+            for encoder, trained in zip(self.text_encoders, self.trained_encoders, strict=False)
+            if trained
+            for layer in trained_layers(encoder)
+        ]
         return [*unet.input_blocks, unet.middle_block, *unet.output_blocks, *layers]
 
-    def without_text_encoders(self) -> tuple[Any, Any]:
-        """Take both encoders out, since their outputs are given to `forward`; returns them."""
-        encoders = self.text_encoder1, self.text_encoder2
-        del self.text_encoder1, self.text_encoder2
+    def without_text_encoders(self) -> tuple[Any, ...]:
+        """Take the text encoders out, since their states are given to `forward`; returns them."""
+        encoders = tuple(self.text_encoders)
+        self.text_encoders = nn.ModuleList()
         return encoders
 
-    def conditions(
-        self,
-        ids1_BK77: Tensor | None,
-        ids2_BK77: Tensor | None,
-        size_ids_B6: Tensor,
-        weights: tuple[Tensor, Tensor] | None = None,
-        text: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Text states (B, T, C) and vector conditions (B, V): pooled text beside the six embedded sizes, in px.
+    def conditions(self, text: Tokens | TextStates, size_ids_B6: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Text states (B, T, C), and vector conditions (B, V) for families that have some.
 
         Args:
-            weights: (B, K, 77) of each encoder's tokens, where captions have some.
-            text: text states and pooled text, where they are known already; ids and weights are not looked at then.
+            text: tokens, or what the text encoders made of them.
+            size_ids_B6: original height and width, crop top and left, target height and width, in px.
         """
-        if text is None:
-            if ids1_BK77 is None or ids2_BK77 is None:
-                raise ValueError("conditions need token ids or what the text encoders make of them")
-            text = encode_sdxl(self.text_encoder1, self.text_encoder2, ids1_BK77, ids2_BK77, weights)
-        return text[0], vector_conditions(text[1], size_ids_B6)
+        states = encode(self.text_encoders, text, self.uses) if isinstance(text, Tokens) else text
+        if self._vector is None:
+            return states.context_BTC, None
+        if states.pooled_BP is None:
+            raise ValueError("vector conditions need pooled text")
+        return states.context_BTC, self._vector(states.pooled_BP, size_ids_B6)
 
-    def forward(
-        self,
-        noisy_BCHW: Tensor,
-        t_B: Tensor,
-        ids1_BK77: Tensor | None,
-        ids2_BK77: Tensor | None,
-        size_ids_B6: Tensor,
-        weights: tuple[Tensor, Tensor] | None = None,
-        text: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """The prediction for noised latents, (B, C, H, W); `weights` and `text` as in `conditions`."""
-        context_BTC, vector_BV = self.conditions(ids1_BK77, ids2_BK77, size_ids_B6, weights, text)
+    def forward(self, noisy_BCHW: Tensor, t_B: Tensor, text: Tokens | TextStates, size_ids_B6: Tensor) -> Tensor:
+        """The prediction for noised latents, (B, C, H, W); `text` and `size_ids_B6` as in `conditions`."""
+        context_BTC, vector_BV = self.conditions(text, size_ids_B6)
         return self.unet(noisy_BCHW, t_B, context_BTC, vector_BV)
-
-
-def vector_conditions(pooled_BP: Tensor, size_ids_B6: Tensor) -> Tensor:
-    """(B, V): pooled text beside the six embedded sizes, in px."""
-    return torch.cat([pooled_BP, size_embedding(size_ids_B6).to(pooled_BP.dtype)], dim=1)

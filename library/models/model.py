@@ -1,44 +1,30 @@
-"""All parts of one SDXL model, in memory."""
+"""All parts of one model, in memory."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from library.models.family import Family
+
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
     from library.models.unet import UNet
-
-# The scheduler that SDXL's base model is published with; single files do not carry one.
-DEFAULT_SCHEDULER: dict[str, Any] = {
-    "_class_name": "EulerDiscreteScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-    "use_karras_sigmas": False,
-}
 
 
 @dataclass
-class SDXLModel:
-    """The networks, the tokenizers and the scheduler's configuration (diffusers' scheduler_config.json)."""
+class Model:
+    """The networks, the tokenizers and the scheduler's configuration (diffusers' scheduler_config.json).
 
+    Attributes:
+        vae: diffusers' AutoencoderKL, whose classes the type checker cannot follow.
+        text_encoders: transformers' CLIPTextModel or CLIPTextModelWithProjection, in the family's order.
+        tokenizers: transformers' CLIPTokenizer, one for each text encoder.
+    """
+
+    family: Family
     unet: "UNet"
-    vae: Any  # diffusers' AutoencoderKL, whose classes the type checker cannot follow
-    text_encoder1: "CLIPTextModel"
-    text_encoder2: "CLIPTextModelWithProjection"
-    tokenizer1: "CLIPTokenizer"
-    tokenizer2: "CLIPTokenizer"
-    scheduler_config: dict[str, Any] = field(default_factory=lambda: dict(DEFAULT_SCHEDULER))
+    vae: Any
+    text_encoders: tuple[Any, ...]
+    tokenizers: tuple[Any, ...]
+    scheduler_config: dict[str, Any]
 
     @property
     def prediction_type(self) -> str:

@@ -1,16 +1,18 @@
-"""SDXL's text conditioning: captions to token chunks, token chunks to the U-Net's context and pooled vector.
+"""Text conditioning: captions to token chunks, token chunks to the U-Net's context and pooled vector.
 
 Shape legend: B batch, K chunks of a caption, N = B*K, L = 77 tokens of a chunk, T = 2 + 75*K joined states,
 C channels of the context, D width of one encoder, P width of the pooled vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from library.errors import InputError
+from library.models.family import EncoderUse
+from library.models.text import TextStates, Tokens
 from library.models.weighted_captions import parse_weights, weigh
 
 CHUNK_LENGTH = 77  # position embeddings of CLIP, Radford et al. 2021
@@ -63,6 +65,16 @@ def tokenize(tokenizer: Any, captions: Sequence[str], max_token_length: int | No
     return tokenize_counted(tokenizer, captions, max_token_length)[0]
 
 
+def tokenize_all(
+    tokenizers: Sequence[Any], captions: Sequence[str], max_token_length: int | None = None, weighted: bool = False
+) -> Tokens:
+    """Captions by each text encoder's own tokenizer; `weighted`: their brackets are weights."""
+    if not weighted:
+        return Tokens(tuple(tokenize(tokenizer, captions, max_token_length) for tokenizer in tokenizers))
+    both = [tokenize_weighted(tokenizer, captions, max_token_length) for tokenizer in tokenizers]
+    return Tokens(tuple(ids_BKL for ids_BKL, _ in both), tuple(weights_BKL for _, weights_BKL in both))
+
+
 def tokenize_weighted(
     tokenizer: Any, captions: Sequence[str], max_token_length: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -85,63 +97,65 @@ def tokenize_weighted(
     )
 
 
-def encode_sdxl(
-    text_encoder1: nn.Module,
-    text_encoder2: Any,
-    ids1_BKL: Tensor,
-    ids2_BKL: Tensor,
-    weights: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """SDXL's conditioning (Podell et al. 2023, section 2.1; formats.md "Captions").
+def encode(text_encoders: Iterable[Any], tokens: Tokens, uses: Sequence[EncoderUse]) -> TextStates:
+    """Text states of captions, as a family uses its text encoders (formats.md, "Captions").
 
-    The context is the hidden state before the last layer, without the final norm, of both encoders, side by side on the
-    channels. The pooled vector is the second encoder's projected state at EOS, after its last layer and final norm.
-    Chunks are encoded alone; the context is the first one's BOS state, the inner states of all, the last one's EOS
-    state; the pooled vector is the first chunk's. Differentiable. Layers that no output needs are not run: they are
-    called one by one, so a wrapper that acts in `forward` (DDP, FSDP) has to go around a module that calls this
-    function, or around the layers, and not around an encoder.
+    The context is each encoder's hidden state after the layers that its use names, side by side on the channels. The
+    pooled vector is one encoder's projected state at EOS, after its last layer and final norm. Chunks are encoded
+    alone; the context is the first chunk's BOS state, the inner states of all, the last chunk's EOS state; the pooled
+    vector is the first chunk's. Weights act on the context (`weigh`), each encoder's states by themselves, and not on
+    the pooled vector. Differentiable. Layers that no output needs are not run: they are called one by one, so a wrapper
+    that acts in `forward` (DDP, FSDP) has to go around a module that calls this function, or around the layers, and not
+    around an encoder.
 
     Args:
-        text_encoder1: transformers' CLIPTextModel.
-        text_encoder2: transformers' CLIPTextModelWithProjection.
-        ids1_BKL, ids2_BKL: from `tokenize` with the encoder's own tokenizer, on the encoder's device.
-        weights: weights1_BKL and weights2_BKL from `tokenize_weighted`; they act on the context (`weigh`), each
-            encoder's states by themselves, and not on the pooled vector.
+        text_encoders: transformers' CLIPTextModel or CLIPTextModelWithProjection.
+        tokens: from the encoders' own tokenizers, on the encoders' device.
 
     Returns:
-        context_BTC and pooled_BP, in the encoders' dtype.
+        States in the encoders' dtype.
     """
-    if ids1_BKL.shape != ids2_BKL.shape:
-        raise ValueError(f"both encoders need the same chunks: {tuple(ids1_BKL.shape)} and {tuple(ids2_BKL.shape)}")
-    batch, chunks, _ = ids1_BKL.shape
-    model1, model2 = _text_model(text_encoder1), _text_model(text_encoder2)
-    penultimate1_NLD = _run_layers(model1, _embed(model1, ids1_BKL), model1.encoder.layers[:-1])
-    penultimate2_NLD = _run_layers(model2, _embed(model2, ids2_BKL), model2.encoder.layers[:-1])
-    states = [_join_chunks(states.unflatten(0, (batch, chunks))) for states in (penultimate1_NLD, penultimate2_NLD)]
-    if weights is not None:
-        states = [
-            weigh(states_BTD, _join_chunks(weights_BKL.unsqueeze(-1)).squeeze(-1))
-            for states_BTD, weights_BKL in zip(states, weights, strict=True)
-        ]
-    context_BTC = torch.cat(states, dim=-1)
-    first_BLD = penultimate2_NLD.unflatten(0, (batch, chunks))[:, 0]
-    last_BLD = model2.final_layer_norm(_run_layers(model2, first_BLD, model2.encoder.layers[-1:]))
-    eos_B = _eos_position(ids2_BKL[:, 0], model2.config.eos_token_id)
-    pooled_BP = text_encoder2.text_projection(last_BLD[torch.arange(batch, device=last_BLD.device), eos_B])
-    return context_BTC, pooled_BP
+    shapes = {tuple(ids_BKL.shape) for ids_BKL in tokens.ids}
+    if len(shapes) > 1:
+        raise ValueError(f"all text encoders need the same chunks: {sorted(shapes)}")
+    batch, chunks, _ = tokens.ids[0].shape
+    contexts: list[Tensor] = []
+    pooled_BP: Tensor | None = None
+    for place, (encoder, ids_BKL, use) in enumerate(zip(text_encoders, tokens.ids, uses, strict=True)):
+        model = _text_model(encoder)
+        kept = len(model.encoder.layers) - use.skipped_layers
+        states_NLD = _run_layers(model, _embed(model, ids_BKL), model.encoder.layers[:kept])
+        states_BKLD = states_NLD.unflatten(0, (batch, chunks))
+        normed_BKLD = model.final_layer_norm(states_BKLD) if use.final_norm else states_BKLD
+        context_BTD = _join_chunks(normed_BKLD)
+        if tokens.weights:
+            weights_BT = _join_chunks(tokens.weights[place].unsqueeze(-1)).squeeze(-1)
+            context_BTD = weigh(context_BTD, weights_BT)
+        contexts.append(context_BTD)
+        if use.pooled:
+            last_BLD = _run_layers(model, states_BKLD[:, 0], model.encoder.layers[kept:])
+            normed_BLD = model.final_layer_norm(last_BLD)
+            eos_B = _eos_position(ids_BKL[:, 0], model.config.eos_token_id)
+            pooled_BP = encoder.text_projection(normed_BLD[torch.arange(batch, device=normed_BLD.device), eos_B])
+    return TextStates(torch.cat(contexts, dim=-1), pooled_BP)
 
 
-def set_trainable(text_encoder1: nn.Module, text_encoder2: nn.Module, train1: bool, train2: bool) -> None:
+def set_trainable(text_encoder: Any, use: EncoderUse, trains: bool) -> None:
     """Set requires_grad so that exactly the parameters which train get gradients.
 
-    The first encoder's last layer and final norm touch no output of `encode_sdxl` and stay frozen always; of the
-    second, all train: its last layer through the pooled vector.
+    What touches no output of `encode` stays frozen always: the last layers that the text states leave out, unless the
+    pooled vector goes through them, and with them the final norm and the projection.
     """
-    text_encoder1.requires_grad_(train1)
-    model1 = _text_model(text_encoder1)
-    model1.encoder.layers[-1].requires_grad_(False)
-    model1.final_layer_norm.requires_grad_(False)
-    text_encoder2.requires_grad_(train2)
+    text_encoder.requires_grad_(trains)
+    if use.pooled:
+        return
+    model = _text_model(text_encoder)
+    for layer in model.encoder.layers[len(model.encoder.layers) - use.skipped_layers :]:
+        layer.requires_grad_(False)
+    if not use.final_norm:
+        model.final_layer_norm.requires_grad_(False)
+    if hasattr(text_encoder, "text_projection"):
+        text_encoder.text_projection.requires_grad_(False)
 
 
 def trainable_parameters(text_encoder: nn.Module) -> list[nn.Parameter]:

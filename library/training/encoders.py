@@ -1,4 +1,4 @@
-"""What SDXL encodes with and does not train: the VAE, and text encoders where their outputs are cached.
+"""What encodes and does not train: the VAE, and text encoders where their outputs are cached.
 
 Legend: B batch, C channels, H W rows and columns in px, h w of latents, K chunks of a caption, T text tokens.
 """
@@ -13,20 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from library import device as devices
-from library.models.denoiser import ConditionedUNet, vector_conditions
-from library.models.text_encoders import encode_sdxl
+from library.models.denoiser import Denoiser
+from library.models.text import TextStates, Tokens
+from library.models.text_encoders import encode
 from library.models.vae import decode_latents, downscale_factor, encode_moments, latent_shape, sample_latents
 
 
-class SDXLEncoders:
+class Encoders:
     """Encodes for training, for caches and for sample pictures, with whatever has left the device brought back."""
 
     def __init__(
         self,
         vae: Any,
-        module: ConditionedUNet,
-        tokenizers: tuple[Any, Any],
-        tokenize: Callable[[Sequence[str]], tuple[Tensor, ...]],
+        module: Denoiser,
+        tokenizers: Sequence[Any],
+        tokenize: Callable[[Sequence[str]], Tokens],
         autocast: Callable[[], AbstractContextManager],
         device: torch.device,
         vae_batch_size: int,
@@ -42,7 +43,7 @@ class SDXLEncoders:
         self._module, self._tokenizers, self._tokenize = module, tokenizers, tokenize
         self._autocast, self._device = autocast, device
         self._vae_batch_size, self._text_batch_size = vae_batch_size, text_batch_size
-        self._released: tuple[Any, Any] | None = None  # text encoders
+        self._released: tuple[Any, ...] = ()  # text encoders
         self._digests: dict[str, str] = {}
 
     def latents(self, images_BHWC: Tensor, noise_BChw: Tensor) -> Tensor:
@@ -65,17 +66,16 @@ class SDXLEncoders:
         self.vae.to(home)
         return pictures_BHWC
 
-    def conditions(self, module: Any, captions: Sequence[str], size_ids_B6: Tensor) -> tuple[Tensor, Tensor]:
-        """Text states and vector conditions of captions, with the module's text encoders or the released ones."""
-        if self._released is None:
-            context_BTC, pooled_BP = self._encoded((module.text_encoder1, module.text_encoder2), captions)
-        else:
-            for encoder in self._released:
-                encoder.to(self._device)
-            context_BTC, pooled_BP = self._encoded(self._released, captions)
-            for encoder in self._released:
-                encoder.to("cpu")
-        return context_BTC, vector_conditions(pooled_BP, size_ids_B6)
+    def text_states(self, module: Denoiser, captions: Sequence[str]) -> TextStates:
+        """Text states of captions, with the module's text encoders or the released ones."""
+        if not self._released:
+            return self._encoded(module.text_encoders, captions)
+        for encoder in self._released:
+            encoder.to(self._device)
+        states = self._encoded(self._released, captions)
+        for encoder in self._released:
+            encoder.to("cpu")
+        return states
 
     def image_digest(self) -> str:
         """Of the VAE's weights and precision."""
@@ -86,9 +86,10 @@ class SDXLEncoders:
 
         def compute() -> str:
             # Its shape and numbers differ with the number of chunks, and with and without weighted captions.
-            example = [tensor.tolist() for tensor in self._tokenize(["a (caption:1.5)"])]
+            tokens = self._tokenize(["a (caption:1.5)"])
+            example = [tensor.tolist() for tensor in (*tokens.ids, *tokens.weights)]
             words = [sorted(tokenizer.get_vocab().items()) for tokenizer in self._tokenizers]
-            weights = _weights_digest(self._module.text_encoder1, self._module.text_encoder2)
+            weights = _weights_digest(*self._module.text_encoders)
             return hashlib.sha256(json.dumps([example, words, weights]).encode()).hexdigest()
 
         return self._digest("caption", compute)
@@ -106,13 +107,14 @@ class SDXLEncoders:
         Missing captions are filled up to the batch that is encoded at once, as in `encode_moments`.
         """
         filled = [*captions, *[""] * (self._text_batch_size - len(captions))]
-        outputs = self._encoded((self._module.text_encoder1, self._module.text_encoder2), filled)
-        return tuple(output[: len(captions)].cpu() for output in outputs)
+        outputs = self._encoded(self._module.text_encoders, filled)
+        return tuple(output[: len(captions)].cpu() for output in outputs if output is not None)
 
-    def _encoded(self, text_encoders: tuple[Any, Any], captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids1_BK77, ids2_BK77, *weights = (tensor.to(self._device) for tensor in self._tokenize(captions))
+    def _encoded(self, text_encoders: Any, captions: Sequence[str]) -> TextStates:
+        tokens = self._tokenize(captions)
+        ids, weights = (tuple(tensor.to(self._device) for tensor in part) for part in tokens)
         with self._autocast():
-            return encode_sdxl(*text_encoders, ids1_BK77, ids2_BK77, (weights[0], weights[1]) if weights else None)
+            return encode(text_encoders, Tokens(ids, weights), self._module.uses)
 
     @property
     def latent_px(self) -> int:
@@ -122,7 +124,8 @@ class SDXLEncoders:
     @property
     def first_text_width(self) -> int:
         """How many channels of the text states are the first text encoder's, until it is released."""
-        return self._module.text_encoder1.config.hidden_size
+        encoder: Any = self._module.text_encoders[0]
+        return encoder.config.hidden_size
 
     def image_bytes(self, width_px: int, height_px: int) -> int:
         """Of the moments of one image."""

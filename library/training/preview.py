@@ -114,9 +114,9 @@ class GuidedDenoiser:
     Row 0 of the conditions is the prompt, row 1 the negative prompt; at scale 1 only row 0 is computed.
     """
 
-    unet: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    unet: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     context_2TC: Tensor
-    vector_2V: Tensor
+    vector_2V: Tensor | None  # None: the U-Net has no vector conditions
     scale: float
 
     def __call__(self, latents_BCHW: Tensor, t: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class GuidedDenoiser:
             latents_BCHW.repeat(rows, 1, 1, 1),
             t.reshape(1).expand(rows).to(latents_BCHW.device),
             self.context_2TC[:rows],
-            self.vector_2V[:rows],
+            None if self.vector_2V is None else self.vector_2V[:rows],
         ).float()
         if rows == 1:
             return predicted

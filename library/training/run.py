@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -22,6 +22,7 @@ from library.data.dataset import TrainingData, prepare_data
 from library.data.loader import worker_deaths_reported
 from library.data.training_set import TrainingSet
 from library.errors import InputError, TrainingError
+from library.models.text import Tokens
 from library.models.token_counts import TokenCounter
 from library.options.optimization import OptimizationOptions
 from library.options.options import Options
@@ -121,8 +122,8 @@ class Task(loop.Task, validation.Task, Protocol):
     def parameter_groups(self) -> Sequence[ParameterGroup]:
         """What trains, at which rates."""
 
-    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
-        """Token ids of captions, one tensor (B, chunks, 77) a text encoder. Called in the loader's workers."""
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Tokens of captions for each text encoder. Called in the loader's workers."""
 
     def token_counter(self) -> TokenCounter:
         """What counts the tokens of captions."""

@@ -20,20 +20,22 @@ from library.diffusion.masks import latent_weights
 from library.diffusion.random_draws import normal, timesteps
 from library.diffusion.schedule import NoiseSchedule, prediction_type
 from library.errors import InputError
+from library.families import SDXL
 from library.generation.prompts import SamplePrompt, read_prompts
 from library.keyed_random import Stream
 from library.models.compiled import CompiledBlocks, compile_blocks, plan
-from library.models.denoiser import ConditionedUNet, frozen_copy
+from library.models.denoiser import Denoiser, frozen_copy
 from library.models.files.modelspec import modelspec
-from library.models.files.read import load_sdxl, load_tokenizers
-from library.models.files.write import save_sdxl, saved_bytes
-from library.models.model import SDXLModel
-from library.models.text_encoders import tokenize, tokenize_weighted
+from library.models.files.read import load_model, load_tokenizers
+from library.models.files.write import save_model, saved_bytes
+from library.models.model import Model
+from library.models.text import TextStates, Tokens
+from library.models.text_encoders import tokenize_all
 from library.models.token_counts import TokenCounter
 from library.models.vae import encode_images, latent_shape
 from library.options.model import ModelOptions
 from library.options.options import Options
-from library.training.encoders import SDXLEncoders
+from library.training.encoders import Encoders
 from library.training.engine.bf16_update import bf16_update
 from library.training.engine.block_swap import HostBlocks, move_all_but
 from library.training.engine.optimizers import ParameterGroup, make_optimizer
@@ -54,9 +56,8 @@ VALIDATION_TIMESTEPS = 4  # 200, 400, 600 and 800 of 1000, as in the reference
 
 def load_token_counter(options: ModelOptions) -> TokenCounter:
     """A token counter of a model of which nothing else is loaded."""
-    tokenizers = load_tokenizers(
-        options.pretrained_model_name_or_path, options.tokenizer1_path, options.tokenizer2_path
-    )
+    paths = (options.tokenizer1_path, options.tokenizer2_path)
+    tokenizers = load_tokenizers(options.pretrained_model_name_or_path, SDXL, paths)
     return TokenCounter(tokenizers, options.max_token_length, options.weighted_captions)
 
 
@@ -76,11 +77,11 @@ class SDXLPretraining:
             "text_encoder1": te1_rate,
             "text_encoder2": te2_rate,
         }
-        self.model = load_sdxl(
+        self.model = load_model(
             model_options.pretrained_model_name_or_path,
+            SDXL,
             vae=model_options.vae,
-            tokenizer1=model_options.tokenizer1_path,
-            tokenizer2=model_options.tokenizer2_path,
+            tokenizers=(model_options.tokenizer1_path, model_options.tokenizer2_path),
         )
         self.prediction = prediction_type(
             "v_prediction"
@@ -107,10 +108,9 @@ class SDXLPretraining:
     def _place(self, schedule: NoiseSchedule) -> None:
         """Choose precisions and the attention backend, move everything to the device."""
         half = DTYPES[self.options.run.mixed_precision]
-        self.module = ConditionedUNet(
+        self.module = Denoiser(
             self.model,
-            train_te1=self.learning_rates["text_encoder1"] > 0,
-            train_te2=self.learning_rates["text_encoder2"] > 0,
+            [self.learning_rates[name] > 0 for name in ("text_encoder1", "text_encoder2")],
             gradient_checkpointing=self.options.run.gradient_checkpointing,
         )
         self.module.cast_frozen(half)
@@ -133,10 +133,10 @@ class SDXLPretraining:
         else:
             self.module.to(self.device)
         batch_size, caches = self.options.data.train_batch_size, self.options.caches
-        self.encoders = SDXLEncoders(
+        self.encoders = Encoders(
             frozen_copy(self.model.vae, vae_dtype).to(self.device),
             self.module,
-            (self.model.tokenizer1, self.model.tokenizer2),
+            self.model.tokenizers,
             self.tokenize,
             self.accelerator.autocast,
             self.device,
@@ -197,25 +197,20 @@ class SDXLPretraining:
         """The U-Net's parameters and those of each text encoder that trains."""
         parts = {
             "unet": list(self.module.unet.parameters()),
-            "text_encoder1": self.module.trained_te1,
-            "text_encoder2": self.module.trained_te2,
+            "text_encoder1": self.module.trained_encoders[0],
+            "text_encoder2": self.module.trained_encoders[1],
         }
         return [ParameterGroup(name, part, self.learning_rates[name]) for name, part in parts.items() if part]
 
     def token_counter(self) -> TokenCounter:
         """What counts the tokens of captions."""
         options = self.model_options
-        tokenizers = (self.model.tokenizer1, self.model.tokenizer2)
-        return TokenCounter(tokenizers, options.max_token_length, options.weighted_captions)
+        return TokenCounter(self.model.tokenizers, options.max_token_length, options.weighted_captions)
 
-    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
-        """Token ids for both text encoders, and with --weighted_captions the weights of both behind them."""
-        length = self.model_options.max_token_length
-        tokenizers = self.model.tokenizer1, self.model.tokenizer2
-        if not self.model_options.weighted_captions:
-            return tuple(tokenize(tokenizer, captions, length) for tokenizer in tokenizers)
-        both = [tokenize_weighted(tokenizer, captions, length) for tokenizer in tokenizers]
-        return *(ids_BK77 for ids_BK77, _ in both), *(weights_BK77 for _, weights_BK77 in both)
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Tokens of captions for each text encoder, with their weights under --weighted_captions."""
+        options = self.model_options
+        return tokenize_all(self.model.tokenizers, captions, options.max_token_length, options.weighted_captions)
 
     def loss(self, module: nn.Module, batch: MicroBatch) -> Tensor:
         """Mean squared error of the prediction (Ho et al., 2006.11239, equation 14, on latents), times the weights.
@@ -254,10 +249,7 @@ class SDXLPretraining:
         """(B,) mean squared error of each sample's prediction; noise and timesteps come from the CPU."""
         noise_BCHW, t_B = devices.upload(noise_BCHW, self.device), devices.upload(t_B, self.device)
         noisy_BCHW = self.schedule.add_noise(latents_BCHW, noise_BCHW, t_B)
-        ids1_BK77, ids2_BK77, weights = (None, None, None) if batch.text else self._on_device(batch.ids)
-        text = tuple(devices.upload(part, self.device) for part in batch.text) if batch.text else None
-        size_ids_B6 = devices.upload(batch.size_ids_B6, self.device)
-        predicted_BCHW = module(noisy_BCHW, t_B, ids1_BK77, ids2_BK77, size_ids_B6, weights=weights, text=text)
+        predicted_BCHW = module(noisy_BCHW, t_B, self._text(batch), devices.upload(batch.size_ids_B6, self.device))
         target_BCHW = self.prediction.target(self.schedule, latents_BCHW, noise_BCHW, t_B)
         loss_BCHW = nn.functional.mse_loss(predicted_BCHW.float(), target_BCHW, reduction="none")
         if batch.masks_BHW is not None:
@@ -265,10 +257,18 @@ class SDXLPretraining:
             loss_BCHW = loss_BCHW * devices.upload(weights_B1HW, self.device)
         return loss_BCHW.mean(dim=(1, 2, 3))
 
-    def _on_device(self, tokens: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Both encoders' token ids, and their weights if there are any."""
-        ids1_BK77, ids2_BK77, *weights = (devices.upload(tensor, self.device) for tensor in tokens)
-        return ids1_BK77, ids2_BK77, (weights[0], weights[1]) if weights else None
+    def _text(self, batch: MicroBatch) -> Tokens | TextStates:
+        """The batch's tokens, or its cached text states, on the device."""
+        if batch.text is not None:
+            context_BTC, pooled_BP = batch.text
+            return TextStates(
+                devices.upload(context_BTC, self.device),
+                None if pooled_BP is None else devices.upload(pooled_BP, self.device),
+            )
+        if batch.tokens is None:
+            raise ValueError("a micro-batch without tokens and without cached text states")
+        ids, weights = (tuple(devices.upload(tensor, self.device) for tensor in part) for part in batch.tokens)
+        return Tokens(ids, weights)
 
     def _noise_shape(self, batch: MicroBatch) -> tuple[int, int, int]:
         """(C, H, W) of the batch's latents."""
@@ -287,7 +287,7 @@ class SDXLPretraining:
     def save(self, stem: str, module: nn.Module) -> Path:
         """Write the whole model, complete or not at all."""
         saving = self.options.saving
-        return save_sdxl(
+        return save_model(
             self._model_with(module),
             saving.output_dir / stem,
             saving.save_model_as or self._loaded_form(),
@@ -299,14 +299,13 @@ class SDXLPretraining:
         """What all parts of the model take in the precision that they are saved in."""
         return saved_bytes(self.model, SAVE_DTYPES[self.options.saving.save_precision])
 
-    def _model_with(self, module: Any) -> SDXLModel:
+    def _model_with(self, module: Any) -> Model:
         """The model with the weights that train taken from `module`; the frozen ones as they were loaded."""
-        trained = {"unet": module.unet}
-        if self.module.trained_te1:
-            trained["text_encoder1"] = module.text_encoder1
-        if self.module.trained_te2:
-            trained["text_encoder2"] = module.text_encoder2
-        return replace(self.model, **trained)
+        encoders = list(self.model.text_encoders)
+        for place, trained in enumerate(self.module.trained_encoders):
+            if trained:
+                encoders[place] = module.text_encoders[place]
+        return replace(self.model, unet=module.unet, text_encoders=tuple(encoders))
 
     def _loaded_form(self) -> str:
         """The form that checkpoints take without --save_model_as: that of the model the run started from."""
@@ -342,10 +341,10 @@ class SDXLPretraining:
         """The U-Net with a prompt's conditions, in row 0, and its negative prompt's, in row 1."""
         size_hw = (prompt.height, prompt.width)
         size_ids_26 = torch.tensor([[*size_hw, 0, 0, *size_hw]] * 2, dtype=torch.float32, device=self.device)
-        captions = [prompt.prompt, prompt.negative_prompt]
-        context_2TC, vector_2V = self.encoders.conditions(module, captions, size_ids_26)
+        states = self.encoders.text_states(module, [prompt.prompt, prompt.negative_prompt])
+        context_2TC, vector_2V = module.conditions(states, size_ids_26)
 
-        def predict(noisy_BCHW: Tensor, t_B: Tensor, context_BTC: Tensor, vector_BV: Tensor) -> Tensor:
+        def predict(noisy_BCHW: Tensor, t_B: Tensor, context_BTC: Tensor, vector_BV: Tensor | None) -> Tensor:
             """The U-Net in the precision that it trains in; sampler and VAE keep their own."""
             self.signals.stop_if_requested()
             with self.accelerator.autocast():
@@ -374,7 +373,7 @@ class SDXLPretraining:
         """A step of a data-less copy of the module, and the estimate of its memory."""
         width, height = bucket_px
         batch = self.options.data.train_batch_size
-        ids_BK77 = self.tokenize([""] * batch)[0].to("meta")
+        tokens = Tokens(tuple(ids_BK77.to("meta") for ids_BK77 in self.tokenize([""] * batch).ids))
         noisy_BCHW = torch.empty(batch, *self._latent_shape(height, width), device="meta")
         compute_dtype = DTYPES[self.options.run.mixed_precision]
         fused = devices.has_fused_attention(self.accelerator.device)
@@ -383,7 +382,7 @@ class SDXLPretraining:
             # "sdpa" stands for any fused kernel; written out, attention holds what "math" does.
             shapes.unet.set_attention_backend("sdpa" if fused else "math")
             t_B, size_ids_B6 = torch.zeros(batch, device="meta"), torch.zeros(batch, 6, device="meta")
-            return shapes(noisy_BCHW, t_B, ids_BK77, ids_BK77, size_ids_B6).float().mean()
+            return shapes(noisy_BCHW, t_B, tokens, size_ids_B6).float().mean()
 
         def encode(shapes: nn.Module) -> Tensor:
             return encode_images(shapes, torch.empty(batch, height, width, 3, dtype=torch.uint8, device="meta"))

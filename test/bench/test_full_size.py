@@ -38,14 +38,15 @@ def test_the_full_size_is_sdxls(bench):
 
 
 def test_a_checkpoint_that_differs_is_noticed(bench, tmp_path):
-    from library.models.model import SDXLModel
+    from library.families import SDXL
+    from library.models.model import Model
     from library.tensor_file import tensor_file
 
     torch.manual_seed(0)
     unet = bench.materialised(lambda: bench.UNet(bench.TINY))
     start, content = tensor_file({f"model.diffusion_model.{name}": t for name, t in unet.state_dict().items()}, {})
     (tmp_path / "x.safetensors").write_bytes(start + b"".join(content))
-    model = SDXLModel(unet, *[None] * 5)
+    model = Model(SDXL, unet, None, (), (), {})
     assert bench.differing_tensors(tmp_path / "x.safetensors", model) == []
     unet.out[2].bias.data += 1
     assert bench.differing_tensors(tmp_path / "x.safetensors", model) == ["out.2.bias"]

@@ -141,7 +141,7 @@ def test_shards_and_buckets_are_the_libraries(scaling, four_pretended_ranks, mon
 
 
 def test_parameters_are_sdxls(model):
-    parts = model.unet, model.text_encoder1, model.text_encoder2
+    parts = model.unet, model.text_encoders[0], model.text_encoders[1]
     counts = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
     assert counts == [2_567_463_684, 123_060_480, 694_659_840]  # Podell et al. 2023 and the published files
     assert sum(parameter.numel() for parameter in model.vae.parameters()) == 83_653_863

@@ -19,6 +19,7 @@ from library.data.report import data_report
 from library.data.sample.captions import CaptionOptions
 from library.data.sample.prepare import Treatment
 from library.errors import InputError
+from library.models.text import Tokens
 
 OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)
 SHAPES = [(40, 30), (30, 40), (32, 32), (64, 24), (50, 50), (31, 42)]
@@ -163,15 +164,16 @@ def test_one_line_of_a_caption_file_is_taken_by_wildcards_and_the_first_one_with
 
 def fake_tokenize(captions):
     ids = torch.tensor([[len(caption)] * 77 for caption in captions])
-    return ids[:, None], ids[:, None] + 1
+    return Tokens((ids[:, None], ids[:, None] + 1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_captions_become_token_ids_in_the_workers(shards, workers):
     for batch in Set(shards).loader(Share(3), 2, tokenize=fake_tokenize, workers=workers):
-        assert batch.ids[0].shape == batch.ids[1].shape == (3, 1, 77)
-        assert batch.ids[0][:, 0, 0].tolist() == [len(caption) for caption in batch.captions]
-        assert (batch.ids[1] == batch.ids[0] + 1).all()
+        first, second = batch.tokens.ids
+        assert first.shape == second.shape == (3, 1, 77)
+        assert first[:, 0, 0].tolist() == [len(caption) for caption in batch.captions]
+        assert (second == first + 1).all()
 
 
 def break_images(folder, numbers):

@@ -98,9 +98,10 @@ def test_the_unet_starts_by_predicting_nothing(pipeline: StableDiffusionXLPipeli
 
 
 def test_the_trainer_loads_the_folder(model: Path, pipeline: StableDiffusionXLPipeline) -> None:
-    from library.models.files.read import load_sdxl
+    from library.families import SDXL
+    from library.models.files.read import load_model
 
-    ours = load_sdxl(str(model))
+    ours = load_model(str(model), SDXL)
     assert sum(p.numel() for p in ours.unet.parameters()) == sum(p.numel() for p in pipeline.unet.parameters())
     assert torch.equal(ours.vae.encoder.conv_in.weight, pipeline.vae.encoder.conv_in.weight)
 

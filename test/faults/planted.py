@@ -42,13 +42,13 @@ def hold_index(marker: str, seconds: float) -> None:
 
 def hold_model_loading(marker: str, seconds: float) -> None:
     """Loading the model takes long."""
-    real = sdxl.load_sdxl
+    real = sdxl.load_model
 
     def slow(*args, **keywords):
         _hold(marker, seconds)
         return real(*args, **keywords)
 
-    sdxl.load_sdxl = slow
+    sdxl.load_model = slow
 
 
 def hold_checkpoint(marker: str, seconds: float) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from library.models.files.modelspec import modelspec
-from library.models.files.write import save_sdxl
+from library.models.files.write import save_model
 from library.models.unet import UNet, UNetConfig
 
 
@@ -26,4 +26,4 @@ def save_with_small_unet(sdxl, folder: Path, side_px: int, model_channels: int, 
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     metadata = modelspec(title=folder.name, resolution_wh_px=(side_px, side_px), prediction_type="epsilon")
-    return save_sdxl(replace(sdxl, unet=unet), folder, "diffusers_safetensors", None, metadata)
+    return save_model(replace(sdxl, unet=unet), folder, "diffusers_safetensors", None, metadata)

@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.errors import InputError
+from library.families import SDXL
+from library.models.text import Tokens
 from library.models.text_encoders import (
     chunk_count,
     enable_gradient_checkpointing,
-    encode_sdxl,
+    encode,
     set_trainable,
     tokenize,
     tokenize_counted,
@@ -17,6 +19,9 @@ from library.models.text_encoders import (
 )
 
 CAPTIONS = ["a photo of a cat", "", "a red dog, a blue cat " * 5]
+
+
+USES = SDXL.uses(None)
 
 
 def _pipeline(tokenizers, text_encoders, vae):
@@ -36,7 +41,7 @@ def test_one_chunk_is_what_diffusers_pipeline_conditions_on(tokenizers, text_enc
     with torch.no_grad():
         expected, _, expected_pooled, _ = pipeline.encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
         ids1, ids2 = (tokenize(tokenizer, CAPTIONS) for tokenizer in tokenizers)
-        context, pooled = encode_sdxl(*text_encoders, ids1, ids2)
+        context, pooled = encode(text_encoders, Tokens((ids1, ids2)), USES)
     assert context.shape == (3, 77, 64 + 128)
     torch.testing.assert_close(context, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(pooled, expected_pooled, rtol=1e-5, atol=1e-5)
@@ -89,7 +94,7 @@ def test_long_captions_are_chunks_encoded_alone_and_joined(length, states, token
     ]
     ids1, ids2 = (tokenize(tokenizer, captions, length) for tokenizer in tokenizers)
     with torch.no_grad():
-        context, pooled = encode_sdxl(*text_encoders, ids1, ids2)
+        context, pooled = encode(text_encoders, Tokens((ids1, ids2)), USES)
         assert context.shape == (2, states, 192)
         for row in range(2):
             by_hand = []
@@ -110,8 +115,9 @@ def test_exactly_the_trainable_parameters_get_gradients(tokenizers, text_encoder
 
     first, second = copy.deepcopy(text_encoders[0]), copy.deepcopy(text_encoders[1])
     ids1, ids2 = (tokenize(tokenizer, CAPTIONS) for tokenizer in tokenizers)
-    set_trainable(first, second, True, True)
-    context, pooled = encode_sdxl(first, second, ids1, ids2)
+    set_trainable(first, USES[0], True)
+    set_trainable(second, USES[1], True)
+    context, pooled = encode((first, second), Tokens((ids1, ids2)), USES)
     (context.square().sum() + pooled.square().sum()).backward()
     for encoder in (first, second):
         with_gradient = [parameter for parameter in encoder.parameters() if parameter.grad is not None]
@@ -120,7 +126,8 @@ def test_exactly_the_trainable_parameters_get_gradients(tokenizers, text_encoder
     assert all("layers.2." in name or "final_layer_norm" in name for name in frozen)
     assert len(frozen) == 16 + 2
     assert len(trainable_parameters(second)) == len(list(second.parameters()))
-    set_trainable(first, second, False, True)
+    set_trainable(first, USES[0], False)
+    set_trainable(second, USES[1], True)
     assert trainable_parameters(first) == []
 
 
@@ -134,7 +141,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tokenizers, text_encode
         if checkpointing:
             enable_gradient_checkpointing(first)
             enable_gradient_checkpointing(second)
-        context, pooled = encode_sdxl(first, second, ids1, ids2)
+        context, pooled = encode((first, second), Tokens((ids1, ids2)), USES)
         (context.sin().sum() + pooled.sin().sum()).backward()
         gradients.append([p.grad for e in (first, second) for p in e.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1])
@@ -144,4 +151,4 @@ def test_gradient_checkpointing_gives_the_same_gradients(tokenizers, text_encode
 
 def test_differing_chunks_are_a_mistake_of_the_caller(tokenizers, text_encoders):
     with pytest.raises(ValueError, match="same chunks"):
-        encode_sdxl(*text_encoders, tokenize(tokenizers[0], ["a"], 150), tokenize(tokenizers[1], ["a"], 77))
+        encode(text_encoders, Tokens((tokenize(tokenizers[0], ["a"], 150), tokenize(tokenizers[1], ["a"], 77))), USES)

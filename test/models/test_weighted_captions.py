@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.models.denoiser import ConditionedUNet
-from library.models.text_encoders import encode_sdxl, tokenize, tokenize_weighted
+from library.families import SDXL
+from library.models.denoiser import Denoiser
+from library.models.text import Tokens
+from library.models.text_encoders import encode, tokenize, tokenize_all, tokenize_weighted
 from library.models.weighted_captions import parse_weights, weigh
 
 
@@ -52,6 +54,14 @@ def test_no_text_gets_lost_and_every_weight_is_finite(caption):
         assert pieces == [(caption, 1)]
 
 
+USES = SDXL.uses(None)
+
+
+def _tokens(both):
+    """Ids and weights of each tokenizer, as `tokenize_weighted` gives them."""
+    return Tokens(tuple(ids for ids, _ in both), tuple(weights for _, weights in both))
+
+
 def test_no_caption_keeps_a_worker_busy_for_long():
     began = time.perf_counter()
     for text in (
@@ -83,9 +93,9 @@ def test_both_encoders_are_weighed_chunk_by_chunk_and_the_pooled_vector_is_not(l
     weighted = "a cat " * 35 + "(" + "red dog " * 6 + ":1.4)of a [photo]"
     with torch.no_grad():
         ids = [tokenize(tokenizer, [plain, "a dog"], length) for tokenizer in tokenizers]
-        context, pooled = encode_sdxl(*text_encoders, *ids)
+        context, pooled = encode(text_encoders, Tokens(tuple(ids)), USES)
         both = [tokenize_weighted(tokenizer, [weighted, "a dog"], length) for tokenizer in tokenizers]
-        found, found_pooled = encode_sdxl(*text_encoders, both[0][0], both[1][0], (both[0][1], both[1][1]))
+        found, found_pooled = encode(text_encoders, _tokens(both), USES)
     assert all(torch.equal(one, other) for one, (other, _) in zip(ids, both, strict=True))
     token_weights = ([1.0] * 70 + [1.4] * 12 + [1.0] * 2 + [1 / 1.1])[: context.shape[1] - 2]
     w = np.array([1.0, *token_weights, *[1.0] * (context.shape[1] - 1 - len(token_weights))])[:, None]
@@ -104,11 +114,10 @@ def test_without_brackets_prediction_and_gradients_are_those_without_the_flag_bi
     sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
     found = []
     for weighted in (False, True):
-        module = ConditionedUNet(copy.deepcopy(sdxl), True, True, gradient_checkpointing=weighted)
-        both = [tokenize_weighted(tokenizer, captions, 150) for tokenizer in (sdxl.tokenizer1, sdxl.tokenizer2)]
-        ids = [tokenize(tokenizer, captions, 150) for tokenizer in (sdxl.tokenizer1, sdxl.tokenizer2)]
-        weights = (both[0][1], both[1][1]) if weighted else None
-        prediction = module(*inputs, *ids, sizes, weights=weights)
+        module = Denoiser(copy.deepcopy(sdxl), (True, True), gradient_checkpointing=weighted)
+        ids = tokenize_all(sdxl.tokenizers, captions, 150).ids
+        weights = tokenize_all(sdxl.tokenizers, captions, 150, weighted=True).weights if weighted else ()
+        prediction = module(*inputs, Tokens(ids, weights), sizes)
         prediction.square().mean().backward()
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         found.append([prediction.detach(), *gradients])
@@ -121,7 +130,7 @@ def test_weights_reach_the_gradients_of_both_encoders(tokenizers, text_encoders)
     for caption in ("a (red:1.5) cat", "a red cat"):
         encoders = [copy.deepcopy(encoder) for encoder in text_encoders]
         both = [tokenize_weighted(tokenizer, [caption]) for tokenizer in tokenizers]
-        context, _ = encode_sdxl(*encoders, both[0][0], both[1][0], (both[0][1], both[1][1]))
+        context, _ = encode(encoders, _tokens(both), USES)
         context.sin().sum().backward()
         gradients.append([encoder.get_input_embeddings().weight.grad for encoder in encoders])
     assert all(not torch.allclose(one, other) for one, other in zip(*gradients, strict=True))

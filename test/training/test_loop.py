@@ -22,7 +22,7 @@ from library.training.log.metrics import MetricsWriter
 from library.training.loop import LoopOptions, Trainer
 from library.training.state.states import StateCadence, States
 from library.training.state.writer import StateWriter
-from test.training.gradients import InfiniteGradient, NaNGradient
+from test.training.engine.gradients import InfiniteGradient, NaNGradient
 
 ROOT = Path(__file__).resolve().parents[2]
 FEATURES = 6

@@ -1,6 +1,7 @@
-"""An SDXL model out of a diffusers folder, a single file in Stability's keys, or a hub name."""
+"""A model out of a diffusers folder, a single file in Stability's keys, or a hub name."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,76 +11,89 @@ from torch import Tensor
 from library.errors import InputError
 from library.hub import is_hub_name
 from library.imports import import_pruned
+from library.models.family import EncoderSpec, Family
 from library.models.files import hub, infer_configs, single_file
 from library.models.files import identify as model_kind
 from library.models.files.build import build
 from library.models.files.diffusers_config import unet_config_from_diffusers
 from library.models.files.weight_files import read_component, read_json, read_weights
-from library.models.model import DEFAULT_SCHEDULER, SDXLModel
+from library.models.model import Model
 from library.models.unet import UNet, UNetConfig
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
-DEFAULT_TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
 # Where the classes are that are taken from diffusers and transformers.
 _VAE = "diffusers.models.autoencoders.autoencoder_kl"
 _ENCODERS = "transformers.models.clip.modeling_clip"
 _TOKENIZERS = "transformers.models.clip.tokenization_clip"
 
 
-def load_sdxl(
+def load_model(
     source: str,
+    family: Family,
     *,
     vae: str | None = None,
-    tokenizer1: str | None = None,
-    tokenizer2: str | None = None,
+    tokenizers: Sequence[str | None] = (),
     dtype: torch.dtype = torch.float32,
-) -> SDXLModel:
-    """Read all parts of an SDXL model to the CPU, in evaluation mode; the VAE is frozen.
+) -> Model:
+    """Read all parts of a model to the CPU, in evaluation mode; the VAE is frozen.
 
     Args:
         source: a diffusers folder, a single file (.safetensors, .ckpt), or a hub name.
         vae: another VAE in place of the model's: folder, single file or hub name.
-        tokenizer1, tokenizer2: folders or hub names; those of a diffusers folder, or those that SDXL was trained with,
-            when None.
+        tokenizers: for each text encoder a folder or hub name; None or left out: that of a diffusers folder, or the
+            one that the family was trained with.
         dtype: of all networks.
 
     Raises:
-        InputError: something is not there, not readable, or no SDXL model.
+        InputError: something is not there, not readable, or no model of the family.
     """
     path = locate(source, MODEL_FLAG, hub.pipeline_files)
     import_pruned(_VAE, _ENCODERS, _TOKENIZERS)
-    if path.is_dir():
-        model = _from_folder(path, dtype, vae, tokenizer1, tokenizer2)
-    else:
-        model = _from_single_file(path, dtype, vae, tokenizer1, tokenizer2)
-    for tokenizer, encoder, flag in (
-        (model.tokenizer1, model.text_encoder1, "--tokenizer1_path"),
-        (model.tokenizer2, model.text_encoder2, "--tokenizer2_path"),
-    ):
+    given = [*tokenizers, *[None] * (len(family.encoders) - len(tokenizers))]
+    model = (
+        _from_folder(path, family, dtype, vae, given)
+        if path.is_dir()
+        else _from_single_file(path, family, dtype, vae, given)
+    )
+    for place, (tokenizer, encoder) in enumerate(zip(model.tokenizers, model.text_encoders, strict=True)):
         if len(tokenizer) > encoder.config.vocab_size:
             raise InputError(
-                f"{flag}: this tokenizer has {len(tokenizer)} tokens, the text encoder in {source} only "
-                f"{encoder.config.vocab_size}. Give the tokenizer that belongs to the model."
+                f"{_tokenizer_flag(place)}: this tokenizer has {len(tokenizer)} tokens, the text encoder in {source} "
+                f"only {encoder.config.vocab_size}. Give the tokenizer that belongs to the model."
             )
     model.vae.requires_grad_(False)
     return model
 
 
-def load_tokenizers(source: str, tokenizer1: str | None = None, tokenizer2: str | None = None) -> tuple[Any, Any]:
-    """Both tokenizers as `load_sdxl` gives them, without anything else of the model.
+def load_tokenizers(source: str, family: Family, tokenizers: Sequence[str | None] = ()) -> tuple[Any, ...]:
+    """The tokenizers as `load_model` gives them, without anything else of the model.
 
     Raises:
         InputError: they cannot be found or read.
     """
     import_pruned(_TOKENIZERS)
+    given = [*tokenizers, *[None] * (len(family.encoders) - len(tokenizers))]
     own: Path | None = None
-    if tokenizer1 is None or tokenizer2 is None:
+    if None in given:
         path = locate(source, MODEL_FLAG, hub.pipeline_tokenizer_files)
         own = path if path.is_dir() else None
-    return (
-        _tokenizer(1, tokenizer1, own and own / "tokenizer"),
-        _tokenizer(2, tokenizer2, own and own / "tokenizer_2"),
+    return _tokenizers(family, given, own)
+
+
+def _tokenizers(family: Family, given: Sequence[str | None], folder: Path | None) -> tuple[Any, ...]:
+    """A tokenizer for each text encoder.
+
+    Args:
+        folder: a diffusers folder that has its own.
+    """
+    return tuple(
+        _tokenizer(spec, _tokenizer_flag(place), source, folder and folder / spec.tokenizer_folder)
+        for place, (spec, source) in enumerate(zip(family.encoders, given, strict=True))
     )
+
+
+def _tokenizer_flag(place: int) -> str:
+    return f"--tokenizer{place + 1}_path"
 
 
 def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
@@ -113,18 +127,17 @@ def load_vae(source: str, dtype: torch.dtype) -> Any:
 
 
 def _from_folder(
-    folder: Path, dtype: torch.dtype, vae: str | None, tokenizer1: str | None, tokenizer2: str | None
-) -> SDXLModel:
+    folder: Path, family: Family, dtype: torch.dtype, vae: str | None, tokenizers: Sequence[str | None]
+) -> Model:
     _check_pipeline(folder)
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
-    return SDXLModel(
+    return Model(
+        family,
         unet=_unet_from_folder(folder / "unet", dtype),
         vae=load_vae(vae, dtype) if vae else _vae_from_folder(folder / "vae", dtype),
-        text_encoder1=_encoder_from_folder(folder / "text_encoder", 1, dtype),
-        text_encoder2=_encoder_from_folder(folder / "text_encoder_2", 2, dtype),
-        tokenizer1=_tokenizer(1, tokenizer1, folder / "tokenizer"),
-        tokenizer2=_tokenizer(2, tokenizer2, folder / "tokenizer_2"),
-        scheduler_config=read_json(scheduler_file) if scheduler_file.is_file() else dict(DEFAULT_SCHEDULER),
+        text_encoders=tuple(_encoder_from_folder(folder / spec.folder, spec, dtype) for spec in family.encoders),
+        tokenizers=_tokenizers(family, tokenizers, folder),
+        scheduler_config=read_json(scheduler_file) if scheduler_file.is_file() else dict(family.scheduler),
     )
 
 
@@ -176,52 +189,44 @@ def _vae_from_tensors(
     return build(lambda: network(**config), tensors, dtype, origin, kind)
 
 
-def _encoder_from_folder(folder: Path, place: int, dtype: torch.dtype) -> Any:
-    tensors = single_file.encoder_from_disk(place, read_component(folder))
-    return _build_encoder(read_json(folder / "config.json"), place, tensors, dtype, str(folder), "a text encoder")
+def _encoder_from_folder(folder: Path, spec: EncoderSpec, dtype: torch.dtype) -> Any:
+    tensors = single_file.encoder_from_disk(spec, read_component(folder))
+    return _build_encoder(read_json(folder / "config.json"), spec, tensors, dtype, str(folder), "a text encoder")
 
 
 def _build_encoder(
-    config: dict[str, Any], place: int, tensors: dict[str, Tensor], dtype: torch.dtype, origin: str, kind: str
+    config: dict[str, Any], spec: EncoderSpec, tensors: dict[str, Tensor], dtype: torch.dtype, origin: str, kind: str
 ) -> Any:
-    """CLIPTextModel (place 1) or CLIPTextModelWithProjection (place 2)."""
+    """CLIPTextModel or CLIPTextModelWithProjection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    network = CLIPTextModel if place == 1 else CLIPTextModelWithProjection
+    network = CLIPTextModelWithProjection if spec.projection else CLIPTextModel
     return build(lambda: network(CLIPTextConfig.from_dict(config)), tensors, dtype, origin, kind)
 
 
 def _from_single_file(
-    path: Path, dtype: torch.dtype, vae: str | None, tokenizer1: str | None, tokenizer2: str | None
-) -> SDXLModel:
+    path: Path, family: Family, dtype: torch.dtype, vae: str | None, tokenizers: Sequence[str | None]
+) -> Model:
     tensors, metadata = read_weights(path)
     origin, kind = str(path), model_kind.describe(tensors)
-    parts = single_file.split(tensors, origin, kind, with_vae=vae is None)
+    parts = single_file.split(tensors, family, origin, kind, with_vae=vae is None)
     unet_config = _inferred(lambda: infer_configs.unet_config(parts.unet), origin, "U-Net", kind)
-    encoders = [
-        _build_encoder(
-            _inferred(
-                lambda part=part, act=act: infer_configs.clip_config(part, hidden_act=act),  # type: ignore[misc]
-                origin,
-                f"text encoder {place}",
-                kind,
-            ),
-            place,
-            part,
-            dtype,
+    encoders = []
+    for place, (spec, part) in enumerate(zip(family.encoders, parts.text_encoders, strict=True)):
+        config = _inferred(
+            partial(infer_configs.clip_config, part, hidden_act=spec.hidden_act),
             origin,
+            f"text encoder {place + 1}",
             kind,
         )
-        for place, part, act in ((1, parts.text_encoder1, "quick_gelu"), (2, parts.text_encoder2, "gelu"))
-    ]
-    return SDXLModel(
+        encoders.append(_build_encoder(config, spec, part, dtype, origin, kind))
+    return Model(
+        family,
         unet=_build_unet(unet_config, parts.unet, dtype, origin),
         vae=load_vae(vae, dtype) if vae else _vae_from_tensors(parts.vae, metadata, dtype, origin, kind),
-        text_encoder1=encoders[0],
-        text_encoder2=encoders[1],
-        tokenizer1=_tokenizer(1, tokenizer1, None),
-        tokenizer2=_tokenizer(2, tokenizer2, None),
-        scheduler_config=single_file.scheduler_config(tensors, metadata),
+        text_encoders=tuple(encoders),
+        tokenizers=_tokenizers(family, tokenizers, None),
+        scheduler_config=single_file.scheduler_config(tensors, metadata, family),
     )
 
 
@@ -241,16 +246,15 @@ def _inferred(infer: Callable[[], Any], origin: str, part: str, kind: str) -> An
         ) from error
 
 
-def _tokenizer(place: int, source: str | None, own: Path | None) -> Any:
-    """The first or second tokenizer: as asked for, else the model's own, else the one that SDXL was trained with."""
+def _tokenizer(spec: EncoderSpec, flag: str, source: str | None, own: Path | None) -> Any:
+    """A text encoder's tokenizer: as asked for, else the model's own, else the one that the family was trained with."""
     from transformers import CLIPTokenizer
 
-    flag = f"--tokenizer{place}_path"
     if source is None and own is not None:
         path = own
     else:
-        path = locate(source or DEFAULT_TOKENIZERS[place - 1], flag, hub.tokenizer_files)
-    inside = path / ("tokenizer" if place == 1 else "tokenizer_2")
+        path = locate(source or spec.tokenizer, flag, hub.tokenizer_files)
+    inside = path / spec.tokenizer_folder
     if inside.is_dir():  # a whole pipeline was given
         path = inside
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
@@ -259,7 +263,6 @@ def _tokenizer(place: int, source: str | None, own: Path | None) -> Any:
         tokenizer = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{flag} {path}: the tokenizer cannot be read ({error}).") from error
-    if place == 2 and path != own and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        # OpenCLIP pads bigG's input with id 0; its tokenizer on the hub is CLIP's, which pads with EOS.
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    if spec.pad_id is not None and path != own and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spec.pad_id)
     return tokenizer

@@ -1,18 +1,19 @@
-"""The names of one SDXL model's tensors: in a single file, in diffusers' and transformers' files, in our networks."""
+"""The names of one model's tensors: in a single file, in diffusers' and transformers' files, in our networks."""
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from library.errors import InputError
+from library.models.family import EncoderSpec, Family
 from library.models.files import key_maps
 from library.models.files.infer_configs import VAE_SCALING_FACTOR
-from library.models.model import DEFAULT_SCHEDULER, SDXLModel
+from library.models.model import Model
 from library.models.unet import UNet, UNetConfig
 
 # Our own metadata, for what neither keys nor ModelSpec tell.
@@ -21,8 +22,6 @@ SCHEDULER_KEY = "sdxl_pretrain.scheduler"
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-ENCODER1_PREFIX = "conditioner.embedders.0.transformer."
-ENCODER2_PREFIX = "conditioner.embedders.1.model."
 _TEXT_MODEL = "text_model."
 
 # What files in the field carry besides the networks: numbers that follow from the configuration, CLIP's temperature,
@@ -33,23 +32,33 @@ _IGNORED = re.compile(
 )
 
 
+_Rename = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+_TO_TRANSFORMERS: dict[str, _Rename] = {
+    "transformers": key_maps.clip_l_to_transformers,
+    "open_clip": key_maps.open_clip_to_transformers,
+}
+_FROM_TRANSFORMERS: dict[str, _Rename] = {
+    "transformers": key_maps.clip_l_from_transformers,
+    "open_clip": key_maps.open_clip_from_transformers,
+}
+
+
 @dataclass
 class Parts:
     """A single file's tensors by the names of our networks: Stability's, diffusers' for the VAE, transformers'."""
 
     unet: dict[str, Tensor]
     vae: dict[str, Tensor]
-    text_encoder1: dict[str, Tensor]
-    text_encoder2: dict[str, Tensor]
+    text_encoders: list[dict[str, Tensor]]
 
 
-def split(tensors: Mapping[str, Tensor], origin: str, kind: str, *, with_vae: bool = True) -> Parts:
+def split(tensors: Mapping[str, Tensor], family: Family, origin: str, kind: str, *, with_vae: bool = True) -> Parts:
     """Take a single file apart.
 
     Raises:
         InputError: a part has no tensors at all, or there are tensors of no part.
     """
-    prefixes = (UNET_PREFIX, VAE_PREFIX, ENCODER1_PREFIX, ENCODER2_PREFIX)
+    prefixes = (UNET_PREFIX, VAE_PREFIX, *(spec.single_file_prefix for spec in family.encoders))
     found: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     foreign = []
     for name, tensor in tensors.items():
@@ -73,8 +82,9 @@ def split(tensors: Mapping[str, Tensor], origin: str, kind: str, *, with_vae: bo
         return Parts(
             unet=found[UNET_PREFIX],
             vae=key_maps.vae_to_diffusers(found[VAE_PREFIX]) if with_vae else {},
-            text_encoder1=key_maps.clip_l_to_transformers(found[ENCODER1_PREFIX]),
-            text_encoder2=key_maps.open_clip_to_transformers(found[ENCODER2_PREFIX]),
+            text_encoders=[
+                _TO_TRANSFORMERS[spec.single_file_names](found[spec.single_file_prefix]) for spec in family.encoders
+            ],
         )
     except (LookupError, ValueError, RuntimeError) as error:  # RuntimeError: a shape that cannot be taken apart
         raise InputError(
@@ -83,26 +93,29 @@ def split(tensors: Mapping[str, Tensor], origin: str, kind: str, *, with_vae: bo
         ) from error
 
 
-def join(model: SDXLModel) -> dict[str, Tensor]:
+def join(model: Model) -> dict[str, Tensor]:
     """All tensors of a model by the keys of Stability's single file; not converted, not copied where avoidable."""
     parts = (
         (UNET_PREFIX, model.unet.state_dict()),
         (VAE_PREFIX, key_maps.vae_from_diffusers(model.vae.state_dict())),
-        (ENCODER1_PREFIX, key_maps.clip_l_from_transformers(model.text_encoder1.state_dict())),
-        (ENCODER2_PREFIX, key_maps.open_clip_from_transformers(model.text_encoder2.state_dict())),
+        *(
+            (spec.single_file_prefix, _FROM_TRANSFORMERS[spec.single_file_names](encoder.state_dict()))
+            for spec, encoder in zip(model.family.encoders, model.text_encoders, strict=True)
+        ),
     )
     return {prefix + name: tensor for prefix, tensors in parts for name, tensor in tensors.items()}
 
 
-def remembered(model: SDXLModel) -> dict[str, str]:
-    """Metadata for what a single file's keys do not tell: the prediction type, and what differs from SDXL's usual."""
+def remembered(model: Model) -> dict[str, str]:
+    """Metadata for what a single file's keys do not tell: the prediction type, and what its family has otherwise."""
     entries = {}
-    if model.vae.config.scaling_factor != VAE_SCALING_FACTOR:
+    if model.vae.config.scaling_factor != model.family.vae_scaling_factor:
         entries[SCALING_FACTOR_KEY] = repr(float(model.vae.config.scaling_factor))
+    usual = model.family.scheduler
     changed = {
         name: value
         for name, value in model.scheduler_config.items()
-        if name != "_diffusers_version" and (name not in DEFAULT_SCHEDULER or DEFAULT_SCHEDULER[name] != value)
+        if name != "_diffusers_version" and (name not in usual or usual[name] != value)
     }
     if changed:
         entries[SCHEDULER_KEY] = json.dumps(changed, sort_keys=True)
@@ -110,9 +123,9 @@ def remembered(model: SDXLModel) -> dict[str, str]:
     return entries
 
 
-def scheduler_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """SDXL's scheduler, as changed by our own metadata, ModelSpec's prediction type, or the field's marks."""
-    config = dict(DEFAULT_SCHEDULER)
+def scheduler_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: Family) -> dict[str, Any]:
+    """The family's scheduler, as changed by our own metadata, ModelSpec's prediction type, or the field's marks."""
+    config = dict(family.scheduler)
     if "v_pred" in tensors or metadata.get("modelspec.prediction_type") == "v":
         config["prediction_type"] = "v_prediction"
     if "ztsnr" in tensors:
@@ -122,7 +135,7 @@ def scheduler_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         ours = json.loads(metadata.get(SCHEDULER_KEY, "{}"))
     except (ValueError, RecursionError):
         ours = None
-    return {**config, **ours} if isinstance(ours, dict) else config  # else SDXL's usual values are the better guess
+    return {**config, **ours} if isinstance(ours, dict) else config  # else the usual values are the better guess
 
 
 def scaling_factor(metadata: Mapping[str, str], origin: str) -> float:
@@ -174,12 +187,12 @@ def encoder_to_disk(encoder: Any) -> dict[str, Tensor]:
     }
 
 
-def encoder_from_disk(place: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a text encoder's files have, as CLIPTextModel (place 1) or the one with projection (2) names it in memory.
+def encoder_from_disk(spec: EncoderSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a text encoder's files have, as CLIPTextModel or the one with projection names it in memory.
 
     transformers 5 has no `text_model.` in CLIPTextModel any more; CLIPTextModelWithProjection still has it.
     """
     plain = key_maps.clip_l_to_transformers(tensors)
-    if place == 1:
+    if not spec.projection:
         return plain
     return {name if name.startswith("text_projection") else _TEXT_MODEL + name: t for name, t in plain.items()}

@@ -1,4 +1,4 @@
-"""An SDXL model to a single file in Stability's keys or to a diffusers folder, complete or not at all."""
+"""A model to a single file in Stability's keys or to a diffusers folder, complete or not at all."""
 
 import hashlib
 import importlib.metadata
@@ -21,14 +21,14 @@ from library.models.files.modelspec import (
     IMPLEMENTATION_DIFFUSERS,
     IMPLEMENTATION_STABILITY,
 )
-from library.models.model import SDXLModel
+from library.models.model import Model
 from library.tensor_file import tensor_file
 
 SAVE_FORMS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
 
 
-def save_sdxl(
-    model: SDXLModel,
+def save_model(
+    model: Model,
     path_without_suffix: str | Path,
     save_as: str | None = None,
     dtype: torch.dtype | None = None,
@@ -71,9 +71,9 @@ def save_sdxl(
     raise InputError(f"--save_model_as {form}: unknown form; it is one of {', '.join(SAVE_FORMS)}.")
 
 
-def saved_bytes(model: SDXLModel, dtype: torch.dtype | None = None) -> int:
+def saved_bytes(model: Model, dtype: torch.dtype | None = None) -> int:
     """How much the model's tensors take in a checkpoint of a precision, fp32 when None."""
-    modules = (model.unet, model.vae, model.text_encoder1, model.text_encoder2)
+    modules = (model.unet, model.vae, *model.text_encoders)
     numbers = sum(one.numel() for module in modules for one in (*module.parameters(), *module.buffers()))
     return numbers * (dtype or torch.float32).itemsize
 
@@ -109,16 +109,18 @@ def _write_pickle(content: Mapping[str, Any], path: Path) -> None:
 
 
 def _write_pipeline(
-    model: SDXLModel, folder: Path, dtype: torch.dtype, metadata: Mapping[str, str], as_safetensors: bool
+    model: Model, folder: Path, dtype: torch.dtype, metadata: Mapping[str, str], as_safetensors: bool
 ) -> None:
-    """Everything that StableDiffusionXLPipeline.from_pretrained reads, into an empty folder."""
+    """Everything that the `from_pretrained` of diffusers' pipeline reads, into an empty folder."""
     version = importlib.metadata.version("diffusers")
     scheduler = {"_diffusers_version": version, **model.scheduler_config}
     components: dict[str, tuple[Any, dict[str, Tensor]]] = {
         "unet": (model.unet, single_file.unet_to_diffusers(model.unet)),
         "vae": (model.vae, model.vae.state_dict()),
-        "text_encoder": (model.text_encoder1, single_file.encoder_to_disk(model.text_encoder1)),
-        "text_encoder_2": (model.text_encoder2, single_file.encoder_to_disk(model.text_encoder2)),
+        **{
+            spec.folder: (encoder, single_file.encoder_to_disk(encoder))
+            for spec, encoder in zip(model.family.encoders, model.text_encoders, strict=True)
+        },
     }
     for name, (network, tensors) in components.items():
         target = folder / name
@@ -131,11 +133,11 @@ def _write_pipeline(
         else:
             file = "pytorch_model.bin" if of_transformers else "diffusion_pytorch_model.bin"
             _write_pickle(_converted(tensors, dtype), target / file)
-    for name, tokenizer in (("tokenizer", model.tokenizer1), ("tokenizer_2", model.tokenizer2)):
-        _write_tokenizer(tokenizer, folder / name)
+    for spec, tokenizer in zip(model.family.encoders, model.tokenizers, strict=True):
+        _write_tokenizer(tokenizer, folder / spec.tokenizer_folder)
     (folder / "scheduler").mkdir()
     _write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
-    _write_json(_model_index(scheduler["_class_name"], version), folder / "model_index.json")
+    _write_json(_model_index(model, scheduler["_class_name"], version), folder / "model_index.json")
 
 
 def _write_config(name: str, network: Any, folder: Path, dtype: torch.dtype, version: str) -> None:
@@ -159,16 +161,18 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
         model.save(str(folder))
 
 
-def _model_index(scheduler_class: str, version: str) -> dict[str, Any]:
+def _model_index(model: Model, scheduler_class: str, version: str) -> dict[str, Any]:
+    """What diffusers reads first: the pipeline's class, and the class of each part."""
+    encoders = {}
+    for spec, encoder in zip(model.family.encoders, model.text_encoders, strict=True):
+        encoders[spec.folder] = ["transformers", type(encoder).__name__]
+        encoders[spec.tokenizer_folder] = ["transformers", "CLIPTokenizer"]
     return {
-        "_class_name": "StableDiffusionXLPipeline",
+        "_class_name": model.family.pipeline,
         "_diffusers_version": version,
         "force_zeros_for_empty_prompt": True,
         "scheduler": ["diffusers", scheduler_class],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        **encoders,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }

@@ -7,6 +7,7 @@ from library.data.contact_sheet import write_contact_sheet
 from library.data.loader import worker_deaths_reported
 from library.data.micro_batch import MicroBatch
 from library.data.training_set import TrainingSet
+from library.models.text import Tokens
 from library.models.token_counts import TokenCounter
 from library.options.options import Options
 from library.signals import Signals
@@ -31,7 +32,7 @@ def show_data(
     shown = data.of_one_process()
 
     def batches() -> Iterator[MicroBatch]:
-        for batch in shown.loader(lambda captions: (), steps, start_step):
+        for batch in shown.loader(lambda captions: Tokens(()), steps, start_step):
             signals.stop_if_requested()
             yield batch
 

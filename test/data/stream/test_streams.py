@@ -17,6 +17,7 @@ from library.data.stream.reader import Layout, Position, Shard, StreamReader
 from library.data.stream.shard_bytes import Patience
 from library.data.stream.shard_samples import StreamSubset, shard_samples
 from library.errors import InputError
+from library.models.text import Tokens
 from library.training.rules import check_caches, check_without_epochs
 from library.training.state.tree import pack, unpack
 from test.data.shard_server import ShardServer
@@ -64,9 +65,9 @@ def every(server, pattern="{00000..00008}.tar"):
 def taken(data, end, start=0):
     """The micro-batches of a process as values that can be compared, with the positions after each step."""
     batches, positions = [], {}
-    for batch in data.loader(lambda captions: (torch.tensor([len(text) for text in captions]),), end, start):
+    for batch in data.loader(lambda captions: Tokens((torch.tensor([len(text) for text in captions]),)), end, start):
         assert len(batch) == data.layout.batch_size
-        ids = [tensor.tolist() for tensor in batch.ids]
+        ids = [tensor.tolist() for tensor in batch.tokens.ids]
         facts = (batch.step, batch.micro, batch.names, batch.captions, batch.places_B.tolist(), ids)
         batches.append((facts, batch.images_BHWC.numpy().tobytes(), batch.size_ids_B6.tolist()))
         positions[batch.step + 1] = data.position()

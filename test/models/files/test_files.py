@@ -11,48 +11,58 @@ import pytest
 import torch
 
 from library.errors import InputError, TrainingError
+from library.families import SDXL
 from library.models.files import single_file
 from library.models.files import write as checkpoint_write
 from library.models.files.infer_configs import clip_config, unet_config, vae_config
 from library.models.files.modelspec import modelspec, read_metadata
-from library.models.files.read import load_sdxl, load_vae
-from library.models.files.write import save_sdxl, saved_bytes
-from library.models.model import SDXLModel
-from library.models.text_encoders import encode_sdxl, tokenize
+from library.models.files.read import load_model, load_vae
+from library.models.files.write import save_model, saved_bytes
+from library.models.model import Model
+from library.models.text import Tokens
+from library.models.text_encoders import encode, tokenize
 from library.models.unet import UNet, UNetConfig, size_embedding
 from library.models.vae import decode_latents
 
 CAPTIONS = ["a photo of a cat", "a red dog"]
-NETWORKS = ("unet", "vae", "text_encoder1", "text_encoder2")
 
 
 @pytest.fixture(scope="module")
 def folder(sdxl, tmp_path_factory) -> Path:
-    return save_sdxl(sdxl, tmp_path_factory.mktemp("diffusers") / "tiny", "diffusers_safetensors")
+    return save_model(sdxl, tmp_path_factory.mktemp("diffusers") / "tiny", "diffusers_safetensors")
 
 
 @pytest.fixture(scope="module")
 def single(sdxl, tmp_path_factory) -> Path:
-    return save_sdxl(sdxl, tmp_path_factory.mktemp("single") / "tiny", "safetensors")
+    return save_model(sdxl, tmp_path_factory.mktemp("single") / "tiny", "safetensors")
 
 
-def _tokenizers(folder: Path) -> dict[str, str]:
-    return {"tokenizer1": str(folder / "tokenizer"), "tokenizer2": str(folder / "tokenizer_2")}
+def _tokenizers(folder: Path) -> dict[str, tuple[str, str]]:
+    return {"tokenizers": (str(folder / "tokenizer"), str(folder / "tokenizer_2"))}
 
 
-def _assert_equal(first: SDXLModel, second: SDXLModel, dtype: torch.dtype = torch.float32) -> None:
-    for name in NETWORKS:
-        ours, theirs = getattr(first, name).state_dict(), getattr(second, name).state_dict()
+def _parameters(model: Model) -> list[torch.nn.Parameter]:
+    return [one for network in (model.unet, model.vae, *model.text_encoders) for one in network.parameters()]
+
+
+def _state_dicts(model: Model) -> list[dict[str, torch.Tensor]]:
+    return [network.state_dict() for network in (model.unet, model.vae, *model.text_encoders)]
+
+
+def _assert_equal(first: Model, second: Model, dtype: torch.dtype = torch.float32) -> None:
+    for name, ours, theirs in zip(
+        ("unet", "vae", "text encoder 1", "text encoder 2"), _state_dicts(first), _state_dicts(second), strict=True
+    ):
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             assert torch.equal(tensor.to(dtype), theirs[key].to(dtype)), f"{name}.{key}"
-    for place in ("tokenizer1", "tokenizer2"):
-        assert getattr(first, place)(CAPTIONS)["input_ids"] == getattr(second, place)(CAPTIONS)["input_ids"]
-        assert getattr(first, place).pad_token_id == getattr(second, place).pad_token_id
+    for ours, theirs in zip(first.tokenizers, second.tokenizers, strict=True):
+        assert ours(CAPTIONS)["input_ids"] == theirs(CAPTIONS)["input_ids"]
+        assert ours.pad_token_id == theirs.pad_token_id
 
 
 @torch.no_grad()
-def _assert_same_outputs(pipeline, model: SDXLModel) -> None:
+def _assert_same_outputs(pipeline, model: Model) -> None:
     generator = torch.Generator().manual_seed(7)
     latents, times = torch.randn(2, 4, 16, 24, generator=generator), torch.tensor([3.0, 700.0])
     sizes = torch.tensor([[32, 48, 0, 0, 32, 48], [64, 64, 16, 8, 32, 48]], dtype=torch.float32)
@@ -61,8 +71,8 @@ def _assert_same_outputs(pipeline, model: SDXLModel) -> None:
     expected = pipeline.unet(latents, times, context, added_cond_kwargs=conditions).sample
     expected_pictures = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
 
-    ids = [tokenize(tokenizer, CAPTIONS) for tokenizer in (model.tokenizer1, model.tokenizer2)]
-    our_context, our_pooled = encode_sdxl(model.text_encoder1, model.text_encoder2, *ids)
+    ids = [tokenize(tokenizer, CAPTIONS) for tokenizer in (model.tokenizers[0], model.tokenizers[1])]
+    our_context, our_pooled = encode(model.text_encoders, Tokens(tuple(ids)), SDXL.uses(None))
     ours = model.unet(latents, times, our_context, torch.cat([our_pooled, size_embedding(sizes)], dim=1))
     for name, mine, theirs in (
         ("context", our_context, context),
@@ -84,42 +94,42 @@ def _pipeline(folder: Path):
 
 @pytest.mark.parametrize("form", ["diffusers", "diffusers_safetensors"])
 def test_diffusers_opens_our_folder_and_computes_the_same(sdxl, tmp_path, form):
-    written = save_sdxl(sdxl, tmp_path / "model", form)
+    written = save_model(sdxl, tmp_path / "model", form)
     assert written == tmp_path / "model"
     endings = {path.suffix for path in written.rglob("*") if path.suffix in (".bin", ".safetensors")}
     assert endings == {".bin" if form == "diffusers" else ".safetensors"}
     _assert_same_outputs(_pipeline(written), sdxl)
-    _assert_equal(load_sdxl(str(written)), sdxl)
+    _assert_equal(load_model(str(written), SDXL), sdxl)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "ckpt"])
 def test_diffusers_opens_our_single_file_and_computes_the_same(sdxl, folder, tmp_path, form):
     from diffusers import StableDiffusionXLPipeline
 
-    written = save_sdxl(sdxl, tmp_path / "model", form)
+    written = save_model(sdxl, tmp_path / "model", form)
     assert written == tmp_path / f"model.{form}"
     pipeline = StableDiffusionXLPipeline.from_single_file(
         written, config=str(folder), local_files_only=True, add_watermarker=False
     )
     _assert_same_outputs(pipeline, sdxl)
-    _assert_equal(load_sdxl(str(written), **_tokenizers(folder)), sdxl)
+    _assert_equal(load_model(str(written), SDXL, **_tokenizers(folder)), sdxl)
 
 
 def test_a_loaded_model_computes_the_same_as_diffusers(folder, single):
     pipeline = _pipeline(folder)
-    for model in (load_sdxl(str(folder)), load_sdxl(str(single), **_tokenizers(folder))):
+    for model in (load_model(str(folder), SDXL), load_model(str(single), SDXL, **_tokenizers(folder))):
         _assert_same_outputs(pipeline, model)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "ckpt", "diffusers", "diffusers_safetensors"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_what_was_rounded_once(sdxl, folder, tmp_path, form, dtype):
-    written = save_sdxl(sdxl, tmp_path / "half", form, dtype)
-    again = load_sdxl(str(written), **_tokenizers(folder))
-    assert {parameter.dtype for name in NETWORKS for parameter in getattr(again, name).parameters()} == {torch.float32}
+    written = save_model(sdxl, tmp_path / "half", form, dtype)
+    again = load_model(str(written), SDXL, **_tokenizers(folder))
+    assert {tensor.dtype for tensor in _parameters(again)} == {torch.float32}
     _assert_equal(again, sdxl, dtype)
     size = sum(path.stat().st_size for path in ([written] if written.is_file() else written.rglob("*.*")))
-    numbers = sum(parameter.numel() for name in NETWORKS for parameter in getattr(sdxl, name).parameters())
+    numbers = sum(tensor.numel() for tensor in _parameters(sdxl))
     assert size < 3 * numbers
 
 
@@ -132,7 +142,7 @@ def test_folders_that_diffusers_writes_are_read(sdxl, folder, tmp_path, options)
     _pipeline(folder).save_pretrained(tmp_path / "theirs", **options)
     if "max_shard_size" in options:
         assert len(list((tmp_path / "theirs" / "unet").glob("*-of-*"))) > 1
-    _assert_equal(load_sdxl(str(tmp_path / "theirs")), sdxl)
+    _assert_equal(load_model(str(tmp_path / "theirs"), SDXL), sdxl)
 
 
 def test_a_missing_shard_is_named(folder, tmp_path):
@@ -140,19 +150,19 @@ def test_a_missing_shard_is_named(folder, tmp_path):
     shard = sorted((tmp_path / "theirs" / "unet").glob("*-00002-of-*"))[0]
     shard.unlink()
     with pytest.raises(InputError, match=shard.name):
-        load_sdxl(str(tmp_path / "theirs"))
+        load_model(str(tmp_path / "theirs"), SDXL)
 
 
 def test_the_dtype_asked_for_is_what_all_networks_have(folder):
-    model = load_sdxl(str(folder), dtype=torch.bfloat16)
-    assert {parameter.dtype for name in NETWORKS for parameter in getattr(model, name).parameters()} == {torch.bfloat16}
+    model = load_model(str(folder), SDXL, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in _parameters(model)} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in model.vae.parameters())
     assert all(parameter.requires_grad for parameter in model.unet.parameters())
 
 
 def test_loading_leaves_nothing_mapped_to_the_file(sdxl, single, folder, tmp_path):
     copy = shutil.copy(single, tmp_path / "copy.safetensors")
-    model = load_sdxl(str(copy), **_tokenizers(folder))
+    model = load_model(str(copy), SDXL, **_tokenizers(folder))
     with Path(copy).open("r+b") as file:
         file.write(b"\xff" * Path(copy).stat().st_size)
     _assert_equal(model, sdxl)
@@ -168,14 +178,14 @@ def test_what_older_files_carry_besides_the_networks_is_passed_over(sdxl, single
         "model_ema.decay": torch.tensor(0.9),
     }
     save_file({**load_file(single), **more}, tmp_path / "old.safetensors")
-    _assert_equal(load_sdxl(str(tmp_path / "old.safetensors"), **_tokenizers(folder)), sdxl)
+    _assert_equal(load_model(str(tmp_path / "old.safetensors"), SDXL, **_tokenizers(folder)), sdxl)
     shutil.copytree(folder, tmp_path / "old")
     weights = tmp_path / "old" / "text_encoder" / "model.safetensors"
     state = {**load_file(weights), "text_model.embeddings.position_ids": torch.arange(77)[None]}
     save_file(state, weights, {"format": "pt"})
     for name in ("tokenizer", "tokenizer_2"):  # published with vocab.json and merges.txt alone
         (tmp_path / "old" / name / "tokenizer.json").unlink()
-    _assert_equal(load_sdxl(str(tmp_path / "old")), sdxl)
+    _assert_equal(load_model(str(tmp_path / "old"), SDXL), sdxl)
 
 
 # Configurations from shapes ------------------------------------------------------------------------------------------
@@ -212,16 +222,19 @@ def test_a_model_of_sdxls_size_has_the_published_files_tensors():
 
     with torch.device("meta"):
         names = single_file.join(
-            SDXLModel(
+            Model(
+                SDXL,
                 UNet(),
                 AutoencoderKL(
                     block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
                     up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
                 ),
-                CLIPTextModel(CLIPTextConfig(hidden_size=768, num_hidden_layers=12)),
-                CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, num_hidden_layers=32)),
-                None,
-                None,
+                (
+                    CLIPTextModel(CLIPTextConfig(hidden_size=768, num_hidden_layers=12)),
+                    CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=1280, num_hidden_layers=32)),
+                ),
+                (),
+                dict(SDXL.scheduler),
             )
         )  # fmt: skip
     # sd_xl_base_1.0.safetensors holds 2515; position_ids of CLIP-L and logit_scale of bigG are no parameters here.
@@ -255,7 +268,7 @@ def test_the_vae_can_be_another_in_every_form(sdxl, folder, single, tmp_path):
     torch.manual_seed(11)
     other = AutoencoderKL.from_config(sdxl.vae.config)
     other.save_pretrained(tmp_path / "alone")
-    save_sdxl(SDXLModel(**{**vars(sdxl), "vae": other}), tmp_path / "whole", "safetensors")
+    save_model(Model(**{**vars(sdxl), "vae": other}), tmp_path / "whole", "safetensors")
     stability = {
         k: v for k, v in load_file(tmp_path / "whole.safetensors").items() if k.startswith("first_stage_model")
     }
@@ -265,7 +278,7 @@ def test_the_vae_can_be_another_in_every_form(sdxl, folder, single, tmp_path):
         .replace(".to_out.0.", ".proj_attn."): tensor
         for name, tensor in other.state_dict().items()
     }  # fmt: skip
-    pipeline = save_sdxl(SDXLModel(**{**vars(sdxl), "vae": other}), tmp_path / "pipeline", "diffusers")
+    pipeline = save_model(Model(**{**vars(sdxl), "vae": other}), tmp_path / "pipeline", "diffusers")
     for source in (
         str(tmp_path / "alone"),
         str(pipeline),
@@ -279,17 +292,17 @@ def test_the_vae_can_be_another_in_every_form(sdxl, folder, single, tmp_path):
         assert loaded.keys() == other.state_dict().keys()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in other.state_dict().items()), source
     for model in (
-        load_sdxl(str(folder), vae=str(tmp_path / "alone")),
-        load_sdxl(str(single), vae=str(tmp_path / "alone"), **_tokenizers(folder)),
+        load_model(str(folder), SDXL, vae=str(tmp_path / "alone")),
+        load_model(str(single), SDXL, vae=str(tmp_path / "alone"), **_tokenizers(folder)),
     ):
         assert torch.equal(model.vae.decoder.conv_in.weight, other.decoder.conv_in.weight)
         assert torch.equal(model.unet.state_dict()["out.2.weight"], sdxl.unet.state_dict()["out.2.weight"])
 
 
 def test_a_plain_clip_tokenizer_given_for_the_second_encoder_pads_as_openclip(folder):
-    model = load_sdxl(str(folder), tokenizer2=str(folder / "tokenizer"))
-    assert model.tokenizer1.pad_token_id == model.tokenizer1.eos_token_id
-    assert model.tokenizer2.pad_token_id == 0
+    model = load_model(str(folder), SDXL, tokenizers=(None, str(folder / "tokenizer")))
+    assert model.tokenizers[0].pad_token_id == model.tokenizers[0].eos_token_id
+    assert model.tokenizers[1].pad_token_id == 0
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
@@ -300,7 +313,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
     (tmp_path / "large" / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "large" / "vocab.json").write_text(json.dumps(vocabulary))
     with pytest.raises(InputError, match="--tokenizer1_path"):
-        load_sdxl(str(folder), tokenizer1=str(tmp_path / "large"))
+        load_model(str(folder), SDXL, tokenizers=(str(tmp_path / "large"),))
 
 
 # Scheduler and metadata ----------------------------------------------------------------------------------------------
@@ -313,8 +326,8 @@ def test_prediction_type_and_scaling_factor_come_back(sdxl, folder, tmp_path, fo
     vae = copy.deepcopy(sdxl.vae)
     vae.register_to_config(scaling_factor=0.5)
     scheduler = {**sdxl.scheduler_config, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    model = SDXLModel(**{**vars(sdxl), "vae": vae, "scheduler_config": scheduler})
-    again = load_sdxl(str(save_sdxl(model, tmp_path / "v", form)), **_tokenizers(folder))
+    model = Model(**{**vars(sdxl), "vae": vae, "scheduler_config": scheduler})
+    again = load_model(str(save_model(model, tmp_path / "v", form)), SDXL, **_tokenizers(folder))
     assert again.prediction_type == "v_prediction"
     assert again.scheduler_config["rescale_betas_zero_snr"] is True
     assert again.vae.config.scaling_factor == 0.5
@@ -326,7 +339,7 @@ def test_the_fields_marks_of_v_prediction_are_understood(single, folder, tmp_pat
 
     tensors = {**load_file(single), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file(tensors, tmp_path / "v.safetensors")
-    model = load_sdxl(str(tmp_path / "v.safetensors"), **_tokenizers(folder))
+    model = load_model(str(tmp_path / "v.safetensors"), SDXL, **_tokenizers(folder))
     assert model.prediction_type == "v_prediction"
     assert model.scheduler_config["rescale_betas_zero_snr"] is True
 
@@ -335,7 +348,7 @@ def test_safetensors_carry_modelspec_metadata_with_the_hash_of_their_tensors(sdx
     import hashlib
 
     spec = modelspec(title="tiny", resolution_wh_px=(64, 96), prediction_type="epsilon", author="someone", license=None)
-    path = save_sdxl(sdxl, tmp_path / "tiny", "safetensors", metadata=spec)
+    path = save_model(sdxl, tmp_path / "tiny", "safetensors", metadata=spec)
     found = read_metadata(path)
     assert found["modelspec.sai_model_spec"] == "1.0.0"
     assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
@@ -350,7 +363,7 @@ def test_safetensors_carry_modelspec_metadata_with_the_hash_of_their_tensors(sdx
 
 @pytest.mark.parametrize("form", ["safetensors", "diffusers_safetensors"])
 def test_without_room_for_it_nothing_is_written_and_the_earlier_one_stays(sdxl, tmp_path, monkeypatch, form):
-    written = save_sdxl(sdxl, tmp_path / "model", form)
+    written = save_model(sdxl, tmp_path / "model", form)
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert size * 0.9 < saved_bytes(sdxl) <= size
@@ -358,7 +371,7 @@ def test_without_room_for_it_nothing_is_written_and_the_earlier_one_stays(sdxl, 
     with pytest.raises(
         TrainingError, match=rf"the checkpoint model needs \d+ bytes \([\d.]+ GB\), {saved_bytes(sdxl)}"
     ):
-        save_sdxl(sdxl, tmp_path / "model", form)
+        save_model(sdxl, tmp_path / "model", form)
     assert written.exists() and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -395,22 +408,22 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, zipp
     path = tmp_path / "bad.ckpt"
     torch.save({"state_dict": _Runs(f"touch {mark}")}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(InputError, match=r"bad\.ckpt: refused.*posix\.system"):
-        load_sdxl(str(path))
+        load_model(str(path), SDXL)
     assert not mark.exists()
     path.write_bytes(pickle.dumps(_Runs(f"touch {mark}")))
     with pytest.raises(InputError, match=r"bad\.ckpt"):
-        load_sdxl(str(path))
+        load_model(str(path), SDXL)
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("form", ["safetensors", "ckpt"])
 @pytest.mark.parametrize("kept", [0, 5, 1000, -1])
 def test_a_file_cut_off_is_refused(sdxl, tmp_path, form, kept):
-    path = save_sdxl(sdxl, tmp_path / "cut", form)
+    path = save_model(sdxl, tmp_path / "cut", form)
     content = path.read_bytes()
     path.write_bytes(content[: kept if kept >= 0 else len(content) - 100])
     with pytest.raises(InputError, match=r"damaged|cut off"):
-        load_sdxl(str(path))
+        load_model(str(path), SDXL)
 
 
 def _spoiled(single: Path, path: Path, change) -> str:
@@ -442,7 +455,7 @@ def _spoiled(single: Path, path: Path, change) -> str:
 def test_what_is_missing_or_too_much_is_listed(single, folder, tmp_path, change, message):
     path = _spoiled(single, tmp_path / "spoiled.safetensors", change)
     with pytest.raises(InputError, match=rf"(?s)spoiled\.safetensors.*{message}"):
-        load_sdxl(path, **_tokenizers(folder))
+        load_model(path, SDXL, **_tokenizers(folder))
 
 
 @pytest.mark.parametrize(
@@ -459,25 +472,25 @@ def test_what_is_missing_or_too_much_is_listed(single, folder, tmp_path, change,
 def test_another_kind_of_file_is_named(tmp_path, names, kind):
     path = _as_file({name: torch.zeros(1) for name in names}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match=rf"other\.safetensors.*{kind}"):
-        load_sdxl(path)
+        load_model(path, SDXL)
 
 
 def test_paths_that_hold_no_model_are_explained(single, folder, tmp_path):
     with pytest.raises(InputError, match="no such file or folder"):
-        load_sdxl(str(tmp_path / "nowhere"))
+        load_model(str(tmp_path / "nowhere"), SDXL)
     with pytest.raises(InputError, match=r"unet/config\.json.*tiny\.safetensors"):
-        load_sdxl(str(single.parent))
+        load_model(str(single.parent), SDXL)
     shutil.copytree(folder, tmp_path / "sd1")
     shutil.rmtree(tmp_path / "sd1" / "text_encoder_2")
     with pytest.raises(InputError, match=r"text_encoder_2/config\.json.*StableDiffusionXLPipeline"):
-        load_sdxl(str(tmp_path / "sd1"))
+        load_model(str(tmp_path / "sd1"), SDXL)
     shutil.rmtree(tmp_path / "sd1")
     shutil.copytree(folder, tmp_path / "sd1")
     (tmp_path / "sd1" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InputError, match="no weights there"):
-        load_sdxl(str(tmp_path / "sd1"))
+        load_model(str(tmp_path / "sd1"), SDXL)
     with pytest.raises(InputError, match="--save_model_as"):
-        save_sdxl(load_sdxl(str(folder)), tmp_path / "x", "onnx")
+        save_model(load_model(str(folder), SDXL), tmp_path / "x", "onnx")
 
 
 # Complete or absent --------------------------------------------------------------------------------------------------
@@ -491,7 +504,7 @@ def _tree(folder: Path) -> dict[str, bytes]:
 def test_an_existing_model_stays_when_writing_fails_and_goes_when_it_succeeds(sdxl, tmp_path, form, monkeypatch):
     import copy
 
-    save_sdxl(sdxl, tmp_path / "last", form)
+    save_model(sdxl, tmp_path / "last", form)
     before = _tree(tmp_path)
     changed = copy.deepcopy(sdxl)
     torch.nn.init.zeros_(changed.vae.decoder.conv_out.bias)
@@ -504,12 +517,12 @@ def test_an_existing_model_stays_when_writing_fails_and_goes_when_it_succeeds(sd
         patch.setattr(checkpoint_write, "_write_safetensors", lambda tensors, path, *_: full(path))
         patch.setattr(checkpoint_write, "_write_pickle", lambda content, path: full(path))
         with pytest.raises(InputError, match=r"last.*No space left"):
-            save_sdxl(changed, tmp_path / "last", form)
+            save_model(changed, tmp_path / "last", form)
         assert _tree(tmp_path) == before
         with pytest.raises(InputError, match="No space left"):
-            save_sdxl(changed, tmp_path / "new", form)
+            save_model(changed, tmp_path / "new", form)
         assert _tree(tmp_path) == before
-    save_sdxl(changed, tmp_path / "last", form)
+    save_model(changed, tmp_path / "last", form)
     after = _tree(tmp_path)
     assert after.keys() == before.keys()
     assert after != before
@@ -518,7 +531,7 @@ def test_an_existing_model_stays_when_writing_fails_and_goes_when_it_succeeds(sd
 def test_what_a_killed_run_left_is_no_model_and_is_cleared_away(sdxl, tmp_path):
     (tmp_path / ".last.partial").mkdir()
     (tmp_path / ".last.partial" / "junk").write_text("x")
-    save_sdxl(sdxl, tmp_path / "last", "diffusers")
+    save_model(sdxl, tmp_path / "last", "diffusers")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last"]
     assert not (tmp_path / "last" / "junk").exists()
 
@@ -526,5 +539,5 @@ def test_what_a_killed_run_left_is_no_model_and_is_cleared_away(sdxl, tmp_path):
 def test_a_file_in_the_way_of_a_folder_stays(sdxl, tmp_path):
     (tmp_path / "last").write_text("mine")
     with pytest.raises(InputError, match="in the way"):
-        save_sdxl(sdxl, tmp_path / "last", "diffusers")
+        save_model(sdxl, tmp_path / "last", "diffusers")
     assert (tmp_path / "last").read_text() == "mine"

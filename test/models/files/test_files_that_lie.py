@@ -12,17 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from library.errors import InputError
+from library.families import SDXL
 from library.models.files.identify import describe
-from library.models.files.read import load_sdxl
+from library.models.files.read import load_model
 from library.models.files.weight_files import read_component, read_weights
-from library.models.files.write import save_sdxl
+from library.models.files.write import save_model
 
 SPARSE = torch.sparse_coo_tensor(torch.zeros(1, 1).long(), torch.ones(1), (1 << 40,), check_invariants=False)
 
 
 @pytest.fixture(scope="module")
 def single(sdxl, tmp_path_factory) -> Path:
-    return save_sdxl(sdxl, tmp_path_factory.mktemp("single") / "tiny", "safetensors")
+    return save_model(sdxl, tmp_path_factory.mktemp("single") / "tiny", "safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +121,7 @@ def test_a_pickle_that_holds_itself_is_no_model(tmp_path):
 def test_one_stray_name_makes_no_enormous_network(single, tmp_path, name):
     save_file({**load_file(single), name: torch.zeros(4)}, tmp_path / "stray.safetensors")
     with pytest.raises(InputError, match=r"stray\.safetensors: no (complete )?SDXL model"):
-        load_sdxl(str(tmp_path / "stray.safetensors"))
+        load_model(str(tmp_path / "stray.safetensors"), SDXL)
 
 
 @pytest.mark.parametrize("value", ["many", "nan", "-1", "0", "1e999"])
@@ -128,14 +129,14 @@ def test_a_scaling_factor_that_is_none_is_named(single, tmp_path, value):
     metadata = {"sdxl_pretrain.vae_scaling_factor": value}
     save_file(load_file(single), tmp_path / "m.safetensors", metadata)
     with pytest.raises(InputError, match=rf"m\.safetensors: .*vae_scaling_factor in its metadata is '{value}'"):
-        load_sdxl(str(tmp_path / "m.safetensors"))
+        load_model(str(tmp_path / "m.safetensors"), SDXL)
 
 
 def test_of_many_wrong_names_ten_are_listed(single, tmp_path):
     tensors = {name: tensor for name, tensor in load_file(single).items() if "attn2" not in name or "to_k" in name}
     save_file(tensors, tmp_path / "holes.safetensors")
     with pytest.raises(InputError, match=r"tensors are missing \(([\w.]+, ){9}[\w.]+ and \d+ more\)"):
-        load_sdxl(str(tmp_path / "holes.safetensors"))
+        load_model(str(tmp_path / "holes.safetensors"), SDXL)
 
 
 @pytest.mark.parametrize(
@@ -190,4 +191,4 @@ def test_configurations_of_wrong_types_are_named(sdxl, tiny_sdxl_folder, tmp_pat
     config = tmp_path / "model" / file / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), field: value}))
     with pytest.raises(InputError, match=rf"model/{file}"):
-        load_sdxl(str(tmp_path / "model"))
+        load_model(str(tmp_path / "model"), SDXL)

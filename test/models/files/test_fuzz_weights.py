@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from library.errors import InputError
+from library.families import SDXL
 from library.models.files import read as checkpoint_read
-from library.models.files.read import load_sdxl
+from library.models.files.read import load_model
 from library.models.files.weight_files import read_weights
-from library.models.files.write import save_sdxl
-from library.models.model import SDXLModel
+from library.models.files.write import save_model
+from library.models.model import Model
 from library.models.unet import UNet, UNetConfig
 
 MEMORY_BYTES = 1 << 30  # of addresses that reading may take; the model's file has 5 MB
@@ -36,8 +37,8 @@ def tiny(sdxl, tmp_path_factory) -> dict[str, Path]:
         model_channels=64, channel_mult=(1,), num_res_blocks=1, transformer_depth=(1,), transformer_depth_middle=1,
         context_dim=sdxl.unet.config.context_dim, adm_in_channels=sdxl.unet.config.adm_in_channels,
     )  # fmt: skip
-    model = SDXLModel(**{**vars(sdxl), "unet": UNet(config)})
-    forms = {form: save_sdxl(model, folder / "tiny", form, torch.float16) for form in ("safetensors", "ckpt")}
+    model = Model(**{**vars(sdxl), "unet": UNet(config)})
+    forms = {form: save_model(model, folder / "tiny", form, torch.float16) for form in ("safetensors", "ckpt")}
     tensors, _ = read_weights(forms["safetensors"])
     forms["legacy"] = folder / "legacy.ckpt"
     torch.save({"state_dict": dict(tensors)}, forms["legacy"], _use_new_zipfile_serialization=False)
@@ -157,8 +158,8 @@ MUTATIONS: dict[str, list[Callable[[bytes, random.Random], bytes]]] = {
 def _read_all(tiny: dict[str, Path], pair: tuple, folder: Path, count: int, seed: int) -> str:
     """Read so many mutated files with bounded memory; '' or what was wrong."""
     contents = {form: path.read_bytes() for form, path in tiny.items()}
-    checkpoint_read._tokenizer = lambda place, *_: pair[place - 1]  # in this child alone; reading them takes longest
-    load_sdxl(str(tiny["safetensors"]))  # all imports are done before memory is counted
+    checkpoint_read._tokenizers = lambda *_: pair  # in this child alone; reading them takes longest
+    load_model(str(tiny["safetensors"]), SDXL)  # all imports are done before memory is counted
     with Path("/proc/self/statm").open() as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY_BYTES, resource.RLIM_INFINITY))
@@ -171,7 +172,7 @@ def _read_all(tiny: dict[str, Path], pair: tuple, folder: Path, count: int, seed
         path.write_bytes(choose.choice(MUTATIONS[form])(contents[form], choose))
         signal.alarm(60)  # ends the child: no file may keep a reader busy for long
         try:
-            load_sdxl(str(path))
+            load_model(str(path), SDXL)
             outcomes["read"] += 1
         except InputError as error:
             outcomes["refused"] += 1

@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 
 from library.errors import InputError
+from library.families import SDXL
 from library.models.files import hub
-from library.models.files.read import load_sdxl
+from library.models.files.read import load_model
 from library.models.files.weight_files import choose_weights, files_of
-from library.models.files.write import save_sdxl
+from library.models.files.write import save_model
 from test.models.files.hub_server import Hub
 
 SCRIPT = """
 import sys, time, urllib.error, urllib.request
 from library.errors import InputError
-from library.models.files.read import load_sdxl
+from library.models.files.read import load_model
 
 def attempt(*arguments, **options):
     try:
-        model = load_sdxl(*arguments, **options)
+        model = load_model(*arguments, SDXL, **options)
         sums = [part.weight.double().sum().item() for part in (model.unet.out[2], model.vae.decoder.conv_in)]
         print("loaded", *sums)
     except InputError as error:
@@ -48,13 +49,13 @@ attempt("tiny/other")
 def report(sdxl, tmp_path_factory):
     """What one process says: online, for a wrong name, for a single file, and twice with the hub gone."""
     base = tmp_path_factory.mktemp("hub")
-    pipeline = save_sdxl(sdxl, base / "pipeline", "diffusers_safetensors")
-    save_sdxl(sdxl, base / "again", "diffusers")
+    pipeline = save_model(sdxl, base / "pipeline", "diffusers_safetensors")
+    save_model(sdxl, base / "again", "diffusers")
     for component in ("unet", "vae"):  # the same weights once more, as hubs have them
         name = "diffusion_pytorch_model.bin"
         (base / "again" / component / name).rename(pipeline / component / name)
     (pipeline / "README.md").write_text("hello")
-    single = save_sdxl(sdxl, base / "single", "safetensors")
+    single = save_model(sdxl, base / "single", "safetensors")
     server = Hub(
         {
             "tiny/sdxl": pipeline,
@@ -122,7 +123,7 @@ def test_a_mistyped_path_is_not_asked_of_the_hub(monkeypatch):
     monkeypatch.setattr(hub, "snapshot", lambda *_: pytest.fail("asked the hub"))
     for source in ("models/sdxl/base", "./sdxl", "sdxl", "/nowhere/model"):
         with pytest.raises(InputError, match="no such file or folder"):
-            load_sdxl(source)
+            load_model(source, SDXL)
 
 
 def test_full_precision_is_chosen_before_a_variant_and_safetensors_before_pickles():

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from library.data.order.held_out import ValidationPlan
+from library.families import SDXL
 from library.models.compiled import compile_blocks
-from library.models.denoiser import ConditionedUNet
-from library.models.files.read import load_sdxl
+from library.models.denoiser import Denoiser
+from library.models.files.read import load_model
 from library.script import run_script
 from library.signals import Signals
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
@@ -133,10 +134,11 @@ def state_bytes(parallel):
 
 
 def train(accelerator, model_folder, case, out):
-    model = load_sdxl(model_folder)
-    module = ConditionedUNet(model, case["text_encoders"], case["text_encoders"], case["checkpointing"])
+    model = load_model(model_folder, SDXL)
+    module = Denoiser(model, [case["text_encoders"]] * 2, case["checkpointing"])
     module.to(accelerator.device)
-    parts = {"unet": list(module.unet.parameters()), "te1": module.trained_te1, "te2": module.trained_te2}
+    te1, te2 = module.trained_encoders
+    parts = {"unet": list(module.unet.parameters()), "te1": te1, "te2": te2}
     groups = [ParameterGroup(name, part, 1e-4) for name, part in parts.items() if part]
     steps, warmup = case["steps"], case["warmup"]
     parallel = shard(

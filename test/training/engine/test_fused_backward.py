@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,8 +12,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from library.errors import TrainingError
-from library.models.denoiser import ConditionedUNet
-from library.models.model import SDXLModel
+from library.models.denoiser import Denoiser
+from library.models.text import Tokens
 from library.signals import Signals
 from library.training.engine.fused_backward import FusedBackward
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
@@ -23,7 +24,7 @@ from library.training.loop import LoopOptions, Trainer
 from library.training.memory.live_bytes import LiveBytes
 from library.training.state.states import StateCadence, States
 from library.training.state.writer import StateWriter
-from test.training.gradients import NaNGradient
+from test.training.engine.gradients import NaNGradient
 
 ADAFACTOR = ("AdaFactor", ["relative_step=False", "scale_parameter=False"])
 KINDS = [("AdamW", ["weight_decay=0.1"]), ADAFACTOR, ("SGDNesterov", [])]
@@ -41,7 +42,7 @@ class OneEpoch:
 
 
 class Noise:
-    """Predicts noise with a ConditionedUNet; `spoil` names steps whose loss goes through a function."""
+    """Predicts noise with a Denoiser; `spoil` names steps whose loss goes through a function."""
 
     def __init__(self, spoil=None):
         self.spoil = spoil or {}
@@ -50,18 +51,18 @@ class Noise:
         random = torch.Generator().manual_seed(batch.step)
         ids = torch.randint(3, 300, (2, 1, 77), generator=random)
         noisy, target = (torch.randn(2, 4, 8, 8, generator=random) for _ in range(2))
-        predicted = module(noisy, torch.tensor([3, 700]), ids, ids, torch.full((2, 6), 64.0))
+        predicted = module(noisy, torch.tensor([3, 700]), Tokens((ids, ids)), torch.full((2, 6), 64.0))
         return self.spoil.get(batch.step, lambda loss: loss)((predicted - target).pow(2).mean())
 
 
 def made(sdxl, fused, optimizer=KINDS[0], max_grad_norm=0.0):
     AcceleratorState._reset_state(reset_partial_state=True)
-    parts = (copy.deepcopy(part) for part in (sdxl.unet, sdxl.vae, sdxl.text_encoder1, sdxl.text_encoder2))
-    model = SDXLModel(*parts, sdxl.tokenizer1, sdxl.tokenizer2)
-    module = ConditionedUNet(model, train_te1=True, train_te2=False, gradient_checkpointing=True)
+    unet, vae, encoders = (copy.deepcopy(part) for part in (sdxl.unet, sdxl.vae, sdxl.text_encoders))
+    model = replace(sdxl, unet=unet, vae=vae, text_encoders=encoders)
+    module = Denoiser(model, (True, False), gradient_checkpointing=True)
     groups = [
         ParameterGroup("unet", list(module.unet.parameters()), 1e-2),
-        ParameterGroup("text_encoder1", module.trained_te1, 1e-3),
+        ParameterGroup("text_encoder1", module.trained_encoders[0], 1e-3),
     ]
     make = partial(FusedBackward, max_grad_norm=max_grad_norm) if fused else partial(shard, "none")
     return make(

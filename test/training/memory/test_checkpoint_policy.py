@@ -1,14 +1,15 @@
 """Selective checkpointing: what is chosen holds the limit in a real step, and changes no gradient."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from library.errors import InputError
-from library.models.denoiser import ConditionedUNet
-from library.models.model import SDXLModel
+from library.models.denoiser import Denoiser
+from library.models.text import Tokens
 from library.models.unet import ResBlock, TransformerBlock
 from library.models.vae import encode_images
 from library.training.engine.optimizers import make_optimizer
@@ -21,16 +22,16 @@ BATCH, SIDE = 4, 16
 
 
 def conditioned(sdxl):
-    parts = (copy.deepcopy(part) for part in (sdxl.unet, sdxl.vae, sdxl.text_encoder1, sdxl.text_encoder2))
-    model = SDXLModel(*parts, sdxl.tokenizer1, sdxl.tokenizer2)
-    return ConditionedUNet(model, train_te1=False, train_te2=False, gradient_checkpointing=True)
+    unet, vae, encoders = (copy.deepcopy(part) for part in (sdxl.unet, sdxl.vae, sdxl.text_encoders))
+    model = replace(sdxl, unet=unet, vae=vae, text_encoders=encoders)
+    return Denoiser(model, (False, False), gradient_checkpointing=True)
 
 
 def loss_on(device, module):
     ids = torch.zeros(BATCH, 1, 77, dtype=torch.int64, device=device)
     noisy = torch.linspace(-1, 1, BATCH * 4 * SIDE * SIDE).reshape(BATCH, 4, SIDE, SIDE).to(device)
     sizes = torch.zeros(BATCH, 6, device=device)
-    return module(noisy, torch.zeros(BATCH, device=device), ids, ids, sizes).square().mean()
+    return module(noisy, torch.zeros(BATCH, device=device), Tokens((ids, ids)), sizes).square().mean()
 
 
 def predict(sdxl, module):

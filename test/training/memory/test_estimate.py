@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from library.models.denoiser import ConditionedUNet
-from library.models.model import SDXLModel
+from library.models.denoiser import Denoiser
+from library.models.text import Tokens
 from library.models.unet import UNet, UNetConfig
 from library.models.vae import encode_images
 from library.training.engine.bf16_update import Bf16Update
@@ -29,9 +30,9 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def conditioned(sdxl, gradient_checkpointing):
-    parts = (copy.deepcopy(part) for part in (sdxl.unet, sdxl.vae, sdxl.text_encoder1, sdxl.text_encoder2))
-    model = SDXLModel(*parts, sdxl.tokenizer1, sdxl.tokenizer2)
-    return ConditionedUNet(model, train_te1=True, train_te2=False, gradient_checkpointing=gradient_checkpointing)
+    unet, vae, encoders = (copy.deepcopy(part) for part in (sdxl.unet, sdxl.vae, sdxl.text_encoders))
+    model = replace(sdxl, unet=unet, vae=vae, text_encoders=encoders)
+    return Denoiser(model, (True, False), gradient_checkpointing=gradient_checkpointing)
 
 
 def encode(shapes):
@@ -51,7 +52,9 @@ def loss_on(device, side=16):
     def loss(module):
         ids = torch.zeros(BATCH, 1, 77, dtype=torch.int64, device=device)
         noisy = torch.zeros(BATCH, 4, side, side, device=device)
-        return module(noisy, torch.zeros(BATCH, device=device), ids, ids, torch.zeros(BATCH, 6, device=device)).mean()
+        return module(
+            noisy, torch.zeros(BATCH, device=device), Tokens((ids, ids)), torch.zeros(BATCH, 6, device=device)
+        ).mean()
 
     return loss
 
@@ -146,7 +149,7 @@ def test_the_estimate_is_what_a_whole_step_with_bf16_weights_holds(sdxl, optimiz
         ids = torch.zeros(BATCH, 1, 77, dtype=torch.int64, device=device)
         noisy = torch.zeros(BATCH, 4, 16, 16, device=device, dtype=torch.bfloat16)
         t, sizes = torch.zeros(BATCH, device=device), torch.zeros(BATCH, 6, device=device)
-        return lambda module: module(noisy, t, ids, ids, sizes).float().mean()
+        return lambda module: module(noisy, t, Tokens((ids, ids)), sizes).float().mean()
 
     predicted = estimate(module, sdxl.vae, torch.bfloat16, loss("meta"), encode, training)
     groups = [ParameterGroup("unet", [one for one in module.parameters() if one.requires_grad], 1e-3)]
