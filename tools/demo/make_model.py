@@ -23,8 +23,8 @@ from torch import nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from library.families import SDXL
 from library.keyed_random import Stream, generator
-from library.models.model import DEFAULT_SCHEDULER
 from tools.demo.fit_vae import load_vae
 from tools.demo.make_tokenizer import write_tokenizer
 from tools.demo.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES
@@ -147,9 +147,7 @@ def write_model(out: Path, seed: int = 1) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler/scheduler_config.json").write_text(
-        json.dumps(DEFAULT_SCHEDULER, indent=2) + "\n", encoding="utf-8"
-    )
+    (out / "scheduler/scheduler_config.json").write_text(json.dumps(SDXL.scheduler, indent=2) + "\n", encoding="utf-8")
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name, module in parts.items():
         print(f"{name}: {sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M parameters")
