@@ -110,14 +110,14 @@ def main() -> int:
         for _ in range(args.rounds):
             for window in WINDOWS:
                 rows = OneBucket(args.shards, args.rows)
-                plan = Plan(rows, rows.images_SK, 1, BATCH, window)
+                plan = Plan(rows, rows.images_SK, 1, BATCH, window_sources=window)
                 rate = cold_samples_per_second(paths, args.rows, plan, plan.steps_before_epoch(1) // 2)
                 found[window]["cold"].append(rate)
     print(f"{'window':>7} {'cold reads/s':>13} {'fetched/used':>13} {'most of a batch from one shard':>31}")
     results = []
     for window in WINDOWS:
         rows = OneBucket(args.shards, counted_rows)
-        plan = Plan(rows, rows.images_SK, 1, BATCH, window)
+        plan = Plan(rows, rows.images_SK, 1, BATCH, window_sources=window)
         figures = {
             "window": window,
             "cold_samples_per_second": statistics.median(found[window]["cold"]),

@@ -29,7 +29,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 def train(tiny_sdxl_folder, small_shard, tmp_path_factory):
     """Runs the script in processes of its own; returns (output folder, metrics, what it printed)."""
 
-    def run(env, *arguments, launcher=(), batch=2, out=None):
+    def run(env, *arguments, launcher=(), out=None):
         out = out or tmp_path_factory.mktemp("out")
         command = [
             sys.executable, *launcher, str(ROOT / "sdxl_pretrain.py"),
@@ -37,7 +37,8 @@ def train(tiny_sdxl_folder, small_shard, tmp_path_factory):
             "--enable_bucket", "--min_bucket_reso=32", "--max_bucket_reso=128", "--bucket_reso_steps=16",
             "--caption_extension=.txt", "--max_data_loader_n_workers=0", "--seed=1", f"--max_train_steps={STEPS}",
             "--learning_rate=1e-3", "--train_text_encoder", "--learning_rate_te1=1e-3", "--learning_rate_te2=1e-3",
-            f"--train_batch_size={batch}", "--save_model_as=safetensors", f"--output_dir={out}",
+            "--train_batch_size=2", f"--gradient_accumulation_steps={1 if launcher else 2}",
+            "--save_model_as=safetensors", f"--output_dir={out}",
             *arguments, "--optimizer_args", "eps=1e-3",  # Adam turns gradients that are rounding noise into whole steps
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -79,7 +80,7 @@ def test_fp32_training_equals_the_cpus(train, on_cpu):
 
 
 def test_two_processes_train_as_one(train, on_cpu):
-    double = train(environment(), launcher=TORCHRUN, batch=1)
+    double = train(environment(), launcher=TORCHRUN)
     assert "device: Ascend910B (simulated) x 2" in double[2]
     assert_same_training(on_cpu, double, rtol=1e-5)
 
@@ -91,7 +92,7 @@ def test_fp16_with_fused_attention_and_checkpointing_trains_samples_and_saves(tr
         environment(),
         "--mixed_precision=fp16", "--enable_npu_flash_attention", "--gradient_checkpointing",
         f"--sample_prompts={prompts}", "--sample_at_first", f"--sample_every_n_steps={STEPS}",
-        "--optimizer_type=oss", launcher=TORCHRUN, batch=1,
+        "--optimizer_type=oss", launcher=TORCHRUN,
     )  # fmt: skip
     assert "sharding: oss" in printed and "patched fairscale.optim.oss:OSS.zero_grad" in printed
     attention = [line for line in printed.splitlines() if "attention: " in line and " on npu" in line]
@@ -127,11 +128,11 @@ def test_compiled_blocks_train_as_plain_ones_with_fused_attention_between_their_
 def test_fp16_with_oss_goes_on_from_a_state_as_if_it_had_not_stopped(train):
     """Loss scale, schedule and each process's share of the moments come back: the same weights, bit for bit."""
     arguments = ["--mixed_precision=fp16", "--optimizer_type=oss", "--lr_scheduler=cosine"]
-    whole, lines, _ = train(environment(), *arguments, launcher=TORCHRUN, batch=1)
-    out, _, _ = train(environment(), *arguments, "--save_state_every_n_steps=1", launcher=TORCHRUN, batch=1)
+    whole, lines, _ = train(environment(), *arguments, launcher=TORCHRUN)
+    out, _, _ = train(environment(), *arguments, "--save_state_every_n_steps=1", launcher=TORCHRUN)
     for name in (f"at-step{STEPS:08d}-state", "last.safetensors"):
         (out / name).rename(out / f"gone.{name}")
-    _, resumed, printed = train(environment(), *arguments, "--resume=auto", launcher=TORCHRUN, batch=1, out=out)
+    _, resumed, printed = train(environment(), *arguments, "--resume=auto", launcher=TORCHRUN, out=out)
     assert f"{STEPS - 1} steps are done" in printed
     assert [line["loss"] for line in resumed] == [line["loss"] for line in lines]
     assert [line["loss_scale"] for line in resumed] == [line["loss_scale"] for line in lines]
@@ -179,7 +180,7 @@ def test_bf16_weights_are_rounded_there_too(train, on_cpu):
     out, lines, printed = train(
         environment(),
         "--mixed_precision=bf16", "--full_bf16", "--save_state_on_train_end", "--optimizer_type=oss",
-        launcher=TORCHRUN, batch=1,
+        launcher=TORCHRUN,
     )  # fmt: skip
     assert "weights, gradients and optimizer state in bf16, update: stochastic" in printed
     for line, exact in zip(lines, on_cpu[1], strict=True):

@@ -261,7 +261,9 @@ def test_the_same_command_gives_the_same_weights_with_any_number_of_workers(trai
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
 
 
-def test_accumulated_batches_are_the_large_batch(train, monkeypatch):
+def test_accumulated_batches_are_the_large_batch(train, monkeypatch, tmp_path):
+    """One picture four times a step: which samples stand together depends on the batch size."""
+    data = pictures(tmp_path, 1, "a cat")
     seen, weights = samples_seen(monkeypatch), []
     for out, batch, accumulation in (("large", 4, 1), ("small", 1, 4)):
         arguments = (
@@ -271,8 +273,9 @@ def test_accumulated_batches_are_the_large_batch(train, monkeypatch):
         )
         # SGD-like epsilon: Adam turns the sign of a gradient that is rounding noise into a whole step
         _, folder, _ = train(
-            *arguments, "--max_train_steps=3", "--save_model_as=safetensors", "--optimizer_args", "eps=1e-3", out=out
-        )
+            *arguments, "--dataset_repeats=4", "--save_model_as=safetensors", "--optimizer_args", "eps=1e-3",
+            out=out, data=data,
+        )  # fmt: skip
         weights.append((load_file(folder / "last.safetensors"), metrics(folder)))
     (large, large_metrics), (small, small_metrics) = weights
     assert sum((names for _, names in seen[:3]), ()) == sum((names for _, names in seen[3:]), ())
@@ -528,11 +531,11 @@ def test_the_data_is_shown_instead_of_trained_on_and_no_weights_are_read(train, 
         raise AssertionError("the model is loaded")
 
     seen = samples_seen(monkeypatch)
-    train("--max_train_steps=3", "--train_batch_size=4", "--flip_aug", out="trained")
+    size = ("--max_train_steps=3", "--train_batch_size=2", "--gradient_accumulation_steps=2")
+    train(*size, "--flip_aug", out="trained")
     names = [name for _, step_names in seen for name in step_names]
     monkeypatch.setattr(sdxl_task, "load_model", load)
-    arguments = ("--debug_dataset", "--max_train_steps=3", "--train_batch_size=2", "--gradient_accumulation_steps=2")
-    status, folder, printed = train(*arguments, "--flip_aug")
+    status, folder, printed = train("--debug_dataset", *size, "--flip_aug")
     assert status == 0, printed
     assert [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()] == [
         "debug_dataset/index.html"

@@ -79,7 +79,7 @@ class TrainingData:
         return max(map(self.buckets.size, range(len(self.buckets.sizes_K2))), key=lambda size: size[0] * size[1])
 
     def fingerprint(self) -> str:
-        """A digest of all that the order of samples depends on, but for seed and global batch.
+        """A digest of all that the order of samples depends on, but for seed, batch size and micro-batches a step.
 
         It stays when the data is moved, and changes with the images, captions' sources, buckets, windows, what
         regularisation images are balanced with, and what is held out.
@@ -213,7 +213,7 @@ def prepare_data(
         _of_sources(index, [subset.is_reg for subset in options.subsets]),
         _of_sources(index, [subset.dataset for subset in options.subsets]),
     )
-    plan = Plan(buckets, samples_SK, seed, share.global_batch, options.shuffle_window_shards)
+    plan = Plan(buckets, samples_SK, seed, share.batch_size, share.micro_batches, options.shuffle_window_shards)
     return TrainingData(options, index, buckets, plan, share)
 
 

@@ -41,8 +41,9 @@ class MicroBatchDataset(Dataset):
         tokenize: Tokenize | None = None,
         caches: Caches = NO_CACHES,
     ) -> None:
-        if plan.global_batch != share.global_batch:
-            raise ValueError(f"the plan's global batch is {plan.global_batch}, the share's {share.global_batch}")
+        planned, shared = (plan.batch_size, plan.micro_batches), (share.batch_size, share.micro_batches)
+        if planned != shared:
+            raise ValueError(f"the plan's batch size and micro-batches a step are {planned}, the share's {shared}")
         self._reader = Reader(index)
         self._index, self._buckets, self._plan, self._share = index, buckets, plan, share
         self._treatments, self._tokenize, self._caches = treatments, tokenize, caches
@@ -55,11 +56,11 @@ class MicroBatchDataset(Dataset):
         """
         step, micro = divmod(item, self._share.accumulation)
         places = self._share.places(micro)
-        batch = self._plan.batch_of_step(step, places)
+        batch = self._plan.micro_batch(step, self._share.number(micro))
         samples: list[Sample] = []
         quarantined: list[tuple[str, str]] = []
         replaced = 0
-        for place, row in zip(places.tolist(), batch.rows_G.tolist(), strict=True):
+        for place, row in zip(places.tolist(), batch.rows_B.tolist(), strict=True):
             listed = len(quarantined)
             at = Place(self._plan.seed, step, place, batch.epoch)
             samples.append(self._readable(row, batch.bucket, at, quarantined))
@@ -148,7 +149,7 @@ def make_loader(
     """The micro-batches of one process.
 
     Args:
-        plan: its global batch must be the share's.
+        plan: its batch size and micro-batches a step must be the share's.
         treatments: one for each subset of the index.
         end_step: the first step that is not loaded any more.
         tokenize: captions to the token ids of each text encoder; called in the workers.

@@ -2,9 +2,9 @@
 
 B: samples of a micro-batch. H, W: rows and columns of the bucket in px. K: chunks of a tokenised caption.
 
-A global batch of `batch size × ranks × accumulation` places is dealt out so that micro-batch m of rank r has the places
-m·b·n + r·b … + b (b: batch size, n: ranks). What stands at a place is a function of (seed, step, place) alone: the
-number of ranks, accumulation and workers only says who computes it.
+A step has `ranks × accumulation` micro-batches of the batch size b. Number m of rank r is the step's number m·n + r (n:
+ranks), and has the places from (m·n + r)·b on in the global batch. What stands at a place is a function of (seed, step,
+place) and of b and the micro-batches a step alone: ranks, accumulation and workers only say who computes it.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,15 +79,24 @@ class Share:
     @property
     def global_batch(self) -> int:
         """Samples of one step over all processes."""
-        return self.batch_size * self.world_size * self.accumulation
+        return self.batch_size * self.micro_batches
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one step over all processes."""
+        return self.world_size * self.accumulation
 
     def of_one_process(self) -> "Share":
         """The same global batches, all of them for one process."""
-        return Share(self.batch_size, accumulation=self.world_size * self.accumulation)
+        return Share(self.batch_size, accumulation=self.micro_batches)
+
+    def number(self, micro: int) -> int:
+        """The number, among all of a step, of this process's micro-batch number `micro`."""
+        return micro * self.world_size + self.rank
 
     def places(self, micro: int) -> np.ndarray:
         """(batch size,) int64: places in the global batch of this process's micro-batch number `micro`."""
-        start = (micro * self.world_size + self.rank) * self.batch_size
+        start = self.number(micro) * self.batch_size
         return np.arange(start, start + self.batch_size)
 
 

@@ -13,7 +13,7 @@ from library.data.sample.captions import CaptionOptions, process_caption
 from library.data.sample.reader import Reader
 
 _MOST_BUCKETS = 40  # lines; the rest is summed up
-_MOST_BATCHES = 32  # looked at for a mean
+_MOST_STEPS, _MOST_MICRO_BATCHES = 32, 128  # looked at for a mean; each micro-batch takes a fraction of a millisecond
 _MOST_CAPTIONS = 500  # looked at for their length: each is a read, which a network disk answers slowly
 _NAMED = 3
 
@@ -23,7 +23,7 @@ def data_report(index: Index, buckets: Buckets, plan: Plan) -> list[str]:
     shards = sum(source.is_shard for source in index.sources)
     folders = len({source.path for source in index.sources if not source.is_shard})
     images_K = buckets.images_K
-    batches_K, left_K = plan.batches_in_epoch(0), plan.left_over(0)
+    batches_K, left_K = plan.micro_batches_in_pass(0), plan.left_over(0)
     lines = [
         f"{len(index)} images in {shards} shards and {folders} folders",
         f"number of images (including repeats): {int(plan.samples_K.sum())}",
@@ -47,8 +47,9 @@ def data_report(index: Index, buckets: Buckets, plan: Plan) -> list[str]:
     lines.append(_upscaled(buckets))
     lines.append(f"dropped images: {_dropped(index)}")
     lines.append(
-        f"batches of {plan.global_batch} in the first epoch: {batches_K.sum()}; samples left over for the next: "
-        f"{left_K.sum()} (each batch is of one bucket and full)"
+        f"steps in the first epoch: {plan.steps_before_epoch(1)}, each of {plan.micro_batches} batches of "
+        f"{plan.batch_size} (each full and of one bucket); left over for the next: {plan.carried_over(0)} batches, and "
+        f"{left_K.sum()} samples that fill none"
     )
     lines.append(_shuffle(plan))
     return lines + [f"warning: {warning}" for warning in index.warnings]
@@ -125,7 +126,8 @@ def _shuffle(plan: Plan) -> str:
     distance of two places drawn at random.
     """
     sources, samples = plan.source_count, int(plan.samples_K.sum())
-    steps = np.unique(np.linspace(0, plan.steps_before_epoch(1) - 1, _MOST_BATCHES).astype(np.int64))
+    looked_at = max(1, min(_MOST_STEPS, _MOST_MICRO_BATCHES // plan.micro_batches))
+    steps = np.unique(np.linspace(0, plan.steps_before_epoch(1) - 1, looked_at).astype(np.int64))
     most = [np.unique(plan.sources_of_batch(int(step)), return_counts=True)[1].max() for step in steps]
     share = 100 * float(np.mean(most)) / plan.global_batch
     window = min(plan.window_sources, sources)

@@ -50,7 +50,7 @@ class TrainingSet(Protocol):
         """How many captions are cut off at `most_tokens`, where that can be known beforehand."""
 
     def fingerprint(self) -> str:
-        """A digest of all that the order of samples depends on, but for seed and global batch."""
+        """A digest of all that the order of samples depends on, but for seed, batch size and micro-batches a step."""
 
     def description(self) -> dict[str, str]:
         """What must be the same in all processes, by the names that a message gives it; not the fingerprint."""

@@ -409,8 +409,8 @@ def _length(options: RunOptions, data: TrainingSet) -> tuple[int, int]:
         logger.info("override steps. steps for %d epochs is %d", options.max_train_epochs, steps)
         if steps == 0:
             raise InputError(
-                f"--max_train_epochs={options.max_train_epochs} has not one full batch of {data.global_batch} images "
-                "of one bucket; train more epochs, with a smaller --train_batch_size, or with fewer buckets"
+                f"--max_train_epochs={options.max_train_epochs} has not one step of {data.global_batch} images; "
+                "train more epochs, or with a smaller --train_batch_size"
             )
     return steps, data.epochs.epoch_of_step(steps - 1) + 1
 

@@ -41,7 +41,7 @@ def test_token_warm_up_takes_steps_or_a_share_of_the_run(shards, given, shown):
 
 @pytest.mark.parametrize("window", [0, 2])
 def test_all_world_sizes_train_the_same_global_batches(shards, window):
-    """24 places a step, dealt to 1, 2, 3, 4 and 8 ranks, with and without accumulation."""
+    """8 micro-batches of 3 a step, dealt to 1, 2, 4 and 8 ranks, with and without accumulation."""
 
     def names(world_size, accumulation):
         found = {}
@@ -49,7 +49,7 @@ def test_all_world_sizes_train_the_same_global_batches(shards, window):
             data = prepared(
                 shards,
                 f"--shuffle_window_shards={window}",
-                batch=24 // world_size // accumulation,
+                batch=3,
                 rank=rank,
                 world_size=world_size,
                 accumulation=accumulation,
@@ -59,16 +59,16 @@ def test_all_world_sizes_train_the_same_global_batches(shards, window):
                     found[batch.step, place] = name
         return found
 
-    whole = names(1, 1)
+    whole = names(1, 8)
     assert len(whole) == 4 * 24
-    for world_size, accumulation in ((2, 1), (3, 1), (4, 2), (8, 1), (2, 3)):
+    for world_size, accumulation in ((2, 4), (4, 2), (8, 1)):
         assert names(world_size, accumulation) == whole
 
 
 class TestFingerprint:
     def test_it_is_the_same_at_the_next_start_and_on_other_ranks_seeds_and_batches(self, shards):
         first = prepared(shards).fingerprint()
-        assert prepared(shards, seed=2, batch=1, rank=1, world_size=2).fingerprint() == first
+        assert prepared(shards, seed=2, batch=1, rank=1, world_size=2, accumulation=3).fingerprint() == first
         assert len(first) == 64
 
     @pytest.mark.parametrize(

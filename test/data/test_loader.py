@@ -34,11 +34,12 @@ class Set:
         self.buckets = bucket_rows(self.index, [options])
         self.seed = seed
 
-    def plan(self, global_batch):
-        return Plan(self.buckets, repeated(self.buckets.images_SK, self.index.repeats_S), self.seed, global_batch)
+    def plan(self, batch_size, micro_batches=1):
+        samples_SK = repeated(self.buckets.images_SK, self.index.repeats_S)
+        return Plan(self.buckets, samples_SK, self.seed, batch_size, micro_batches)
 
     def loader(self, share, end_step, captions=TREATMENT.captions, **options):
-        plan = self.plan(share.global_batch)
+        plan = self.plan(share.batch_size, share.micro_batches)
         treatments = [Treatment(captions)]
         return make_loader(self.index, self.buckets, plan, share, treatments, end_step=end_step, **options)
 
@@ -71,13 +72,13 @@ def shards(tmp_path, make_shard):
 
 @pytest.mark.parametrize(
     ("batch_size", "world_size", "accumulation", "workers"),
-    [(8, 1, 1, 2), (4, 2, 1, 0), (4, 1, 2, 2), (2, 4, 1, 0), (2, 2, 2, 0), (1, 2, 4, 2), (1, 4, 2, 0)],
+    [(8, 1, 1, 2), (4, 2, 1, 0), (4, 1, 2, 2), (2, 4, 1, 0), (2, 2, 2, 0), (1, 2, 4, 2), (1, 8, 1, 0)],
 )
 def test_ranks_accumulation_and_workers_do_not_change_what_is_trained(
     shards, batch_size, world_size, accumulation, workers
 ):
     data = Set(shards)
-    whole = data.samples(Share(8), 9)
+    whole = data.samples(Share(batch_size, accumulation=8 // batch_size), 9)
     assert sorted(whole) == [(step, place) for step in range(9) for place in range(8)]
     assert data.samples(Share(batch_size, 0, world_size, accumulation), 9, workers=workers) == whole
 
@@ -206,7 +207,8 @@ def test_a_sample_that_cannot_be_read_is_replaced_by_one_of_its_bucket_and_liste
     assert replaced == len(changed)
     assert sorted(before[key][0] for key in changed) == sorted(n for n, *_ in before.values() if n in broken)
     # The same replacements whoever computes them.
-    assert data.samples(Share(1, 0, 3, 2), steps, workers=2) == after
+    one = data.samples(Share(1, accumulation=6), steps)
+    assert data.samples(Share(1, 0, 3, 2), steps, workers=2) == one
 
 
 def test_a_bucket_of_two_is_helped_by_its_other_image(tmp_path, make_shard):
@@ -290,7 +292,8 @@ def test_the_report_has_the_lines_that_users_search_for(tmp_path, make_shard):
         line.startswith("bucket 1: resolution (64, 16), count: 3, images: 3, batches: 1, left") for line in lines
     )
     assert "mean ar error (without repeats): 0.0000" in lines
-    assert any("first epoch: 3; samples left over for the next: 2" in line for line in lines)
+    assert any("first epoch: 3, each of 1 batches of 2 " in line for line in lines)
+    assert any("left over for the next: 0 batches, and 2 samples" in line for line in lines)
 
 
 def test_the_report_is_never_hundreds_of_lines(tmp_path, make_shard):

@@ -139,12 +139,13 @@ def test_machines_with_different_numbers_of_processes_do_not_start(machines):
         assert error.startswith("error: ") and "--nproc_per_node (1 and 2)" in error and "machine 1" in error
 
 
-def train_arguments(model, data, out, batch):
+def train_arguments(model, data, out, accumulation):
     return [
         "sdxl_pretrain.py", f"--pretrained_model_name_or_path={model}", f"--train_data_dir={data}", "--resolution=64",
         "--enable_bucket", "--min_bucket_reso=32", "--max_bucket_reso=128", "--bucket_reso_steps=16",
         "--caption_extension=.txt", "--max_data_loader_n_workers=0", "--seed=1", "--max_train_steps=2",
-        "--learning_rate=1e-3", f"--train_batch_size={batch}", "--save_model_as=safetensors", f"--output_dir={out}",
+        "--learning_rate=1e-3", "--train_batch_size=1", "--save_model_as=safetensors",
+        f"--gradient_accumulation_steps={accumulation}", f"--output_dir={out}",
         "--case_name=case", "--ddp_timeout=1", "--optimizer_args", "eps=1e-3",
     ]  # fmt: skip
 

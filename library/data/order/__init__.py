@@ -1,6 +1,6 @@
 """Who sees what when.
 
-plan                the rows of every global batch, as a pure function of the seed and the step
+plan                the rows of every micro-batch, as a pure function of the seed and the step
 permutation         a keyed shuffle that is computed entry by entry
 buckets             which bucket an image goes to, and how it is scaled and cropped for it
 bucket_rows         which rows of an index are in which bucket

@@ -84,17 +84,18 @@ class ValidationPlan:
             rows: those that are held out.
             most_batches: leave it at so many; None: all.
         """
-        self.seed, self.global_batch, self._rows = seed, batch_size, rows
+        self.seed, self.batch_size, self._rows = seed, batch_size, rows
+        self.micro_batches = 1
         self.images_K = rows.images_SK.sum(axis=0, dtype=np.int64)
         self._ends_K = np.cumsum(-(-self.images_K // batch_size))
         self._all = int(self._ends_K[-1])
         self.batches = min(self._all, most_batches or self._all)
 
-    def batch_of_step(self, step: int, places: np.ndarray) -> Batch:
+    def micro_batch(self, step: int, number: int = 0) -> Batch:
         """The rows of one batch; of those beyond the last one the last one's."""
         bucket, first = self._bucket_and_first(step)
-        rows_G = self.rows_of_bucket(bucket)[(first + places) % self.images_K[bucket]]
-        return Batch(rows_G, bucket, 0)
+        rows_B = self.rows_of_bucket(bucket)[(first + np.arange(self.batch_size)) % self.images_K[bucket]]
+        return Batch(rows_B, bucket, 0)
 
     def rows_of_bucket(self, bucket: int) -> BucketImages:
         """All rows of a bucket that are held out."""
@@ -107,7 +108,7 @@ class ValidationPlan:
         """
         bucket, first = self._bucket_and_first(step)
         before = int(self.images_K[:bucket].sum())
-        size = min(self.global_batch, int(self.images_K[bucket]) - first) if step < self.batches else 0
+        size = min(self.batch_size, int(self.images_K[bucket]) - first) if step < self.batches else 0
         return range(before + first, before + first + size)
 
     def _bucket_and_first(self, step: int) -> tuple[int, int]:
@@ -115,4 +116,4 @@ class ValidationPlan:
         drawn = int(permute(np.array([min(step, self.batches - 1)]), self._all, keys)[0])
         bucket = int(np.searchsorted(self._ends_K, drawn, side="right"))
         before = int(self._ends_K[bucket - 1]) if bucket else 0
-        return bucket, (drawn - before) * self.global_batch
+        return bucket, (drawn - before) * self.batch_size

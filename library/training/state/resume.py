@@ -43,6 +43,7 @@ class Position:
     plan: str  # fingerprint of the data and its order
     seed: int
     global_batch: int
+    batch_size: int  # samples of a micro-batch, all of one bucket
 
 
 def choose_state(resume: str | None, output_dir: Path, output_name: str | None) -> Path | None:
@@ -66,12 +67,18 @@ def choose_state(resume: str | None, output_dir: Path, output_name: str | None) 
 
 
 def check_position(saved: StateInfo, now: Position, folder: Path, anyway: bool) -> None:
-    """Raise InputError if another data set, order, seed or global batch would be trained on than the state's run was.
+    """Raise InputError if another data set, order, seed, global batch or batch size would be trained on than the
+    state's run was.
 
     Args:
         anyway: --resume_anyway; then a warning, not an error.
     """
-    then = Position(saved.plan, saved.seed, int(saved.metrics["global_batch"]))
+    then = Position(
+        saved.plan,
+        saved.seed,
+        int(saved.metrics["global_batch"]),
+        int(saved.options.get("train_batch_size", now.batch_size)),
+    )
     differing = []
     if then.plan != now.plan:
         differing.append(f"the data or its buckets (fingerprint {then.plan[:12]} then, {now.plan[:12]} now)")
@@ -82,6 +89,8 @@ def check_position(saved: StateInfo, now: Position, folder: Path, anyway: bool) 
             f"the global batch: batch size × processes × accumulation ({then.global_batch} then, "
             f"{now.global_batch} now)"
         )
+    if then.batch_size != now.batch_size:
+        differing.append(f"--train_batch_size ({then.batch_size} then, {now.batch_size} now)")
     if not differing:
         return
     what = f"{folder}: other than in the run that saved it: {'; '.join(differing)}"
@@ -148,7 +157,7 @@ def resumed_state(saving: SavingOptions, accelerator: Accelerator) -> Resumed | 
 def check_resumed(resumed: Resumed, options: Options, data: TrainingSet, seed: int, steps: int) -> None:
     """Whether this run may go on from the state."""
     info = resumed.state.info
-    now = Position(data.fingerprint(), seed, data.global_batch)
+    now = Position(data.fingerprint(), seed, data.global_batch, options.data.train_batch_size)
     check_position(info, now, resumed.folder, options.saving.resume_anyway)
     check_optimizer(info, options.optimization.optimizer_type, resumed.folder)
     check_weights_precision(info, options.run.full_bf16, resumed.folder)

@@ -182,9 +182,9 @@ def test_every_image_comes_once_in_full_batches_of_one_bucket(images_SK, batch, 
     plan = ValidationPlan(rows, 3, batch)
     shown = Counter()
     for step in range(-(-plan.batches // ranks) * ranks):
-        found = plan.batch_of_step(step, np.arange(batch))
-        assert len(found.rows_G) == batch
-        assert set((found.rows_G // 1000 % 100).tolist()) == {found.bucket}
-        shown.update(found.rows_G[: len(plan.numbers(step))].tolist())
+        found = plan.micro_batch(step)
+        assert len(found.rows_B) == batch
+        assert set((found.rows_B // 1000 % 100).tolist()) == {found.bucket}
+        shown.update(found.rows_B[: len(plan.numbers(step))].tolist())
     assert set(shown.values()) == {1}
     assert len(shown) == np.sum(images_SK)

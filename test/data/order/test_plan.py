@@ -29,8 +29,13 @@ def make_plan(rows, repeats, *others, **options):
     return Plan(rows, repeated(rows.images_SK, repeats), *others, **options)
 
 
-def plan_of(buckets, repeats, seed, global_batch):
-    return make_plan(Rows(buckets), repeats, seed, global_batch)
+def plan_of(buckets, repeats, seed, batch_size, micro_batches=1):
+    return make_plan(Rows(buckets), repeats, seed, batch_size, micro_batches)
+
+
+def micro_batches_of(plan, steps):
+    """All micro-batches of some steps, in the order of the run."""
+    return [plan.micro_batch(step, number) for step in steps for number in range(plan.micro_batches)]
 
 
 @st.composite
@@ -42,28 +47,34 @@ def plans(draw):
     if draw(st.booleans()):
         repeats_S[:] = draw(st.integers(1, 2))
     repeats = repeats_S[sources]
-    largest = int(np.bincount(buckets, repeats).max())
-    seed, batch, window = draw(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, largest), st.integers(0, 8)))
-    return make_plan(Rows(buckets, sources), repeats_S, seed, batch, window), buckets, repeats
+    samples_K = np.bincount(buckets, repeats).astype(int)
+    seed, batch, window = draw(
+        st.tuples(st.integers(0, 2**64 - 1), st.integers(1, int(samples_K.max())), st.integers(0, 8))
+    )
+    micro_batches = draw(st.integers(1, min(8, int((samples_K // batch).sum()))))
+    return make_plan(Rows(buckets, sources), repeats_S, seed, batch, micro_batches, window), buckets, repeats
 
 
 @settings(max_examples=100, deadline=None)
 @given(plans())
 def test_every_pass_shows_each_sample_as_often_as_it_is_repeated(drawn):
-    """All batches of as many epochs as a batch has samples: then no bucket has anything left over."""
+    """Over some epochs; what waits in the end is less than a micro-batch in each bucket, and fewer than a step has."""
     plan, buckets, repeats = drawn
     epochs = min(plan.global_batch, 6)
     steps = plan.steps_before_epoch(epochs)
     by_bucket = {}
-    for step in range(steps):
-        batch = plan.batch_of_step(step)
-        assert len(batch.rows_G) == plan.global_batch
-        assert set(buckets[batch.rows_G]) == {batch.bucket}
-        by_bucket.setdefault(batch.bucket, Counter()).update(batch.rows_G.tolist())
+    shown = micro_batches_of(plan, range(steps))
+    carried = plan.carried_over(epochs - 1)
+    assert 0 <= carried < plan.micro_batches
+    waiting = micro_batches_of(plan, [steps])[:carried]
+    for batch in shown + waiting:
+        assert len(batch.rows_B) == plan.batch_size
+        assert set(buckets[batch.rows_B]) == {batch.bucket}
+        by_bucket.setdefault(batch.bucket, Counter()).update(batch.rows_B.tolist())
     for bucket in set(buckets.tolist()):
         rows = np.flatnonzero(buckets == bucket)
         left = int(plan.left_over(epochs - 1)[bucket])
-        assert 0 <= left < plan.global_batch
+        assert 0 <= left < plan.batch_size
         seen = by_bucket.get(bucket, Counter())
         assert sum(seen.values()) + left == epochs * repeats[rows].sum()
         for row in rows:  # what is left over is the end of the last pass or passes
@@ -78,7 +89,8 @@ def test_samples_of_a_source_are_spread_evenly_over_its_images(cells, window):
     images, samples = (np.array(numbers) for numbers in zip(*((m, n if m else 0) for m, n in cells), strict=True))
     assume(samples.sum())
     sources = np.repeat(np.arange(len(images)), images)
-    plan = Plan(Rows(np.zeros(len(sources), int), sources), samples[: sources.max() + 1, None], 1, 1, window)
+    rows = Rows(np.zeros(len(sources), int), sources)
+    plan = Plan(rows, samples[: sources.max() + 1, None], 1, 1, window_sources=window)
     shown = Counter(int(plan.batch(step)[0]) for step in range(plan.steps_before_epoch(1)))
     for source, (m, n) in enumerate(zip(images.tolist(), samples.tolist(), strict=True)):
         counts = [shown[row] for row in np.flatnonzero(sources == source).tolist()]
@@ -95,45 +107,46 @@ def test_epochs_and_steps_agree(drawn):
     for step in range(starts[-1]):
         epoch = plan.epoch_of_step(step)
         assert starts[epoch] <= step < starts[epoch + 1]
-        assert plan.batch_of_step(step).epoch == epoch
+        assert plan.micro_batch(step, 0).epoch == epoch
 
 
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.sampled_from([1, 2, 3, 4, 8]), st.data())
-def test_a_share_of_a_batch_is_the_batch_at_its_places(drawn, ranks, data):
-    """A rank asks for its places only, in any order of steps, and gets what the whole batch has there."""
-    plan, _, _ = drawn
+def test_a_ranks_micro_batches_are_the_batch_at_its_places(drawn, ranks, data):
+    """Rank r asks for its own only, in any order of steps, and gets what the whole batch has there."""
+    plan, buckets, _ = drawn
     steps = data.draw(st.lists(st.integers(0, 3 * plan.steps_before_epoch(1)), min_size=1, max_size=6))
     for step in steps:
-        whole = plan.batch_of_step(step)
-        shares = np.array_split(np.arange(plan.global_batch), ranks)
-        parts = [plan.batch_of_step(step, places) for places in shares]
-        assert np.concatenate([part.rows_G for part in parts]).tolist() == whole.rows_G.tolist()
-        assert {part.bucket for part in parts} == {whole.bucket}
+        whole = plan.batch(step).reshape(plan.micro_batches, plan.batch_size)
+        for rank in range(ranks):
+            for number in range(rank, plan.micro_batches, ranks):
+                own = plan.micro_batch(step, number)
+                assert own.rows_B.tolist() == whole[number].tolist()
+                assert set(buckets[own.rows_B]) == {own.bucket}
 
 
 def test_one_epoch_without_rest_shows_each_sample_once():
     buckets = np.repeat([0, 1, 2], [8, 16, 4])
-    plan = plan_of(buckets, 1, seed=5, global_batch=4)
+    plan = plan_of(buckets, 1, seed=5, batch_size=4)
     assert plan.steps_before_epoch(1) == 7
     first = np.concatenate([plan.batch(step) for step in range(7)])
     second = np.concatenate([plan.batch(step) for step in range(7, 14)])
     assert sorted(first) == sorted(second) == list(range(28))
     assert first.tolist() != second.tolist()
     # Buckets come mixed, not one after the other.
-    orders = {tuple(plan.batch_of_step(step).bucket for step in range(7 * e, 7 * e + 7)) for e in range(20)}
+    orders = {tuple(plan.micro_batch(step, 0).bucket for step in range(7 * e, 7 * e + 7)) for e in range(20)}
     assert len(orders) > 10
 
 
 def test_each_pass_puts_other_samples_together():
-    plan = plan_of(np.zeros(40, int), 1, seed=5, global_batch=4)
+    plan = plan_of(np.zeros(40, int), 1, seed=5, batch_size=4)
     together = [{frozenset(plan.batch(step).tolist()) for step in range(10 * e, 10 * e + 10)} for e in range(3)]
     assert not together[0] & together[1] & together[2]
 
 
 def test_what_is_left_over_comes_in_the_next_epoch():
     """10 samples in batches of 4: 2, 3, 2, 3 … batches; the third batch finishes the first pass."""
-    plan = plan_of(np.zeros(10, int), 1, seed=0, global_batch=4)
+    plan = plan_of(np.zeros(10, int), 1, seed=0, batch_size=4)
     assert [plan.steps_before_epoch(epoch) for epoch in range(5)] == [0, 2, 5, 7, 10]
     assert plan.left_over(0).tolist() == [2]
     assert plan.left_over(1).tolist() == [0]
@@ -144,9 +157,9 @@ def test_what_is_left_over_comes_in_the_next_epoch():
 
 
 def test_a_batch_larger_than_a_bucket_comes_every_few_epochs():
-    plan = plan_of(np.array([0] * 10 + [1] * 3), 1, seed=0, global_batch=5)
-    assert plan.batches_in_epoch(0).tolist() == [2, 0]
-    assert plan.batches_in_epoch(1).tolist() == [2, 1]
+    plan = plan_of(np.array([0] * 10 + [1] * 3), 1, seed=0, batch_size=5)
+    assert plan.micro_batches_in_pass(0).tolist() == [2, 0]
+    assert plan.micro_batches_in_pass(1).tolist() == [2, 1]
     rows = Counter(np.concatenate([plan.batch(step) for step in range(plan.steps_before_epoch(5))]).tolist())
     assert set(rows.values()) == {5}
 
@@ -154,21 +167,23 @@ def test_a_batch_larger_than_a_bucket_comes_every_few_epochs():
 def test_the_seed_and_nothing_else_chooses_the_order():
     buckets, sources = np.arange(100) % 3, np.arange(100) // 9
     for window in (0, 2):
-        one, same, other = (make_plan(Rows(buckets, sources), 1, seed, 8, window) for seed in (1, 1, 2))
+        one, same, other = (make_plan(Rows(buckets, sources), 1, seed, 4, 2, window) for seed in (1, 1, 2))
         assert all((one.batch(step) == same.batch(step)).all() for step in (0, 1, 37, 5_000))
         assert any((one.batch(step) != other.batch(step)).any() for step in range(3))
         # Asking for a step does not depend on what was asked before.
-        assert (make_plan(Rows(buckets, sources), 1, 1, 8, window).batch(5_000) == one.batch(5_000)).all()
+        assert (make_plan(Rows(buckets, sources), 1, 1, 4, 2, window).batch(5_000) == one.batch(5_000)).all()
 
 
 def test_the_order_without_windows_is_the_contract_of_resuming():
     """Written down from an earlier version: a run that was begun with it goes on in the same order."""
-    plan = plan_of(np.arange(30) % 3, 2, seed=7, global_batch=4)
+    plan = plan_of(np.arange(30) % 3, 2, seed=7, batch_size=4)
     assert [plan.batch(step).tolist() for step in (0, 1, 16)] == [[21, 6, 6, 27], [19, 13, 1, 22], [2, 23, 14, 11]]
 
 
 def test_any_step_of_a_long_run_is_reached_at_once():
-    plan = make_plan(Rows(np.arange(1000) % 7, np.arange(1000) // 10), 3, seed=1, global_batch=16, window_sources=4)
+    plan = make_plan(
+        Rows(np.arange(1000) % 7, np.arange(1000) // 10), 3, seed=1, batch_size=4, micro_batches=4, window_sources=4
+    )
     step = 10**12
     began = time.perf_counter()
     assert plan.batch(step).shape == (16,)
@@ -188,11 +203,11 @@ class Billions:
 def test_a_plan_over_billions_is_as_small_and_quick_as_its_shards():
     rows = Billions()
     began = time.process_time()
-    plan = make_plan(rows, 1, 1, 2048, window_sources=64)
+    plan = make_plan(rows, 1, 1, 8, 256, window_sources=64)
     for step in (0, 10**6, 1_999_999, 10**8):
-        batch = plan.batch_of_step(step, np.arange(8))
-        assert set((batch.rows_G // 1_000_000 % 100).tolist()) == {batch.bucket}
-        assert (batch.rows_G % 1_000_000 < 3700).all()
+        batch = plan.micro_batch(step, 255)
+        assert set((batch.rows_B // 1_000_000 % 100).tolist()) == {batch.bucket}
+        assert (batch.rows_B % 1_000_000 < 3700).all()
     assert time.process_time() - began < 3
     kept = sum(array.nbytes for arrays in plan._passes.values() for array in arrays)
     assert kept < 3e6
@@ -205,7 +220,7 @@ class TestWindows:
     BUCKETS = np.arange(600) % 3
 
     def plan(self, window=4, batch=5, seed=3):
-        return make_plan(Rows(self.BUCKETS, self.SOURCES), 1, seed, batch, window)
+        return make_plan(Rows(self.BUCKETS, self.SOURCES), 1, seed, batch, window_sources=window)
 
     def windows(self, plan, first_step):
         """The sets of sources that an epoch's five times 24 batches show."""
@@ -227,7 +242,7 @@ class TestWindows:
         plan = self.plan()
         mixed = [len(set(self.SOURCES[plan.batch(step)].tolist())) for step in range(24)]
         assert np.mean(mixed) > 2.4  # five of four sources at random: 3.05
-        buckets = [plan.batch_of_step(step).bucket for step in range(24)]
+        buckets = [plan.micro_batch(step, 0).bucket for step in range(24)]
         assert buckets != sorted(buckets)
 
     def test_a_batch_that_windows_do_not_fill_reaches_into_the_next(self):
@@ -263,5 +278,39 @@ def test_a_set_smaller_than_a_batch_is_an_error_with_ways_out():
 
 
 def test_buckets_that_are_all_smaller_than_a_batch_are_an_error():
-    with pytest.raises(InputError, match=r"largest has 5.*none fills one of 8.*--bucket_reso_steps"):
+    with pytest.raises(InputError, match=r"largest has 5.*fill 0 times .*batch size, 8.*--bucket_reso_steps"):
         plan_of(np.repeat([0, 1], 5), 1, 0, 8)
+    with pytest.raises(InputError, match=r"10 images .*fill 2 times .*batch size, 3, and a step takes 3"):
+        plan_of(np.repeat([0, 1], 5), 1, 0, 3, 3)
+
+
+NINE_BUCKETS = np.repeat(np.arange(9), [6, 5, 4, 3, 2, 2, 1, 1, 1])  # 25 pictures
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batches"), [(1, 8), (2, 4), (1, 16), (2, 8)])
+def test_25_pictures_in_9_buckets_are_all_shown_at_a_global_batch_of_8_and_16(batch_size, micro_batches):
+    """Two passes fill a pair in each bucket; a step holds as many samples as it should, of several buckets."""
+    plan = plan_of(NINE_BUCKETS, 1, 3, batch_size, micro_batches)
+    until = 25 * batch_size // (batch_size * micro_batches) + 1  # steps
+    shown = Counter(np.concatenate([plan.batch(step) for step in range(until)]).tolist())
+    assert set(shown) == set(range(25))
+    assert max(len({batch.bucket for batch in micro_batches_of(plan, [step])}) for step in range(until)) > 1
+    many = Counter(np.concatenate([plan.batch(step) for step in range(plan.steps_before_epoch(40))]).tolist())
+    assert set(many.values()) <= {38, 39, 40}
+
+
+def test_micro_batches_that_do_not_fill_a_step_come_in_the_next_epochs_first_one():
+    """25 of one picture each, 8 a step: 3, 6, 9, 12 and 15 steps, and then one more from what was carried over."""
+    plan = plan_of(NINE_BUCKETS, 1, 3, 1, 8)
+    assert [plan.steps_before_epoch(epoch) for epoch in range(9)] == [0, 3, 6, 9, 12, 15, 18, 21, 25]
+    assert [plan.carried_over(epoch) for epoch in range(8)] == [1, 2, 3, 4, 5, 6, 7, 0]
+    run = np.concatenate([plan.batch(step) for step in range(25)]).reshape(8, 25)  # each pass beside the others
+    assert all(sorted(one) == list(range(25)) for one in run.tolist())
+    assert len({tuple(one) for one in run.tolist()}) == 8
+
+
+def test_how_many_micro_batches_a_step_has_does_not_change_their_sequence():
+    """So that another number of devices goes on with the same samples, only in other steps."""
+    run = [plan_of(NINE_BUCKETS, 1, 3, 2, micro_batches) for micro_batches in (1, 2, 4, 8)]
+    rows = [np.concatenate([plan.batch(step) for step in range(40 // plan.micro_batches)]).tolist() for plan in run]
+    assert all(one == rows[0] for one in rows)
