@@ -24,7 +24,7 @@ from library.data.loader import Loader
 from library.data.micro_batch import Share, Tokenize
 from library.data.order.bucket_rows import Buckets, bucket_rows
 from library.data.order.buckets import BucketOptions, check_options
-from library.data.order.held_out import Split, ValidationPlan, choices
+from library.data.order.held_out import Split, ValidationPlan, check_choices, choices
 from library.data.order.plan import Plan, repeated
 from library.data.order.regularisation import balanced, regularisation_lines
 from library.data.report import caption_line, data_report
@@ -208,6 +208,7 @@ def prepare_data(
     splits = _splits(options, seed)
     held_out = choices(index, splits) if any(split.share for split in splits) else None
     buckets = bucket_rows(index, bucket_options, _bar("buckets"), between, held_out)
+    check_choices(index, splits, buckets.held_SK.sum(axis=1))
     samples_SK = balanced(
         repeated(buckets.images_SK, index.repeats_S),
         _of_sources(index, [subset.is_reg for subset in options.subsets]),

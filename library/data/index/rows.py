@@ -113,6 +113,12 @@ def row_key(record: np.void, text: np.ndarray) -> str:
     return stored_text(text, offset, int(record["name_bytes"]))
 
 
+def row_keys(rows: np.ndarray, text: np.ndarray) -> list[bytes]:
+    """The keys of some rows, in UTF-8."""
+    whole, ends = text.tobytes(), rows["name_offset"] + rows["name_bytes"]
+    return [whole[start:end] for start, end in zip(rows["name_offset"].tolist(), ends.tolist(), strict=True)]
+
+
 def stored_text(text: np.ndarray, offset: int, size: int) -> str:
     """Text of a table, at the place that a row gives."""
     return text[offset : offset + size].tobytes().decode("utf-8", "surrogateescape")

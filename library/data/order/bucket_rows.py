@@ -12,13 +12,13 @@ import numpy as np
 from library.data.fit import Fit
 from library.data.index.kept_tables import Arrays, Job, Notes, Table, digest, opened, tables
 from library.data.index.mapped_file import Opened
-from library.data.index.rows import NAMED, row_key
+from library.data.index.rows import NAMED, row_key, row_keys
 from library.data.index.sources import Source
 from library.data.index.table import Index
 from library.data.order.buckets import BucketOptions, assign_buckets, check_options, fit, scaled_sizes, size_codes
 from library.data.order.held_out import Choice
 
-_VERSION = 2  # raise it whenever the same sizes and options give another table
+_VERSION = 3  # raise it whenever the same sizes and options give another table
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _order(source: Source, table: Table, options: BucketOptions, choice: Choice 
     if choice is None:
         order, notes = sort(np.arange(len(rows)))
         return {"order": order}, notes
-    is_held = choice.rows(len(rows))
+    is_held = choice.holds_out(row_keys(rows, text))
     order, notes = sort(np.flatnonzero(~is_held))
     held, held_notes = sort(np.flatnonzero(is_held))
     notes |= {"held_codes": held_notes["codes"], "held_images": held_notes["images"]}

@@ -3,9 +3,9 @@
 S: sources of the index. K: buckets of the run.
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from library.data.order.permutation import ROUNDS, permute
 from library.data.order.plan import Batch, BucketedRows, BucketImages
 from library.errors import InputError
 from library.keyed_random import Stream, generator
+
+_HASH_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -26,50 +28,66 @@ class Split:
 
 @dataclass(frozen=True)
 class Choice:
-    """How many images of a source are held out; the source's name in its data, its share and the seed choose which."""
+    """Which images of a source are held out: by a hash of each one's name, so that no other image matters.
 
-    count: int
+    Attributes:
+        share: how many of all are, on average.
+        seed: of the hash.
+        folder: what stands before an image's key in its name: the source's path in its data.
+    """
+
+    share: float
     seed: int
-    name: str
-    share: int
+    folder: str
 
-    def rows(self, of: int) -> np.ndarray:
-        """(of,) bool: the rows of the source that are held out."""
-        rng = generator(
-            self.seed, Stream.VALIDATION, zlib.crc32(self.name.encode("utf-8", "surrogateescape")), self.share
-        )
-        held = np.zeros(of, bool)
-        held[rng.permutation(of)[: self.count]] = True
-        return held
+    def holds_out(self, keys: Sequence[bytes]) -> np.ndarray:
+        """(keys,) bool: which images are held out, by their keys in the source (UTF-8)."""
+        key = self.seed.to_bytes(8, "little")
+        folder = self.folder.encode("utf-8", "surrogateescape")
+        hashes = b"".join(blake2b(folder + name, digest_size=_HASH_BYTES, key=key).digest() for name in keys)
+        # A product of two floats is near enough: of 2**64 hashes it misjudges 2**11 or so.
+        return np.frombuffer(hashes, "<u8") < self.share * 2.0 ** (8 * _HASH_BYTES)
 
 
 def choices(index: Index, splits: Sequence[Split]) -> list[Choice | None]:
     """For each source what is held out of it, None for nothing.
 
-    A subset's share is exact but for rounding, and spread over its sources; neither other subsets nor buckets, captions
-    or the number of processes change the choice.
+    An image is held out or not for its name's sake alone: its path in the subset's folder, behind that of its shard
+    where it is in one. Neither other images nor subsets, buckets, captions or the number of processes change that.
 
     Args:
         splits: of each subset.
-
-    Raises:
-        InputError: a share comes to no image.
     """
     found: list[Choice | None] = []
-    images_S = np.diff(index.starts_S)
-    done = [0] * len(splits)
-    held = [0] * len(splits)
-    for source, images in zip(index.sources, images_S.tolist(), strict=True):
-        split, number = splits[source.subset], source.subset
-        done[number] += images
-        count = int(done[number] * split.share + 0.5) - held[number]
-        held[number] += count
-        name = str(source.path.relative_to(index.subsets[number].path))
-        found.append(Choice(count, split.seed, name, source.share[0]) if count else None)
-    for subset, split, images, count in zip(index.subsets, splits, done, held, strict=True):
-        if split.share and not count:
-            raise InputError(f"{subset}: --validation_split={split.share:g} of {images} images is none; raise it.")
+    for source in index.sources:
+        split, root = splits[source.subset], index.subsets[source.subset].path
+        inside = source.path.relative_to(root).as_posix() if source.path != root else ""
+        if source.is_shard:
+            folder = f"{inside or source.path.name}:"
+        else:
+            folder = f"{inside}/" if inside else ""
+        found.append(Choice(split.share, split.seed, folder) if split.share else None)
     return found
+
+
+def check_choices(index: Index, splits: Sequence[Split], held_S: np.ndarray) -> None:
+    """Refuse a share that comes to nothing.
+
+    Args:
+        splits: of each subset.
+        held_S: (S,) images of each source that are held out.
+
+    Raises:
+        InputError: no image of a subset is.
+    """
+    of_sources = np.array([source.subset for source in index.sources])
+    images_S = np.diff(index.starts_S)
+    for number, (subset, split) in enumerate(zip(index.subsets, splits, strict=True)):
+        if split.share and not held_S[of_sources == number].any():
+            raise InputError(
+                f"{subset}: --validation_split={split.share:g} of {images_S[of_sources == number].sum()} images is "
+                "none; raise it, or choose others by another --validation_seed."
+            )
 
 
 class ValidationPlan:
