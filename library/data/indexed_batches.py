@@ -1,4 +1,4 @@
-"""Micro-batches of one rank in the plan's order, out of an index; for a damaged sample another of its bucket."""
+"""Micro-batches of one rank in the plan's order, out of an index; for a bad sample another of its subset and bucket."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from library.data.micro_batch import MicroBatch, Share, Tokenize, micro_batch
 from library.data.order.bucket_rows import Buckets
 from library.data.order.held_out import ValidationPlan
 from library.data.order.permutation import ROUNDS, permute
-from library.data.order.plan import Plan
+from library.data.order.plan import BucketImages, Plan
 from library.data.order.row_fit import row_fit
 from library.data.sample.prepare import Place, Sample, Treatment, prepare_cached, prepare_sample
 from library.data.sample.reader import Reader
@@ -82,9 +82,14 @@ class MicroBatchDataset(Dataset):
         return made
 
     def _readable(self, row: int, bucket: int, at: Place, quarantined: list[tuple[str, str]]) -> Sample:
-        """The planned sample, or the first that can be read in an order of its bucket keyed by step and place."""
+        """The planned sample, or the first that can be read of its subset's in the bucket.
+
+        Those come in an order keyed by step and place.
+        """
+        subset = self._index.source(row).subset
+        others = self._plan.rows_of_bucket(bucket, self._index.sources_of(subset))
         failed: list[tuple[str, str]] = []
-        for candidate in self._candidates(row, bucket, at):
+        for candidate in self._candidates(row, others, at):
             try:
                 sample = self._sample(candidate, bucket, at)
             except SampleError as error:
@@ -94,15 +99,16 @@ class MicroBatchDataset(Dataset):
             return sample
         width, height = self._buckets.size(bucket)
         listed = "; ".join(f"{name}: {reason}" for name, reason in failed[:3])
+        no_others = " (there are no others)" if len(failed) >= len(others) else ""
         raise InputError(
-            f"--train_data_dir: {len(failed)} samples of bucket {width}×{height}, tried one after the other for step "
-            f"{at.step}, cannot be read, so the data set is damaged or gone. The first: {listed}"
+            f"{self._index.subsets[subset]}: {len(failed)} samples of bucket {width}×{height}, tried one after the "
+            f"other for step {at.step}{no_others}, cannot be read, so this data set is damaged or gone; images of "
+            f"another one do not stand for its. The first: {listed}"
         )
 
-    def _candidates(self, row: int, bucket: int, at: Place) -> Iterator[int]:
-        """The planned row, then others of its bucket; those are only thought up when asked for."""
+    def _candidates(self, row: int, rows: BucketImages, at: Place) -> Iterator[int]:
+        """The planned row, then others of some; those are only thought up when asked for."""
         yield row
-        rows = self._plan.rows_of_bucket(bucket)
         keys = generator(at.seed, Stream.REPLACEMENT, at.step, at.place).integers(0, 2**64, ROUNDS, np.uint64)
         order = permute(np.arange(min(MAX_REPLACEMENTS, len(rows))), len(rows), keys)
         yield from (int(other) for other in rows[order] if other != row)

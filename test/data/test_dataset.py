@@ -192,6 +192,26 @@ class TestRegularisation:
         assert any(len(set(sources)) == 2 for sources in batches)
         assert any("40 reg images, of which an epoch uses 6, 6 with repeats" in line for line in data.report())
 
+    def test_a_damaged_training_image_is_never_replaced_by_one_of_them_or_the_other_way_round(self, folders):
+        data = prepared(*folders(9), "--prior_loss_weight=0.5", batch=3)
+        train, reg = data.index.subsets
+        for broken in (train.path / "2_sks dog" / "1.jpg", reg.path / "1_dog" / "4.jpg"):
+            broken.write_bytes(b"no picture")
+        replaced = 0
+        for batch in data.loader(lambda captions: (), data.plan.steps_before_epoch(6)):
+            replaced += batch.replaced
+            planned = data.plan.micro_batch(batch.step, 0).rows_B.tolist()
+            for row, name, weight in zip(planned, batch.names, batch.loss_weights_B.tolist(), strict=True):
+                assert ("/reg/" in name) == ("/reg/" in data.index.name(row)) == (weight != 1.0)
+        assert replaced > 6
+
+    def test_where_a_subset_has_no_other_image_the_error_says_so(self, folders):
+        data = prepared(*folders(9), batch=3)
+        for broken in (data.index.subsets[0].path / "2_sks dog").iterdir():
+            broken.write_bytes(b"no picture")
+        with pytest.raises(InputError, match=r"--train_data_dir .*train: 3 samples of bucket 32×32.*no others"):
+            list(data.loader(lambda captions: (), 3))
+
     def test_the_fingerprint_tells_them_from_images_to_train_on(self, folders, tmp_path):
         train, reg = folders(3, "2_dog")
         found = set()

@@ -63,6 +63,10 @@ class Index:
         """Where a row comes from."""
         return self.sources[self.place(row)[0]]
 
+    def sources_of(self, subset: int) -> np.ndarray:
+        """(sources,) int64: the numbers of a subset's sources."""
+        return np.flatnonzero([source.subset == subset for source in self.sources])
+
     def record(self, row: int) -> np.void:
         """What is known of a row: an element of dtype rows.ROW."""
         number, place = self.place(row)

@@ -112,12 +112,14 @@ class ValidationPlan:
     def micro_batch(self, step: int, number: int = 0) -> Batch:
         """The rows of one batch; of those beyond the last one the last one's."""
         bucket, first = self._bucket_and_first(step)
-        rows_B = self.rows_of_bucket(bucket)[(first + np.arange(self.batch_size)) % self.images_K[bucket]]
+        rows_B = self.rows_of_bucket(bucket, np.arange(len(self._rows.images_SK)))[
+            (first + np.arange(self.batch_size)) % self.images_K[bucket]
+        ]
         return Batch(rows_B, bucket, 0)
 
-    def rows_of_bucket(self, bucket: int) -> BucketImages:
-        """All rows of a bucket that are held out."""
-        return BucketImages(self._rows, bucket)
+    def rows_of_bucket(self, bucket: int, sources: np.ndarray) -> BucketImages:
+        """All rows that are held out of some sources, by their numbers, in a bucket."""
+        return BucketImages(self._rows, bucket, sources)
 
     def numbers(self, step: int) -> range:
         """What numbers the images of a batch have among all that are held out; none beyond the last batch.

@@ -62,18 +62,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class BucketImages:
-    """All rows of a bucket, worked out when they are asked for."""
+    """All rows that some sources have in a bucket, worked out when they are asked for."""
 
     rows: BucketedRows
     bucket: int
+    sources: np.ndarray
 
     def __len__(self) -> int:
-        return int(self.rows.images_SK[:, self.bucket].sum(dtype=np.int64))
+        return int(self.rows.images_SK[self.sources, self.bucket].sum(dtype=np.int64))
 
     def __getitem__(self, places_n: np.ndarray) -> np.ndarray:
         """Rows at some places, each in 0 … len - 1, in the order of the index."""
-        images_S = self.rows.images_SK[:, self.bucket].astype(np.int64)
-        rows_n, _ = _located(self.rows, self.bucket, np.arange(len(images_S)), images_S, np.asarray(places_n))
+        images = self.rows.images_SK[self.sources, self.bucket].astype(np.int64)
+        rows_n, _ = _located(self.rows, self.bucket, self.sources, images, np.asarray(places_n))
         return rows_n
 
 
@@ -155,9 +156,9 @@ class Plan:
             sources.append(self._samples(bucket, self._places(place), look_up=False)[1])
         return np.concatenate(sources)
 
-    def rows_of_bucket(self, bucket: int) -> BucketImages:
-        """All rows of a bucket, in the order of the index."""
-        return BucketImages(self._rows, bucket)
+    def rows_of_bucket(self, bucket: int, sources: np.ndarray) -> BucketImages:
+        """All rows that some sources, by their numbers, have in a bucket, in the order of the index."""
+        return BucketImages(self._rows, bucket, sources)
 
     def micro_batches_in_pass(self, number: int) -> np.ndarray:
         """(buckets,) int64: how many micro-batches of each bucket end within a pass."""

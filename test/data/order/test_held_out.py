@@ -69,7 +69,7 @@ def test_the_share_is_held_out_and_never_trains(shards):
     assert len(shown | set(names)) == 48
     assert f"{len(names)} validation images, held out from training (--validation_split)" in data.report()
     for bucket in range(len(data.buckets.sizes_K2)):  # nor in place of a bad one
-        rows = data.plan.rows_of_bucket(bucket)
+        rows = data.plan.rows_of_bucket(bucket, np.arange(len(data.index.sources)))
         assert not {data.index.name(int(row)) for row in rows[np.arange(len(rows))]} & set(names)
 
 

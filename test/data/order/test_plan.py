@@ -266,9 +266,12 @@ class TestWindows:
 
 def test_all_rows_of_a_bucket_are_found_one_by_one():
     rows = Rows(np.arange(50) % 3, np.arange(50) // 7)
-    found = make_plan(rows, 2, 1, 4).rows_of_bucket(1)
+    plan = make_plan(rows, 2, 1, 4)
+    found = plan.rows_of_bucket(1, np.arange(8))
     assert found[np.arange(len(found))].tolist() == list(range(1, 50, 3))
     assert found[np.array([3, 0])].tolist() == [10, 1]
+    found = plan.rows_of_bucket(1, np.array([2, 5]))
+    assert found[np.arange(len(found))].tolist() == [16, 19, 37, 40]
 
 
 def test_a_set_smaller_than_a_batch_is_an_error_with_ways_out():
