@@ -1,25 +1,25 @@
 """What the training scripts share. Imports go one way: scripts, training, generation, data and models, options,
 diffusion, ground; a layer knows those behind it alone.
 
-    script              what stands around every script's work: logging and exit statuses
+    script              logging and exit statuses, which every script shares
     options/            flags and configuration files, a module for each group of flags
-    training/           the loop, and all that a run is made of
+    training/           the loop, and everything that a run consists of
     generation/         prompts of pictures
     data/               from shards and folders to micro-batches
     models/             U-Net, text encoders, VAE, and the files they come from and go to
     diffusion/          noise schedules, prediction types, samplers
     processes/          several processes on one or several machines
 
-and the ground, each a file:
+and the modules that every layer may import:
 
     device              the only module that knows Ascend NPUs, NVIDIA GPUs and the CPU apart
     address             URLs and pipes that data come from
     atomic_write        files and folders that appear whole or not at all
     disk_space          whether a file system can hold what is about to be written
-    errors              the exceptions that end a script in order
+    errors              the exceptions that end a script with a message for the user
     hub                 downloads from the Hugging Face hub
-    imports             quick imports at a start
-    keyed_random        random numbers as a pure function of what they are for
-    signals             SIGTERM, SIGINT and SIGUSR1 as flags that long work asks for
+    imports             imports that are deferred until their names are used
+    keyed_random        random numbers as a pure function of seed, purpose and counters
+    signals             SIGTERM, SIGINT and SIGUSR1 as flags that long work checks
     tensor_file         the safetensors format as a stream
 """

@@ -1,4 +1,4 @@
-"""Where data is that is no file here: a URL or a `pipe:` command, with braces for several shards."""
+"""Addresses of data that are no local files: a URL or a `pipe:` command, with braces for several shards."""
 
 import re
 from pathlib import Path
@@ -28,10 +28,10 @@ class Address:
         return hash(self.text)
 
     def shards(self, flag: str) -> list[str]:
-        """The address of each shard: braces such as {00000..00999} and {a,b} expanded, parts between `::` one by one.
+        """The address of each shard: braces such as {00000..00999} and {a,b} expanded, separately between `::`.
 
         Raises:
-            InputError: the braces make no sense; it names the flag.
+            InputError: the braces are malformed; the message names the flag.
         """
         from webdataset.shardlists import expand_urls
 
@@ -42,7 +42,7 @@ class Address:
 
 
 def shown(address: str) -> str:
-    """An address as messages have it."""
+    """The address for messages, without credentials and query string."""
     if not address.startswith("pipe:"):
         return _URL.sub(lambda match: match["scheme"] + match["rest"], address)
     words = address.removeprefix("pipe:").split()
@@ -51,5 +51,5 @@ def shown(address: str) -> str:
 
 
 def location(text: str) -> Path | Address:
-    """An argparse type: a path, or an address where it is spelt as one."""
+    """Convert a command-line value: an `Address` if it is spelt as an address, else a path."""
     return Address(text) if _SCHEME.match(text) else Path(text)

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all: written beside, fsynced, renamed."""
+"""Files and folders that appear complete or not at all: they are written beside the target, fsynced and renamed."""
 
 import os
 import shutil
@@ -9,11 +9,11 @@ from library.errors import InputError
 
 
 def write_file(target: Path, write: Callable[[Path], object], writer: str = "") -> None:
-    """Let `write` fill a file beside the target, then put it in the target's place, replacing what is there.
+    """Let `write` fill a file beside the target, then rename it to the target, replacing an existing file.
 
-    The folder is made if need be. When `write` fails the target stays as it was and nothing is left beside it. One
-    process at a time may write one target, unless each gives a name of its own as `writer`; what it leaves beside the
-    target when it is killed then stays.
+    A missing folder is made. When `write` fails the target is unchanged and nothing is left beside it. Only one process
+    at a time may write a target, unless each process gives its own name as `writer`; the partial file of such a process
+    stays beside the target if the process is killed.
 
     Raises:
         InputError: the file system refuses (full, read-only, no permission, a folder in the way).
@@ -22,10 +22,10 @@ def write_file(target: Path, write: Callable[[Path], object], writer: str = "") 
 
 
 def write_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """As `write_file`, for a folder: `write` is given an empty folder to fill.
+    """Let `write` fill an empty folder beside the target, then rename it to the target, as `write_file` does.
 
-    An old folder is moved aside only once the new one is complete, and removed after; a run killed in between leaves
-    it beside the target under the name `.NAME.previous`.
+    An existing folder is renamed to `.NAME.previous` once the new folder is complete, and removed afterwards; a process
+    that is killed in between leaves it under that name.
     """
     _guarded(target, write, replace_folder)
 
@@ -59,8 +59,8 @@ def _replace_file(partial: Path, target: Path) -> None:
 
 
 def replace_folder(partial: Path, target: Path) -> None:
-    """Rename a complete folder to its place; one that is there is moved aside before and removed once the new
-    one is durable."""
+    """Rename a complete folder to the target; an existing folder is moved aside first and removed once the new folder
+    is durable."""
     previous = aside(target, "previous")
     if target.is_symlink() or target.is_file():
         raise NotADirectoryError(0, "a file is in the way of the folder")
@@ -78,12 +78,12 @@ def replace_folder(partial: Path, target: Path) -> None:
 
 
 def aside(target: Path, what: str) -> Path:
-    """The hidden name beside a target under which something of it lies for a while: `.NAME.WHAT`."""
+    """The hidden name beside a target for its temporary files: `.NAME.WHAT`."""
     return target.with_name(f".{target.name}.{what}")
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all in it; nothing there is no error."""
+    """Delete a file, or a folder with its content; a missing path is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -91,7 +91,7 @@ def remove(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """`sync` for a file, or for a folder and all in it."""
+    """Call `sync` for a file, or for a folder and everything in it."""
     if path.is_dir():
         for entry in path.iterdir():
             sync_tree(entry)
@@ -99,7 +99,7 @@ def sync_tree(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file's bytes, or a folder's entries, to the disk."""
+    """Make a file's bytes, or a folder's entries, durable on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

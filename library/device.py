@@ -80,7 +80,7 @@ def is_cpu(device: torch.device) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def cpu_is_intels() -> bool:
-    """True if the processor is Intel's, whose library MKL is; False where the system does not say."""
+    """True if the processor is Intel's, for which MKL is made; False if the system does not tell the maker."""
     try:
         facts = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
@@ -99,47 +99,47 @@ def is_first_ascend_910(device: torch.device) -> bool:
 
 
 def has_fused_attention(device: torch.device) -> bool:
-    """False where attention's matrix of scores lies in memory, whoever computes it."""
+    """False if every attention backend of the device keeps the matrix of scores in memory."""
     return not is_first_ascend_910(device)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast is off for that kind of device."""
+    """A context in which autocast is off for that type of device."""
     return torch.autocast(device_type, enabled=False) if has_autocast(device_type) else nullcontext()
 
 
 def has_autocast(device_type: str) -> bool:
-    """Whether autocast is on for that kind of device; there is none on the meta device."""
+    """True if autocast is on for that type of device; the meta device has no autocast."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until everything launched on the device is done; nothing to do on the CPU."""
+    """Wait until all work launched on the device is done; on the CPU nothing happens."""
     module = _module(device)
     if module is not None:
         module.synchronize(device)
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, made without waiting for the work that it still has; on the CPU the tensor itself.
+    """A copy on the device, made without waiting for the device's pending work; on the CPU the tensor itself.
 
-    A plain `.to` of memory that is not pinned returns when the device has done all that was launched before.
+    A plain `.to` from memory that is not pinned returns only when the device has finished all earlier work.
     """
     return tensor if is_cpu(device) else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class CopyStream:
-    """Copies to a device beside what it computes, on a stream of their own, and back."""
+    """Copies between the CPU and a device on a separate stream, while the device computes."""
 
     def __init__(self, device: torch.device) -> None:
-        """`device` is not the CPU."""
+        """Make the stream; `device` must not be the CPU."""
         module = _module(device)
         assert module is not None
         self._device, self._module = device, module
         self._stream = module.Stream(device=device)
 
     def to_device(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-        """Copies that come while other things run, and the event that `wait` takes. The tensors are pinned."""
+        """Start copies of pinned tensors on the separate stream; returns the copies and the event for `wait`."""
         with self._module.stream(self._stream):
             copies = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
             come = self._module.Event()
@@ -147,14 +147,14 @@ class CopyStream:
         return copies, come
 
     def wait(self, come: Any, copies: Sequence[Tensor]) -> None:
-        """What is launched from now on may use the copies; their memory is not given away before it has done so."""
+        """Make work that is launched from now on wait for the copies, and keep their memory until that work is done."""
         computing = self._module.current_stream(self._device)
         computing.wait_event(come)
         for copy in copies:
             copy.record_stream(computing)
 
     def to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        """A pinned copy in the CPU's memory, made when all before is computed, and the event to wait for."""
+        """Start a copy to pinned CPU memory after all earlier work; returns the copy and the event to wait for."""
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
         come = self._module.Event()
         come.record(self._module.current_stream(self._device))
@@ -163,7 +163,7 @@ class CopyStream:
 
 @contextmanager
 def autocast_cache_off() -> Iterator[None]:
-    """Autocast casts a weight anew each time, and keeps no copy."""
+    """A context in which autocast casts a weight at every use and keeps no copy."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -173,14 +173,14 @@ def autocast_cache_off() -> Iterator[None]:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give memory that is not in use any more back to the device; nothing to do on the CPU."""
+    """Return the allocator's unused memory to the device; on the CPU nothing happens."""
     module = _module(device)
     if module is not None:
         module.empty_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: tensors on an accelerator, the process's resident set on the CPU."""
+    """Peak memory so far in bytes: of tensors on an accelerator, of the process's resident set on the CPU."""
     module = _module(device)
     if module is None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
@@ -188,10 +188,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On the CPU, have the process keep what it frees for its next step, up to blocks of 32 MiB.
+    """On the CPU, make the process keep freed blocks of up to 32 MiB for the next step.
 
-    glibc gives it back to the system, and each step pays for getting the same pages again: some 3 % of forward and
-    backward (docs/measurements/train_step.md). Nothing happens with another C library.
+    By default glibc returns them to the system, and each step spends some 3 % of forward and backward on getting the
+    pages again (docs/measurements/train_step.md). With another C library nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if is_cpu(device) and mallopt is not None:
@@ -200,11 +200,11 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a report calls the device: 'NVIDIA H200', 'Ascend910B', 'CPU'."""
+    """The device's name for reports, for example 'NVIDIA H200', 'Ascend910B', 'CPU'."""
     module = _module(device)
     return "CPU" if module is None else str(module.get_device_name(device))
 
 
 def initial_loss_scale(device: torch.device) -> float:
-    """Where fp16 loss scaling starts: 2^7 on Ascend, where 2^16 overflows for long, torch's 2^16 elsewhere."""
+    """The initial fp16 loss scale: 2^7 on Ascend, where 2^16 overflows many times, and torch's 2^16 elsewhere."""
     return 2.0**7 if is_npu(device) else 2.0**16

@@ -1,4 +1,4 @@
-"""Whether a file system can hold what is about to be written: found before the writing, not in the midst of it."""
+"""Checks before writing that a file system has enough space."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ _ALLOWANCE_BYTES = 1 << 20  # folder entries, headers, lists
 
 
 def missing_space(folder: Path, needed_bytes: int) -> str:
-    """What is needed and free, in words, where it is too little; else ''.
+    """A text with the needed and the free bytes if the space is too small, else ''.
 
     Raises:
         OSError: the folder cannot be reached.
@@ -21,7 +21,7 @@ def missing_space(folder: Path, needed_bytes: int) -> str:
 
 
 def check_space(folder: Path, what: str, needed_bytes: int) -> None:
-    """Raise TrainingError where a folder's file system has no room for so many bytes more, or cannot be reached."""
+    """Raise TrainingError if a folder's file system has too little space for that many bytes, or cannot be reached."""
     try:
         missing = missing_space(folder, needed_bytes)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Names of the Hugging Face hub: downloaded once into its cache (HF_HOME), read from there when offline.
+"""Repositories of the Hugging Face hub: files are downloaded once into its cache (HF_HOME) and read from there.
 
 HF_ENDPOINT chooses another server of the same interface, HF_HUB_OFFLINE=1 keeps to the cache, HF_TOKEN or `hf auth
 login` gives access to what is not public.
@@ -19,14 +19,14 @@ _TIMEOUT_S = 20
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of the hub.
+    """A request to the hub.
 
     Attributes:
         name: owner/name.
         kind: "model" or "dataset".
-        flag: the option that named it, for messages.
-        needs: what of its files training needs.
-        way_out: what the user can do instead; the end of all messages.
+        flag: the option that named the repository, for messages.
+        needs: the files that training needs, in words.
+        way_out: what the user can do instead; it ends all messages.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Wanted:
 
 
 def is_hub_name(source: str) -> bool:
-    """True for what is spelt as owner/name; the caller has looked for a path of that spelling before."""
+    """True if a text has the form owner/name; the caller must first check that no such path exists."""
     return _NAME.fullmatch(source) is not None
 
 
@@ -48,9 +48,9 @@ def snapshot(wanted: Wanted, choose: Callable[[Iterable[str]], list[str]], cache
     """The folder of a hub repository in the local cache, with the chosen files in it.
 
     Args:
-        choose: from all file names of the repository the names, or patterns of names, of those that are needed.
-        cached: patterns of what a copy in the cache must have whole to be used where the hub cannot be asked; none:
-            whatever is there.
+        choose: returns the names, or patterns of names, of the needed files out of all names in the repository.
+        cached: patterns of files that a cached copy must have completely to be used when the hub cannot be reached;
+            without patterns any cached copy is used.
 
     Raises:
         InputError: there is no such repository, it needs a licence to be accepted, it has none of the files, or it is
@@ -106,7 +106,7 @@ def snapshot(wanted: Wanted, choose: Callable[[Iterable[str]], list[str]], cache
 
 
 def cached_snapshot(wanted: Wanted, patterns: Sequence[str]) -> Path | None:
-    """The repository's folder in the cache, if all files of these patterns are there; the hub is not asked."""
+    """The repository's folder in the cache if it has all files of these patterns; the hub is not contacted."""
     from huggingface_hub import snapshot_download
 
     with contextlib.suppress(Exception):

@@ -1,9 +1,9 @@
-"""How a start imports quickly: nothing that is not needed, and with the garbage collector at rest.
+"""Quick imports at the start of a script: unneeded parts are deferred, and the garbage collector is off meanwhile.
 
-SDXL's classes name much in diffusers, transformers, scipy and torch that they do not need: the class of the VAE alone
-brings every transformer, U-Net and autoencoder of diffusers with it, the losses of object detection, half of scipy and
-torch's compiler. Those parts are imported on first use. Nothing is replaced: a module that is deferred runs its own
-code as soon as anybody asks it for a name that it must know. docs/measurements/start_up.md has what each part costs.
+The classes of SDXL's networks import parts of diffusers, transformers, scipy and torch that they do not need: the class
+of the VAE alone imports every transformer, U-Net and autoencoder of diffusers, the losses of object detection, half of
+scipy and torch's compiler. Those parts are imported on first use. Nothing is replaced: a deferred module runs its own
+code when one of its names is looked up. docs/measurements/start_up.md has the cost of each part.
 """
 
 import gc
@@ -39,14 +39,14 @@ _lock = threading.RLock()
 
 
 def import_quickly(*names: str) -> None:
-    """Import modules with the collector at rest: it would go through all that an import makes, again and again."""
+    """Import modules with the garbage collector off, which would scan all new objects again and again."""
     with _collector_at_rest(names):
         for name in names:
             importlib.import_module(name)
 
 
 def import_pruned(*names: str) -> None:
-    """The same for modules of diffusers and transformers, from now on without what few ask for in both."""
+    """Import modules as `import_quickly` does, and defer rarely used parts of diffusers and transformers."""
     with _collector_at_rest(names):
         _defer_imports()
         for name in names:
@@ -55,7 +55,7 @@ def import_pruned(*names: str) -> None:
 
 @contextmanager
 def _collector_at_rest(names: tuple[str, ...]) -> Iterator[None]:
-    """While modules are imported that are not there yet; it never goes through what they made (`gc.freeze`)."""
+    """A context for importing new modules: the collector is off, and never scans their objects later (`gc.freeze`)."""
     if not gc.isenabled() or all(name in sys.modules for name in names):
         yield
         return
@@ -69,7 +69,7 @@ def _collector_at_rest(names: tuple[str, ...]) -> Iterator[None]:
 
 
 class _Deferred(ModuleType):
-    """A module that has not run yet: asked for a name, it does."""
+    """A module whose code runs when one of its names is first looked up."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__all__":  # what importlib and inspect try out says nothing of use
@@ -77,7 +77,7 @@ class _Deferred(ModuleType):
         return getattr(self._loaded(), name)
 
     def _loaded(self) -> ModuleType:
-        """What stands for the module once it has run: itself, or what its code puts in its place."""
+        """The module after its code has run: itself, or the object with which its code replaced it in sys.modules."""
         with _lock:
             spec, kind = self.__spec__, type(self)
             if sys.modules.get(self.__name__) is self and spec is not None and spec.loader is not None:
@@ -93,7 +93,7 @@ class _Deferred(ModuleType):
 
 
 class _DeferredFunctions(_Deferred):
-    """A module of functions that has not run yet: its names can be imported, and it runs when one is called."""
+    """A module of functions whose code runs when one of the functions is first called; names can be imported before."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):
@@ -106,10 +106,10 @@ class _DeferredFunctions(_Deferred):
 
 
 class _DeferredCompiler(_Deferred):
-    """torch._dynamo while nothing is compiled: marks for the compiler stay without effect.
+    """torch._dynamo as long as nothing is compiled: decorators that mark functions for the compiler have no effect.
 
-    What is marked before somebody compiles stays unmarked. --torch_compile asks it for its backends before the classes
-    of the networks are imported, and so it has run by then.
+    Functions that are decorated before the compiler is loaded stay unmarked. With --torch_compile its backends are
+    looked up before the classes of the networks are imported, so that it is loaded by then.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -129,15 +129,15 @@ def _unmarked(function: Any) -> Any:
 
 
 def _not_disabled(function: Any = None, recursive: bool = True, **_: Any) -> Any:
-    """As torch._dynamo.disable is called: with a function, or to get a decorator."""
+    """Stand in for torch._dynamo.disable, which is called with a function or returns a decorator."""
     return _unmarked if function is None else function
 
 
 class _InstalledPackages(Mapping[str, list[str]]):
-    """importlib.metadata.packages_distributions, once, and when somebody looks a name up.
+    """The result of importlib.metadata.packages_distributions, computed once, when a name is first looked up.
 
-    diffusers takes it at import, for packages that are named otherwise than they are imported. It reads a file, or all
-    file names, of every package that is installed.
+    diffusers calls the function at import, for packages whose name differs from their module's. It reads a file, or all
+    file names, of every installed package.
     """
 
     def __init__(self, read: Callable[[], Mapping[str, list[str]]]) -> None:
@@ -161,7 +161,7 @@ class _InstalledPackages(Mapping[str, list[str]]):
 
 
 def _defer_imports() -> None:
-    """From now on those parts are imported on first use; what is imported already, or is not there, stays as it is."""
+    """Defer the parts named above from now on; parts that are imported already or not installed are left alone."""
     packages = importlib.metadata.packages_distributions
     if not isinstance(packages, _InstalledPackages):
         importlib.metadata.packages_distributions = _InstalledPackages(packages)
@@ -187,7 +187,7 @@ def _defer(name: str, kind: type[ModuleType]) -> None:
 
 
 def _spec(name: str) -> ModuleSpec | None:
-    """Where a module is, without running the packages above it as `importlib.util.find_spec` does."""
+    """The spec of a module; unlike `importlib.util.find_spec` this does not run the packages above it."""
     parent, _, _ = name.rpartition(".")
     if not parent:
         return PathFinder.find_spec(name)

@@ -1,7 +1,7 @@
-"""Random numbers as a pure function of what they are for: (seed, purpose, counters), never of a generator's history.
+"""Random numbers as a pure function of (seed, purpose, counters), never of a generator's history.
 
 A counter-based generator (Philox 4x64, Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) is keyed
-by seed and purpose and started at a counter made of up to three integers (usually step and place in the global batch).
+by seed and purpose and started at a counter made of up to three integers (usually step and batch index).
 So any rank, any worker and any resumed run draws the same numbers for the same sample, whatever was drawn before.
 """
 
@@ -13,7 +13,7 @@ _WORD = 1 << 64
 
 
 class Stream(IntEnum):
-    """What a random number is for. The values are part of the reproducibility contract: never renumber them."""
+    """The purpose of a random number. The values are part of the reproducibility contract: never renumber them."""
 
     NOISE = 1
     TIMESTEP = 2
@@ -34,11 +34,11 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
-    """A NumPy generator for one purpose at one place.
+    """A NumPy generator for a seed, a purpose and counters.
 
     Args:
         seed: 0 <= seed < 2**64.
-        counters: up to three non-negative integers, for example (step, place in the global batch).
+        counters: up to three non-negative integers, for example (step, batch index).
     """
     if len(counters) > 3:
         raise ValueError(f"at most three counters, got {len(counters)}")

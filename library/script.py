@@ -1,4 +1,4 @@
-"""What stands around every script's work: logging, and exit statuses that a launcher can trust."""
+"""Logging and exit statuses, which every script shares."""
 
 import atexit
 import json
@@ -17,12 +17,12 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` as all that this process does, and leave with the exit status that it returns.
+    """Run `main` as the whole work of this process, and exit with the status that it returns.
 
-    One of several processes ends without taking its interpreter apart. Gloo's threads let go of a collective's tensors
-    some time after it is over, for which they need the interpreter's lock; if they ask for it while the interpreter is
-    being taken apart, CPython ends them by force, and C++ answers with abort() in place of the exit status. All that
-    was registered with `atexit` is done before.
+    A process of several ends without finalising its interpreter. Gloo's threads release a collective's tensors some
+    time after the collective, for which they need the interpreter's lock; if they request it during finalisation,
+    CPython ends them by force, and C++ calls abort(), which replaces the exit status. Functions registered with
+    `atexit` run before.
     """
     ended: list[int] = []
 
@@ -36,7 +36,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
 
 
 def leave_at_once(status: int) -> NoReturn:
-    """End the process with its output written and its interpreter left as it is: threads may be at work in it."""
+    """End the process after flushing its output, without finalising the interpreter, in which threads may still run."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -45,8 +45,8 @@ def leave_at_once(status: int) -> NoReturn:
 def run_main(work: Callable[[], object]) -> int:
     """Run the work of a script; returns its exit status.
 
-    0: done. 1: training failed (a traceback for what nobody expected, one line for a `TrainingError`).
-    2: bad input, one line that says what to mend. 143, 130: stopped by SIGTERM, SIGINT.
+    0: done. 1: training failed (a traceback for an unexpected error, a line for a `TrainingError`).
+    2: bad input, a line that says what to do. 143, 130: stopped by SIGTERM, SIGINT.
     """
     # device.py imports torch_npu. Left to itself torch would, and die where CANN's environment is not set.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
@@ -77,7 +77,7 @@ def run_main(work: Callable[[], object]) -> int:
 
 
 def _failed(message: str, status: int, expected: bool = True) -> int:
-    """Show why the work failed, and write it down for a launcher that started several processes."""
+    """Show the error, and write it to a file for a launcher that started several processes."""
     print(message.rstrip(), file=sys.stderr, flush=True)
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's name for it; it reads `message` and `timestamp`
     if file:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 as flags that long work asks for; workers that leave them to their parent."""
+"""SIGTERM, SIGINT and SIGUSR1 as flags that long work checks; workers leave them to their parent."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ _NO_MORE = b"\0"
 
 
 class Signals:
-    """Within its `with` block the signals only set flags, to be asked for between two pieces of work.
+    """A context in which the signals only set flags, which the work checks between two of its units.
 
-    The first SIGTERM or SIGINT asks to save and stop, SIGUSR1 to save and go on. Another SIGTERM or SIGINT within
-    DUPLICATE_S of the first is the same one (terminals, launchers and batch systems tell both the group and the
-    process); a later one ends the process at once with its exit status, even where the main thread waits for another
-    machine or a device. On leaving the block everything is as it was before. Only the main thread may use it.
+    The first SIGTERM or SIGINT asks to save and stop, SIGUSR1 to save and continue. A second SIGTERM or SIGINT within
+    DUPLICATE_S of the first counts as the same signal (terminals, launchers and batch systems signal both the group and
+    the process); a later signal ends the process at once with its exit status, even if the main thread waits for
+    another machine or a device. The context restores the earlier handlers at its end. Only the main thread may use it.
     """
 
     def __init__(self) -> None:
@@ -37,21 +37,21 @@ class Signals:
         return self.stop_signal is not None
 
     def take_save_request(self) -> bool:
-        """True once for every SIGUSR1 (several that came since the last call count as one)."""
+        """True if a SIGUSR1 has come since the last call; several count as one."""
         requested, self.save_requested = self.save_requested, False
         return requested
 
     def stop_if_requested(self) -> None:
-        """For work that has nothing to save (indexing, caching): end it.
+        """End work that has nothing to save (indexing, caching) if a stop signal has come.
 
         Raises:
-            Stopped: a signal has asked for it.
+            Stopped: a stop signal has come.
         """
         if self.stop_signal is not None:
             raise Stopped(self.stop_signal)
 
     def stop_as_another_process(self, number: int) -> None:
-        """Take up the stop signal that another process of the run was sent. From any thread."""
+        """Set the stop flag for a signal that another process of the run has received. Any thread may call it."""
         if self.stop_signal is None:
             self.stop_signal = signal.Signals(number)
 
@@ -86,10 +86,11 @@ class Signals:
     def _watch(self, read: int) -> None:
         """Note a stop signal, and end the process when a second one comes.
 
-        A thread's work: handlers wait for the main thread, which may be waiting for another machine or a device.
+        This runs in a thread, because Python's handlers run in the main thread only, which may be waiting for another
+        machine or a device.
 
         Args:
-            read: a pipe into which the system's own signal handler writes the number of every signal.
+            read: the pipe into which the C signal handler writes the number of every signal.
         """
         first_s = None
         with os.fdopen(read, "rb", buffering=0) as numbers:
@@ -106,7 +107,7 @@ class Signals:
 
 
 def leave_signals_to_parent() -> None:
-    """Call it in a worker process: it takes no part in signals to the whole group, and ends when its parent does.
+    """Make a worker process ignore signals that are sent to the whole group, and end when its parent ends.
 
     A terminal's Ctrl-C and a batch system's SIGTERM reach every process; the parent still needs its workers to finish
     its step. SIGTERM of the parent itself (`Process.terminate`) ends the worker.
@@ -115,7 +116,7 @@ def leave_signals_to_parent() -> None:
     signal.set_wakeup_fd(-1)  # the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # Blocked in every thread, and taken in one that can see who sent it.
+    # SIGTERM is blocked in every thread; the thread below receives it, which tells it the sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True, name="end with parent").start()
 

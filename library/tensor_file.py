@@ -1,8 +1,8 @@
-"""The safetensors format as a stream: tensors are brought to the CPU, converted and written one after the other.
+"""The safetensors format as a stream: tensors are copied to the CPU, converted and written one by one.
 
-A file is the header's length (8 bytes, little endian), the header (JSON: metadata, and type, shape and place of each
+A file is the header's length (8 bytes, little endian), the header (JSON: metadata, and type, shape and offsets of each
 tensor) and the tensors' bytes, as the package safetensors documents it. Types and shapes are known
-beforehand, so a whole model is written with one tensor of it in memory besides the model itself.
+beforehand, so writing a model needs memory for one more tensor only.
 """
 
 import json
@@ -29,21 +29,21 @@ _DTYPES = {
 def tensor_file(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> tuple[bytes, Iterator[memoryview]]:
-    """What stands before the tensors, and then the bytes of each in the file's order.
+    """The file's bytes before the tensors, and an iterator over the bytes of each tensor in the file's order.
 
-    The tensors are read when their bytes are asked for: until then they must not change.
+    The iterator reads a tensor when it reaches it; until then the tensor must not change.
 
     Args:
         dtype: of all floating-point tensors in the file; None keeps each tensor's own.
 
     Raises:
-        TypeError: a type of number that the format does not have.
+        TypeError: a tensor has a dtype that the format lacks.
     """
     kinds = {
         name: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         for name, tensor in tensors.items()
     }
-    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # so that each lies aligned
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # so that each is aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in order:
@@ -58,6 +58,6 @@ def tensor_file(
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    """A tensor's numbers in that type; its own memory where it is contiguous on the CPU and has the type."""
+    """A tensor's bytes in that dtype; its own memory if it is contiguous on the CPU and has the dtype."""
     own = tensor.detach().to("cpu", dtype).contiguous()
     return memoryview(own.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 
 import sdxl_pretrain
+from library.data.cache import locations
+from library.data.index import kept_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 STATEMENT = "public_address_statement.md"
@@ -239,6 +241,14 @@ def test_no_stated_address_is_out_of_date():
 
 def test_the_readmes_are_short():
     assert {name: len(read(name).encode()) for name in READMES if len(read(name).encode()) > MOST_BYTES} == {}
+
+
+@pytest.mark.parametrize("language", [0, 1], ids=READMES)
+def test_the_folders_beside_the_data_have_the_codes_names(language):
+    pages = "".join(read(f"docs/{['', 'zh/'][language]}{name}.md") for name in ("data", "caches"))
+    for name in (kept_tables._FOLDER, locations._FOLDER):
+        assert f"`{name}`" in pages
+    assert set(re.findall(r"`(\.[a-z_]+_(?:index|cache))`", pages)) == {kept_tables._FOLDER, locations._FOLDER}
 
 
 def test_every_page_is_known_here_and_linked_from_the_readme_of_its_language():

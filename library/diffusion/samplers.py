@@ -30,10 +30,10 @@ _ZERO_SNR_SAFE = {"ddim"}
 
 
 def make_sampler(name: str, schedule: NoiseSchedule, prediction: Prediction) -> Any:
-    """A fresh diffusers scheduler that samples a model trained on this schedule with this prediction type.
+    """A new diffusers scheduler that samples a model trained on this schedule with this prediction type.
 
-    Timesteps are spaced from the very last one down ("trailing": Lin, table 2), so that few steps start from what the
-    model was trained to see as pure noise.
+    Timesteps are spaced from the very last one down ("trailing": Lin, table 2), so that sampling in few
+    steps also starts at the timestep that training saw as pure noise.
 
     Raises:
         InputError: the name is not known, or the sampler cannot start where no signal is left.
@@ -57,7 +57,7 @@ def make_sampler(name: str, schedule: NoiseSchedule, prediction: Prediction) -> 
 
 
 def _spacing(sampler_class: type) -> dict[str, str]:
-    """ "Trailing" timesteps, where the sampler has the setting (dpmsingle has one spacing, which starts at the end)."""
+    """The setting for "trailing" timesteps if the sampler has it; dpmsingle always starts at the last timestep."""
     return {"timestep_spacing": "trailing"} if "timestep_spacing" in signature(sampler_class).parameters else {}
 
 

@@ -1,4 +1,4 @@
-"""The noise schedule and what the network learns to predict.
+"""The noise schedule and the prediction types: the targets that the network learns to predict.
 
 Legend: B batch, C channels, H W latent rows and columns, S diffusion timesteps.
 Ho: "Denoising Diffusion Probabilistic Models" (2006.11239). Salimans: "Progressive Distillation" (2202.00512).
@@ -28,7 +28,7 @@ def betas(kind: str, start: float, end: float, timesteps: int) -> Tensor:
 
 
 def rescale_zero_terminal_snr(alphas_cumprod_S: Tensor) -> Tensor:
-    """Shift and scale the root of the signal's share so that nothing is left of it at the end (Lin, algorithm 1)."""
+    """Shift and scale sqrt(alpha_bar) so that it is 0 at the last timestep (Lin, algorithm 1)."""
     root = alphas_cumprod_S.sqrt()
     first, last = root[0].clone(), root[-1].clone()
     return ((root - last) * first / (first - last)) ** 2
@@ -36,13 +36,13 @@ def rescale_zero_terminal_snr(alphas_cumprod_S: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Share of signal left at each timestep: alpha_bar of Ho, equation 4."""
+    """The share of signal at each timestep: alpha_bar of Ho, equation 4."""
 
     alphas_cumprod_S: Tensor  # float32
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], zero_terminal_snr: bool = False) -> "NoiseSchedule":
-        """Build it from a diffusers scheduler's settings; what they leave out is Stable Diffusion's."""
+        """The schedule of a diffusers scheduler's settings; missing settings have Stable Diffusion's values."""
         trained = config.get("trained_betas")
         beta_S = (
             torch.tensor(trained, dtype=torch.float64)
@@ -70,7 +70,7 @@ class NoiseSchedule:
 
     @property
     def ends_in_pure_noise(self) -> bool:
-        """True if no signal is left at the last timestep: a zero terminal SNR."""
+        """True if alpha_bar is 0 at the last timestep: a zero terminal SNR."""
         return float(self.alphas_cumprod_S[-1]) == 0.0
 
     def signal_and_noise(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
