@@ -33,14 +33,14 @@ RATES = (1e-4, 1e-5, 1e-6)
 
 
 def made(way: str, values: list[torch.Tensor], rate: float) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
-    """Parameters of those values and their AdamW; the values are bf16's, so that all ways start alike."""
+    """Parameters of the given values and their AdamW; the values are exact in bf16, so that all ways start alike."""
     parameters = [nn.Parameter(value.to(PEERS.get(way, torch.bfloat16), copy=True)) for value in values]
     bf16 = None if way in PEERS else Bf16Update(way, 0)
     return parameters, make_optimizer("AdamW", [ParameterGroup("unet", parameters, rate)], [], bf16=bf16)
 
 
 def costs(device: torch.device, rows: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Time and memory of an update."""
+    """Time and memory of an update, by way."""
     values = [torch.randn(rows, 1280, device=device) * 0.03, *(torch.ones(1280, device=device) for _ in range(200))]
     millions = sum(value.numel() for value in values) / 1e6
     runs, found = {}, {}
@@ -72,7 +72,7 @@ def costs(device: torch.device, rows: int, rounds: int) -> dict[str, dict[str, f
 
 
 def achieved(device: torch.device, rate: float, steps: int) -> dict[str, tuple[float, float]]:
-    """By way: the share of fp32's way, and the distance from its end."""
+    """The share of fp32's way that each way achieves, and its distance from fp32's end."""
     random = torch.Generator(device).manual_seed(0)
     start = (torch.randn(200_000, device=device, generator=random) * 0.03).bfloat16()
     pull = torch.randn(200_000, device=device, generator=random)

@@ -44,7 +44,7 @@ SIZES = ((1024, 1024), (1440, 1080), (1200, 1800), (2048, 1536))
 
 
 def moments(images_BHWC: Tensor) -> tuple[Tensor, Tensor]:
-    """What a VAE in fp16 would give, as far as size goes."""
+    """Stand-ins for the moments of a VAE in fp16, of the same size."""
     pooled_BChw = torch.nn.functional.avg_pool2d(images_BHWC.permute(0, 3, 1, 2).float(), 8)
     mean_BChw = torch.cat([pooled_BChw, pooled_BChw[:, :1]], dim=1).half()
     return mean_BChw, mean_BChw.abs()
@@ -75,13 +75,13 @@ class Reading:
         self._dataset = MicroBatchDataset(self.index, self.buckets, plan, Share(BATCH), [Treatment()], caches=caches)
 
     def ms(self, step: int) -> float:
-        """A sample of the batch of a step."""
+        """Time in ms for each sample of a step's batch."""
         began = time.process_time()
         self._dataset[step]
         return 1000 * (time.process_time() - began) / BATCH
 
     def picture(self, source: int) -> Callable[[int], Picture]:
-        """What the .npz of a source's images go by."""
+        """The names by which the .npz of a source's images are found."""
         buckets, first = self.buckets.buckets_of(source), int(self.index.starts_S[source])
 
         def of(place: int) -> Picture:
@@ -94,7 +94,7 @@ class Reading:
 
 
 def vae_ms(side_px: int) -> float:
-    """One picture through a VAE of SDXL's shape."""
+    """Time in ms of encoding one picture by a VAE of SDXL's shape."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(

@@ -69,7 +69,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def loopback_bytes() -> int:
-    """What the kernel has sent on `lo` in this network namespace."""
+    """Bytes that the kernel has sent on `lo` in this network namespace."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, figures = line.partition(":")
         if name.strip() == "lo":
@@ -151,7 +151,7 @@ def alone(kind: str) -> float:
 
 
 def measure_here() -> dict[str, Any]:
-    """In one of the processes: each collective alone, then each method's steps."""
+    """Measure in one of the processes: each collective alone, then each method's steps."""
     devices = dist.get_world_size()
     factors = {kind: alone(kind) for kind in KINDS.values()}
     methods = {}
@@ -170,7 +170,7 @@ def measure_here() -> dict[str, Any]:
 
 
 def totals(calls: Sequence[scaling.Collective]) -> dict[str, int]:
-    """Bytes by kind."""
+    """Bytes by kind of collective."""
     found: Counter[str] = Counter()
     for call in calls:
         found[call.kind] += call.bytes
@@ -178,13 +178,13 @@ def totals(calls: Sequence[scaling.Collective]) -> dict[str, int]:
 
 
 def trained() -> scaling.Trained:
-    """Sizes of the small U-Net."""
+    """Parameter sizes of the small U-Net that trains."""
     with torch.device("meta"):
         return scaling.trained_sizes(UNet(CONFIG))
 
 
 def own_namespace() -> list[str]:
-    """The beginning of a command that runs in a network namespace with a loopback; [] where none can be made."""
+    """The start of a command that runs in its own network namespace with a loopback; [] if none can be made."""
     if shutil.which("unshare") is None or shutil.which("ip") is None:
         return []
     command = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
@@ -192,7 +192,7 @@ def own_namespace() -> list[str]:
 
 
 def measure(processes: int) -> dict[str, Any]:
-    """Start the processes; the first one's figures and whether they had a loopback to themselves."""
+    """Start the processes; returns the first process's figures and whether they had their own loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -77,14 +77,14 @@ def photo_like(width: int, height: int, seed: int) -> Image.Image:
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """The picture as a file."""
+    """The picture encoded as JPEG."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=92)
     return file.getvalue()
 
 
 def opencv() -> ModuleType | None:
-    """OpenCV on one thread, if it is installed."""
+    """The OpenCV module on one thread, or None if it is not installed."""
     try:
         import cv2
     except ImportError:
@@ -103,16 +103,16 @@ class Case:
     fit: Fit
 
     def ours(self) -> np.ndarray:
-        """What training does."""
+        """Decode as training does."""
         return decode(self.data, self.bucket_wh_px, lambda width, height: self.fit)[0]
 
     def reference(self, cv2: ModuleType) -> np.ndarray:
-        """What the usual pipeline does."""
+        """Decode as the usual pipeline does."""
         pixels_HWC = np.array(Image.open(io.BytesIO(self.data)))
         return self.cropped(cv2.resize(pixels_HWC, self.fit.scaled_wh_px, interpolation=cv2.INTER_AREA))
 
     def decoding(self) -> Image.Image:
-        """Decoding alone, at ours' scale."""
+        """Decode by Pillow alone, at the scale that training uses."""
         image = Image.open(io.BytesIO(self.data))
         width, height = self.fit.scaled_wh_px
         image.draft(None, (int(width * DRAFT_MARGIN), int(height * DRAFT_MARGIN)))
@@ -120,7 +120,7 @@ class Case:
         return image
 
     def exact(self) -> np.ndarray:
-        """Lanczos of the full picture in floating point."""
+        """Scale the fully decoded picture by Lanczos in floating point."""
         pixels_HWC = np.asarray(Image.open(io.BytesIO(self.data)), np.float32)
         planes = [Image.fromarray(pixels_HWC[..., colour]) for colour in range(3)]
         scaled = [plane.resize(self.fit.scaled_wh_px, Image.Resampling.LANCZOS) for plane in planes]
@@ -138,7 +138,7 @@ def bucket_options(target: int) -> BucketOptions:
 
 
 def cases(pictures: list[bytes], target: int) -> list[Case]:
-    """All pictures for one resolution."""
+    """The cases of all pictures at one resolution."""
     options = bucket_options(target)
     assigned = assign_buckets(np.array(SIZES), options)
     found = assigned.sizes_K2[assigned.bucket_of_row].tolist()
@@ -155,7 +155,7 @@ def psnr(pixels: np.ndarray, exact: np.ndarray) -> float:
 
 
 def times_ms(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median of the process's own time of each, taking turns."""
+    """Median of the process's own time of each function, in ms; the functions take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds + 1):
         for name, work in works.items():
@@ -166,7 +166,7 @@ def times_ms(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
 
 
 def measure(case: Case, cv2: ModuleType | None, rounds: int) -> dict[str, object]:
-    """One picture: times in ms, PSNR in dB."""
+    """Times in ms and PSNR in dB of one picture."""
     works: dict[str, Callable[[], object]] = {"ours": case.ours, "decoding": case.decoding}
     exact = case.exact()
     quality = {"ours": psnr(case.ours(), exact)}
@@ -204,7 +204,7 @@ def write_shard(path: Path, pictures: list[bytes]) -> None:
 
 
 def loader_speed(folder: Path, target: int, workers: int, batches: int) -> float:
-    """Samples per second of wall-clock time that the loader gives, tokens left out."""
+    """Samples per second of wall-clock time that the loader yields, without tokenizing."""
     index = build_index([Subset(folder, ".txt")], use_cache=False)
     buckets = bucket_rows(index, [bucket_options(target)])
     plan = Plan(buckets, repeated(buckets.images_SK, index.repeats_S), 0, BATCH)
@@ -233,7 +233,7 @@ def scaling(pictures: list[bytes], most_workers: int, batches: int) -> dict[int,
 
 
 def option_costs(case: Case, rounds: int) -> dict[str, float]:
-    """ms that options of images add to one picture; where an option acts on a share of the samples, on one of those."""
+    """Time in ms that each image option adds to a picture on which it acts."""
     pixels_HWC = np.ascontiguousarray(case.ours())
 
     def decoded(by: Filter | None = None, with_alpha: bool = False, mirrored: bool = False) -> Callable[[], object]:
@@ -259,7 +259,7 @@ def option_costs(case: Case, rounds: int) -> dict[str, float]:
 
 
 def print_table(target: int, rows: list[dict], totals: dict[str, float]) -> None:
-    """One resolution for people."""
+    """Print the figures of one resolution as a table."""
     print(f"\n{target} px: ms a picture on one thread; PSNR in dB")
     places = (("picture", 11), ("decoded", 11), ("bucket", 11), ("ours", 7), ("decoding", 9), ("reference", 10))
     print(" ".join(f"{name:>{width}}" for name, width in (*places, ("PSNR", 9), ("(ref.)", 9))))

@@ -45,11 +45,11 @@ class Clock:
         self.parts: dict[str, list[float]] = {name: [] for name in ARITHMETIC}
 
     def end(self, stage: str) -> None:
-        """A stage ends now."""
+        """Record that a stage ends now."""
         self.ends[stage] = time.time() - self.started
 
     def ending(self, function: Callable[..., Any], stage: str) -> Callable[..., Any]:
-        """A function whose return ends a stage."""
+        """Wrap a function so that its return ends a stage."""
 
         def timed(*args: Any, **keywords: Any) -> Any:
             result = function(*args, **keywords)
@@ -59,7 +59,7 @@ class Clock:
         return timed
 
     def part(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """A function whose time counts as one part of a step's arithmetic."""
+        """Wrap a function so that its time counts as one part of a step's arithmetic."""
 
         def timed(*args: Any, **keywords: Any) -> Any:
             began = time.perf_counter()
@@ -70,7 +70,7 @@ class Clock:
         return timed
 
     def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches; what lies between them is a step, asking for them is waiting."""
+        """Yield the batches; the time between them is a step, the time of fetching them is waiting."""
         while True:
             began = time.perf_counter()
             try:
@@ -83,7 +83,7 @@ class Clock:
             self.between.append(time.perf_counter() - arrived)
 
     def steps(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """A step of which the first ends the start-up."""
+        """Wrap the step; the first step ends the start-up."""
 
         def timed(*args: Any, **keywords: Any) -> Any:
             result = train_step(*args, **keywords)
@@ -95,7 +95,7 @@ class Clock:
         return timed
 
     def optimizer(self, optimizer: Any) -> None:
-        """Steps of an optimizer are its part. (Where its method is replaced, the schedule warns.)"""
+        """Count the time of an optimizer's steps as its part. (The schedule warns if the method itself is replaced.)"""
         began = 0.0
 
         def before(*_: Any) -> None:
@@ -187,7 +187,7 @@ def arguments(folder: Path, steps: int, batch: int) -> list[str]:
 
 
 def ours(folder: Path, steps: int, batch: int) -> dict[str, Any]:
-    """One run in a process of its own."""
+    """Times of a run of sdxl_pretrain.py in its own process."""
     command = [sys.executable, __file__, "--child", str(time.time()), *arguments(folder, steps, batch)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -225,14 +225,14 @@ def peers(folder: Path, example: Path | None, packages: Path | None) -> dict[str
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def measure(
     rounds: int, steps: int, step_batch: int, example: Path | None = None, packages: Path | None = None
 ) -> dict[str, Any]:
-    """Starts in turns, then a longer run."""
+    """Measure starts in turns, then a longer run."""
     keys = ("start_s", "start_cpu_s")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -267,7 +267,7 @@ def measure(
 
 
 def print_table(found: dict[str, Any]) -> None:
-    """The figures for a reader."""
+    """Print the figures as a table."""
     print("| stage of a run of one step | s |\n|---|---|")
     for stage, seconds in found["stages_s"].items():
         print(f"| {stage} | {seconds:.2f} |")

@@ -56,7 +56,7 @@ OPTIMIZER = ["--optimizer_type=AdaFactor", "--optimizer_args", "relative_step=Fa
 
 
 def materialised(make: Any) -> Any:
-    """A network made without memory, given it once, and filled in place by each layer's own initialisation."""
+    """A network that is made without memory, allocated once, and filled in place by each layer's initialisation."""
     with torch.device("meta"):
         network: nn.Module = make()
     network.to_empty(device="cpu")
@@ -73,7 +73,7 @@ def materialised(make: Any) -> Any:
 
 
 def random_model(size: str, folder: Path) -> Model:
-    """All parts of SDXL with random weights; small tokenizers, whose ids are among CLIP's."""
+    """All parts of SDXL with random weights, and small tokenizers whose ids are among CLIP's."""
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 

@@ -51,7 +51,7 @@ START_ROWS = 1000  # of each shard
 
 @dataclass(frozen=True)
 class Growth:
-    """One plot: what grows, over which numbers."""
+    """A plot: the quantity that grows, and its values."""
 
     name: str
     title: str
@@ -70,7 +70,7 @@ GROWTHS = (
 
 @dataclass(frozen=True)
 class Load:
-    """What a step has to do: latent rows and columns, images in a micro-batch, and how many of those."""
+    """The work of a step: latent rows and columns, images in a micro-batch, number of micro-batches."""
 
     latent: int
     batch: int
@@ -89,7 +89,7 @@ def step_loads(quick: bool) -> dict[str, dict[int, Load]]:
 
 
 class Steps:
-    """One network with its optimizer, that takes steps of any load."""
+    """A network with its optimizer, which takes steps of any load."""
 
     def __init__(self, case: unet_steps.Case, wrap: Callable[[nn.Module], nn.Module] = lambda network: network) -> None:
         with torch.device("meta"):
@@ -102,7 +102,7 @@ class Steps:
         self._inputs: dict[tuple[int, int], unet_steps.Inputs] = {}
 
     def take(self, load: Load) -> Tensor:
-        """One step; returns the last micro-batch's loss."""
+        """Take a step; returns the last micro-batch's loss."""
         batch = self._batch(load)
         for _ in range(load.accumulation):
             vector_BV = torch.cat([batch.pooled_BP, size_embedding(batch.sizes_B6)], dim=1)
@@ -135,7 +135,7 @@ def median_ms(steps: Steps, loads: Iterable[Load], rounds: int) -> dict[Load, fl
 
 
 def _process(rank: int, processes: int, rounds: int, folder: str) -> None:
-    """One of the processes that train together; the first one writes the median."""
+    """Train in one of several processes; the first process writes the median."""
     torch.set_num_threads(1)
     devices.keep_freed_memory(CPU)
     store = dist.FileStore(f"{folder}/store", processes)
@@ -149,14 +149,14 @@ def _process(rank: int, processes: int, rounds: int, folder: str) -> None:
 
 
 def process_ms(processes: int, rounds: int) -> float:
-    """Median time of a step that so many processes take together."""
+    """Median time in ms of a step that the given number of processes take together."""
     with TemporaryDirectory() as folder:
         mp.spawn(_process, (processes, rounds, folder), nprocs=processes)
         return float(Path(folder, "ms").read_text(encoding="utf-8"))
 
 
 def start_series(quick: bool, starts: int) -> list[Series]:
-    """Starts where the shards grow in number with the images, and where they grow in size."""
+    """Starts with more shards for more images, and starts with larger shards."""
     shard_counts = (60, 90) if quick else (125, 250, 500, 1000)
     fixed = shard_counts[0]
 
@@ -172,7 +172,7 @@ def start_series(quick: bool, starts: int) -> list[Series]:
 
 
 def measure(rounds: int, starts: int, quick: bool) -> dict[str, list[Series]]:
-    """Every plot's lines."""
+    """Measure the lines of every plot."""
     lines = step_loads(quick)
     times = median_ms(Steps(CASE), {load for line in lines.values() for load in line.values()}, rounds)
     found = {
@@ -186,7 +186,7 @@ def measure(rounds: int, starts: int, quick: bool) -> dict[str, list[Series]]:
 
 
 def growth_table(found: dict[str, list[Series]]) -> str:
-    """One row a line: its points, its exponent, and that of its last two points, where fixed parts weigh less."""
+    """A table row for each line: points, exponent, and the last two points' exponent, which has less fixed cost."""
     rows = [
         [
             growth.title,

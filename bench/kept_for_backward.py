@@ -34,7 +34,7 @@ CASES = {
 
 
 def kept_bytes(kind: str, config: UNetConfig, latent_hw: tuple[int, int], batch: int) -> int:
-    """Of all that the network saves for backward."""
+    """Bytes of all storages that the network saves for backward."""
     case = Case(config, latent_hw, batch, torch.float32, META, gradient_checkpointing=False)
     network, predict = make_network(kind, case)
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}

@@ -49,7 +49,7 @@ _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 
 class Counting(TorchDispatchMode):
-    """Counts launches and waits of what runs on one kind of device."""
+    """Counts launches and waits of the operators that run on one type of device."""
 
     def __init__(self, kind: str = "npu") -> None:
         super().__init__()
@@ -69,31 +69,31 @@ class Counting(TorchDispatchMode):
         return result
 
     def wait(self, why: str) -> None:
-        """The host stands still."""
+        """Count a wait of the host."""
         self.counts["waits"] += 1
         self.waits[why] += 1
 
     def taken(self) -> dict[str, int]:
-        """What was counted since the last call."""
+        """The counts since the last call."""
         found = {name: self.counts[name] for name in ("launches", "waits")}
         self.counts.clear()
         return found
 
 
 def _is_view(func: Any) -> bool:
-    """Its result is memory of an argument, and not written to: nothing is computed."""
+    """True if the operator returns memory of an argument without writing to it: nothing is computed."""
     returns = func._schema.returns
     return bool(returns) and all(one.alias_info is not None and not one.alias_info.is_write for one in returns)
 
 
 def _does_not_block(func: Any, args: Any, keywords: Any) -> bool:
-    """A copy that was asked not to (of pinned memory, or the simulated NPU would block all the same)."""
+    """True for a copy that was requested as non-blocking (the simulated NPU blocks unless memory is pinned)."""
     place = {"aten::copy_": 2}.get(func._schema.name)
     return bool(keywords.get("non_blocking", place is not None and len(args) > place and args[place]))
 
 
 def count_networks() -> dict[str, dict[str, dict[str, int]]]:
-    """Launches and waits of both halves of a step, by network. In a process that has an NPU."""
+    """Launches and waits of both halves of a step, by network; the process must have an NPU."""
     from unet_steps import KINDS, TINY, Case, make_step
 
     case = Case(TINY, (8, 8), 1, torch.float32, torch.device("npu"), gradient_checkpointing=False)
@@ -111,7 +111,7 @@ def count_networks() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def count_run(arguments: Sequence[str]) -> dict[str, Any]:
-    """Launches and waits of the third step of a run, and of what the waits are. In a process that has an NPU."""
+    """Launches and waits of a run's third step, and the operators that wait; the process must have an NPU."""
     import sdxl_pretrain
     from library import device as devices
     from library.training.loop import Trainer
@@ -142,7 +142,7 @@ def count_run(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def in_child(*arguments: str) -> Any:
-    """What this script prints with these arguments in a process that has a simulated NPU."""
+    """The output of this script with the given arguments in a process that has a simulated NPU."""
     sys.path.insert(0, str(ROOT / "test"))
     from npu_sim.environment import environment
 
@@ -155,7 +155,7 @@ def in_child(*arguments: str) -> Any:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """All counts; the model, the pictures and the runs' output go into the folder."""
+    """Count everything; the model, the pictures and the runs' output go into the folder."""
     from end_to_end import make_set
 
     make_set(folder)
@@ -167,7 +167,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def training_flags(model: Path, data: Path, out: Path) -> list[str]:
-    """A short run of one picture a step."""
+    """The flags of a short run with one picture a step."""
     return [
         f"--pretrained_model_name_or_path={model}", f"--train_data_dir={data}", f"--output_dir={out}",
         "--resolution=64", "--caption_extension=.txt", "--train_batch_size=1", "--max_data_loader_n_workers=0",
@@ -176,7 +176,7 @@ def training_flags(model: Path, data: Path, out: Path) -> list[str]:
 
 
 def print_tables(found: dict[str, Any]) -> None:
-    """For people."""
+    """Print the counts as tables."""
     print("| one step of the U-Net (tiny, fp32) | launches | waits |\n| --- | --- | --- |")
     for kind, halves in found["networks"].items():
         for half, counts in halves.items():
@@ -188,7 +188,7 @@ def print_tables(found: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count, print."""
+    """Count and print."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--networks"]:
         print(json.dumps(count_networks()))

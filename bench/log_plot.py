@@ -15,7 +15,7 @@ COLOURS = ("#0b62a4", "#c2571a", "#3b7d23", "#7a3b9a")
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name and its points, all positive."""
+    """A line of the plot: its name and its points, all positive."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -59,7 +59,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Where a logarithmic axis puts values, in pixels of the picture."""
+    """A logarithmic axis, which maps values to pixels of the picture."""
 
     marks: list[float]
     start_px: float
@@ -71,7 +71,7 @@ class _Axis:
 
 
 def log_plot(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
-    """The picture: measured points, each series' fit dashed, and the fits' exponents below."""
+    """The SVG: measured points, each series' fit as a dashed line, and the fits' exponents below."""
     xs, ys = zip(*(point for line in series for point in line.points), strict=True)
     height = HEIGHT + CAPTION_LINE * len(series)
     floor = HEIGHT - BOTTOM
@@ -102,7 +102,7 @@ def log_plot(title: str, x_label: str, y_label: str, series: Sequence[Series]) -
 
 
 def _sparse(marks: list[float]) -> list[float]:
-    """Powers of ten alone where there is no room to name all."""
+    """The powers of ten among the ticks if there is no space to label all."""
     return marks if len(marks) <= 8 else [mark for mark in marks if f"{mark:e}".startswith("1.0")]
 
 

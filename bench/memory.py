@@ -42,7 +42,7 @@ ADAFACTOR = ["relative_step=False", "scale_parameter=False"]
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the table."""
+    """The settings of a table row."""
 
     side_px: int
     precision: str
@@ -58,7 +58,7 @@ class Configuration:
 
     @property
     def name(self) -> str:
-        """In the words of the flags."""
+        """The configuration's name, in the words of the flags."""
         parts = [
             f"{self.side_px} px, {self.precision}: {self.optimizer}",
             f"full_bf16 ({self.update})" if self.update else "",
@@ -72,7 +72,7 @@ class Configuration:
 
 
 def configurations() -> list[Configuration]:
-    """Those that a user chooses between."""
+    """The configurations between which a user chooses."""
     bf16, factored = partial(Configuration, 1024, "bf16"), {"optimizer": "AdaFactor", "arguments": ADAFACTOR}
     rows = [bf16(checkpointing=False), bf16(), bf16(fused=True), bf16(**factored), bf16(**factored, fused=True)]
     if importlib.util.find_spec("bitsandbytes"):
@@ -88,12 +88,12 @@ def configurations() -> list[Configuration]:
 
 
 def predict(model: Model, one: Configuration) -> MemoryEstimate:
-    """The estimate of one configuration; of the model only shapes are used."""
+    """The estimate of a configuration; only the model's shapes are used."""
     return estimate(*parts_of(model, one))
 
 
 def parts_of(model: Model, one: Configuration) -> tuple[Any, ...]:
-    """What the estimator is made of for one configuration."""
+    """The estimator's arguments for a configuration."""
     half, batch = DTYPES[one.precision], 1
     module = Denoiser(model)
     module.unet.enable_gradient_checkpointing(one.checkpointing)

@@ -52,13 +52,13 @@ class Layers:
 
 
 def make_layers(tokens: int, width: int, outs: Sequence[int]) -> Layers:
-    """Random ones; `outs` are the layers' widths out."""
+    """Layers with random weights; `outs` are their output widths."""
     weight_NK = torch.randn(sum(outs), width).mul_(0.02)
     return Layers(torch.randn(tokens, width), weight_NK, tuple(torch.randn(tokens, out) for out in outs))
 
 
 def separate(layers: Layers) -> dict[str, Callable[[], Any]]:
-    """The parts of a step as the trainer has them, a product for each layer."""
+    """The parts of a step as the trainer computes them, with a product for each layer."""
     weights = layers.weights
 
     def to_input() -> Tensor:
@@ -112,7 +112,7 @@ def measure(layers: Layers, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def attention_layers(config: UNetConfig) -> tuple[list[Attention], list[Attention]]:
-    """Self- and cross-attention layers, without memory."""
+    """SDXL's self- and cross-attention layers on the meta device."""
     with torch.device("meta"):
         layers = [module for module in UNet(config).modules() if isinstance(module, Attention)]
     of_text = [layer.to_k.in_features != layer.to_q.in_features for layer in layers]
@@ -121,7 +121,7 @@ def attention_layers(config: UNetConfig) -> tuple[list[Attention], list[Attentio
 
 
 def shares(px: int) -> dict[str, float]:
-    """What the products have of a step's FLOPs in SDXL's U-Net at a square resolution, text encoders trained, too."""
+    """The products' share of a step's FLOPs of SDXL at a square resolution, with trained text encoders."""
     config = UNetConfig()
     own, of_text = attention_layers(config)
     side = px // 8
@@ -134,7 +134,7 @@ def shares(px: int) -> dict[str, float]:
 
 
 def cases() -> dict[str, tuple[int, int, list[int]]]:
-    """Tokens, width in and widths out of SDXL's layers, by name."""
+    """Tokens, input width and output widths of SDXL's layers, by name."""
     config = UNetConfig()
     of_text = attention_layers(config)[1]
     outs = [out for layer in of_text for out in (layer.to_k.out_features, layer.to_v.out_features)]
@@ -149,7 +149,7 @@ def cases() -> dict[str, tuple[int, int, list[int]]]:
 
 
 def show(name: str, found: dict[str, dict[str, Any]]) -> None:
-    """A table row for each way and part."""
+    """Print a table row for each way and part."""
     for way, parts in found.items():
         for part, one in parts.items():
             spread = f"{one['median']:10.3f} ({one['quartile1']:.3f}–{one['quartile3']:.3f})"

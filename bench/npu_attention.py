@@ -36,7 +36,7 @@ LATENT_PX = 8
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """One attention: query and key tokens, heads, head size."""
+    """The shape of an attention: query and key tokens, heads, head size."""
 
     queries: int
     keys: int
@@ -48,7 +48,7 @@ class Shape:
 
 
 def shapes(resolution_px: int, config: UNetConfig, text_tokens: Sequence[int] = TEXT_TOKENS) -> list[Shape]:
-    """What the U-Net attends over in the buckets of a square resolution.
+    """The attention shapes of the U-Net in the buckets of a square resolution.
 
     Sides go from its half to its double in sixteenths of it, as the launchers have them at 1024. A level has half the
     rows and columns, rounded up, of that above.
@@ -68,7 +68,7 @@ def shapes(resolution_px: int, config: UNetConfig, text_tokens: Sequence[int] = 
 
 
 def backends(device: torch.device) -> tuple[str, str]:
-    """The one that is measured and the one it is measured against."""
+    """The measured backend and the backend with which it is compared."""
     return ("npu", "sdpa") if devices.is_npu(device) else ("sdpa", "math")
 
 
@@ -85,7 +85,7 @@ class Measured:
 def measure(
     shape: Shape, pair: tuple[str, str], batch: int, dtype: torch.dtype, device: torch.device, steps: int
 ) -> Measured:
-    """Both backends in turns, in changing order, on the same tensors; the first turn is not counted."""
+    """Time both backends in turns, in changing order, on the same tensors; the first turn is not counted."""
     torch.manual_seed(0)
     lengths = (shape.queries, shape.keys, shape.keys)
     sizes = [(batch, length, shape.heads, shape.head_size) for length in lengths]

@@ -75,19 +75,19 @@ class Trained:
 
     @property
     def total(self) -> int:
-        """All trained elements."""
+        """Number of trained elements."""
         return sum(self.numels)
 
 
 def fsdp_units(module: Any) -> list[nn.Module]:
-    """What is sharded, gathered and freed as one, as the trainer has it; of a U-Net alone, its part of that."""
+    """The modules that the trainer shards, gathers and frees as units; for a U-Net alone, its units."""
     if isinstance(module, UNet):
         return [*module.input_blocks, module.middle_block, *module.output_blocks]
     return module.sharding_units()
 
 
 def trained_sizes(module: nn.Module) -> Trained:
-    """Sizes of what a module trains."""
+    """Elements of a module's trained parameters and of its FSDP2 units."""
     units = [[parameter for parameter in unit.parameters() if parameter.requires_grad] for unit in fsdp_units(module)]
     groups = [sum(parameter.numel() for parameter in unit) for unit in units if unit]
     numels = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
@@ -95,7 +95,7 @@ def trained_sizes(module: nn.Module) -> Trained:
 
 
 def shards(numels: Sequence[int], devices: int) -> list[list[int]]:
-    """Whole parameters, each to the rank that has the fewest elements so far: both sharded optimizers do so."""
+    """Assign each whole parameter to the rank with the fewest elements so far, as both sharded optimizers do."""
     parts: list[list[int]] = [[] for _ in range(devices)]
     sizes = [0] * devices
     for numel in numels:
@@ -146,10 +146,10 @@ def _oss(trained: Trained, devices: int) -> list[Collective]:
 
 
 def collectives(method: str, trained: Trained, devices: int, gathered_bytes: int = FP32) -> list[Collective]:
-    """What a step without accumulation calls; scalars (gradient norm, overflow) are left out.
+    """The collectives of a step without accumulation, except of scalars (gradient norm, overflow).
 
     Args:
-        gathered_bytes: of an element that FSDP2 gathers, 2 if its mixed precision is fp16 or bf16.
+        gathered_bytes: bytes of an element that FSDP2 gathers, 2 if its mixed precision is fp16 or bf16.
     """
     if method == "ddp":
         return _ddp(trained.numels)
@@ -174,7 +174,7 @@ def sent(calls: Sequence[Collective], devices: int) -> float:
 
 @dataclass(frozen=True)
 class Links:
-    """Assumed: bandwidths of a device in one direction, in GB/s, and the latency of a message, in microseconds."""
+    """Assumed bandwidths of a device in one direction, in GB/s, and latency of a message, in microseconds."""
 
     name: str
     inside: float
@@ -196,12 +196,12 @@ class Seconds:
 
     @property
     def bound(self) -> str:
-        """What limits."""
+        """The larger of the two bounds: bandwidth or latency."""
         return "latency" if self.latency > self.bandwidth else "bandwidth"
 
 
 def seconds(calls: Sequence[Collective], devices: int, links: Links) -> Seconds:
-    """Hierarchical: inside the nodes, then each device its part of the tensor between nodes, then inside again."""
+    """Lower bounds of a hierarchical collective: inside nodes, each device's part between nodes, inside nodes."""
     local = min(devices, PER_NODE)
     nodes = devices // local
     inside = between = between_one_root = hops = 0.0
@@ -223,7 +223,7 @@ def seconds(calls: Sequence[Collective], devices: int, links: Links) -> Seconds:
 
 
 def state_bytes(method: str, trained: Trained, devices: int) -> dict[str, int]:
-    """What the rank with the most holds at the update: fp32 weights, gradients, AdamW's two moments.
+    """Bytes of fp32 weights, gradients and AdamW's moments at the update, on the rank that holds the most.
 
     OSS keeps the buckets of all ranks; a gradient that is reduced alone stays with its owner only.
     """
@@ -262,7 +262,7 @@ def sdxl() -> Model:
 
 
 def flops(run: Callable[[], Any]) -> int:
-    """Two for each multiplication with addition, in matrix products, convolutions and attention; nothing else."""
+    """FLOPs of matrix products, convolutions and attention: 2 for each multiplication with addition."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
@@ -270,7 +270,7 @@ def flops(run: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Per image, at a square resolution: `model` is what the mathematics needs, `run` is with recomputation."""
+    """FLOPs of an image at a square resolution: `model` is the mathematics, `run` includes recomputation."""
 
     unet_forward: int
     text_forward: int
@@ -280,7 +280,7 @@ class StepFlops:
 
 
 def step_flops(model: Model, resolution_px: int = 1024) -> StepFlops:
-    """The trainer's own modules with both text encoders trained, one image, 77 text tokens."""
+    """FLOPs of the trainer's modules with both text encoders trained, for an image and 77 text tokens."""
     side = resolution_px // 8
     with torch.device("meta"):
         noisy_BCHW, t_B, sizes_B6 = torch.empty(1, 4, side, side), torch.empty(1), torch.empty(1, 6)
@@ -336,7 +336,7 @@ def _cases(trained: Trained) -> list[tuple[str, str, int]]:
 
 
 def parameters_table(model: Model, module: Denoiser) -> str:
-    """What there is and what trains."""
+    """Parameters of each network, and the trained ones."""
     parts = {
         "U-Net": (model.unet, list(module.unet.parameters())),
         "text encoder 1 (CLIP-L)": (model.text_encoders[0], module.trained_encoders[0]),
@@ -352,7 +352,7 @@ def parameters_table(model: Model, module: Denoiser) -> str:
 
 
 def traffic_table(trained: Trained) -> str:
-    """GB that a rank sends a step, and the number of collectives."""
+    """GB that a rank sends in a step, and the number of collectives."""
     rows = []
     for name, method, gathered in _cases(trained):
         cells = []
@@ -393,7 +393,7 @@ def memory_table(trained: Trained) -> str:
 
 
 def flops_table(found: StepFlops) -> str:
-    """TFLOP of one image."""
+    """TFLOP of an image by part of the step."""
     rows = {
         "U-Net, forward": found.unet_forward,
         "text encoders, forward": found.text_forward,

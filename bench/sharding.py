@@ -106,21 +106,21 @@ class Storages(TorchDispatchMode):
         return result
 
     def alive(self) -> dict[int, int]:
-        """Present bytes of each that still is."""
+        """Current bytes of each storage that still exists."""
         gc.collect()
         storages = [reference() for reference in self._seen.values()]
         return {storage._cdata: storage.nbytes() for storage in storages if storage is not None}
 
 
 def storages_under(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
-    """What lies under tensors with data; of a DTensor, whose own storage is a pretence, under the part that is here."""
+    """The storages of tensors; of a DTensor, which has no real storage, those of its local part."""
     for value in values:
         if isinstance(value, Tensor) and not value.is_meta:
             yield getattr(value, "_local_tensor", value).untyped_storage()
 
 
 def storages_of(tensors: Iterable[Any]) -> dict[int, int]:
-    """Bytes of the storages under tensors, each once."""
+    """Bytes of the tensors' storages, each counted once."""
     return {storage._cdata: storage.nbytes() for storage in storages_under(tensors)}
 
 
@@ -140,7 +140,7 @@ class Trained:
         return loss.detach()
 
     def update(self) -> None:
-        """As the trainer's loop has it."""
+        """Clip, update and clear gradients as the trainer's loop does."""
         self.parallel.clip(MAX_NORM)
         self.parallel.optimizer.step()
         self.parallel.schedule.step()
@@ -148,7 +148,7 @@ class Trained:
 
 
 def share_of_batch() -> unet_steps.Inputs:
-    """This process's places of the global batch, as the trainer deals them out."""
+    """This process's indices in the global batch, as the trainer assigns them."""
     rank, processes = dist.get_rank(), dist.get_world_size()
     return unet_steps.Inputs(
         *(tensor[rank::processes].clone() for tensor in vars(unet_steps.make_inputs(CASE)).values())
@@ -241,14 +241,14 @@ def losses_and_seconds(
 
 
 def gathered(value: Any) -> list[Any]:
-    """What each process has."""
+    """The values of all processes."""
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, value)
     return ranks
 
 
 def measure_here(steps: int, warmup: int) -> dict[str, Any]:
-    """Memory of every way, largest process; then, with steps, losses and times of those that a user can choose."""
+    """Memory of every way in its largest process; with steps also losses and times of the ways that users choose."""
     batch = share_of_batch()
     kinds = [*SHARDINGS, OSS_IN_PROPORTION, FSDP_KEPT, FSDP_ON_DTENSORS] if dist.get_world_size() > 1 else ["none"]
     held, all_trained = {}, {}
@@ -269,7 +269,7 @@ def measure_here(steps: int, warmup: int) -> dict[str, Any]:
 
 
 def over_ranks(values: dict[str, list[float]], together: Callable[[Any], float]) -> dict[str, list[float]]:
-    """Each way's values, one a step, of all processes together."""
+    """Each way's value of each step, over all processes."""
     ranks = gathered(values)
     return {kind: [together(step) for step in zip(*(rank[kind] for rank in ranks), strict=True)] for kind in values}
 
@@ -278,7 +278,7 @@ def over_ranks(values: dict[str, list[float]], together: Callable[[Any], float])
 
 
 def measure(processes: int, steps: int, warmup: int) -> dict[str, Any]:
-    """The same in processes of their own: under torchrun, and one alone without it, as the trainer is started."""
+    """Measure in separate processes: several under torchrun, a single one without it, as the trainer starts."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     arguments = [__file__, "--inside", f"--steps={steps}", f"--warmup={warmup}"]
     done = subprocess.run([sys.executable, *torchrun, *arguments], stdout=subprocess.PIPE, text=True)

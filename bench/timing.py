@@ -1,4 +1,4 @@
-"""Wall time of a run on any device, and the spread of many."""
+"""Wall time of a function on any device, and quartiles of many times."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ from library import device as devices
 
 
 def timed_ms(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Wall time of one run, in ms, with all that it launched on the device; and what it returned."""
+    """Wall time of a call in ms, including the work that it launched on the device, and its result."""
     devices.synchronize(device)
     started = time.perf_counter()
     result = run()

@@ -50,7 +50,7 @@ PEAK_TFLOPS = {"A100": 312.0, "H100 80GB HBM3": 989.4, "H100 PCIe": 756.0, "H200
 
 
 def parts_of_step(kind: str, step: TrainStep, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """What one process times: a step's halves by name, or the matrix arithmetic of ours."""
+    """The functions that a process times: a step's halves by name, or the matrix arithmetic of our step."""
     if kind == FUSED:
         return {f"{kind}: all but the norm": step.forward_backward, f"{kind}: norm": step.update}
     if kind != "products":
@@ -61,7 +61,7 @@ def parts_of_step(kind: str, step: TrainStep, device: torch.device) -> dict[str,
 
 
 def serve(kind: str, case: Case) -> None:
-    """Be one process of the measurement: a line of JSON for each line of input."""
+    """Serve as a process of the measurement: print a line of JSON for each line of input."""
     on_cpu = devices.is_cpu(case.device)
     if on_cpu:  # a first step of little size imports, and allocates, what is not this step's
         plain = kind if kind == FUSED else "diffusers" if kind.startswith("diffusers") else "ours"
@@ -84,14 +84,14 @@ def serve(kind: str, case: Case) -> None:
 
 
 class Process:
-    """One of the processes that take turns."""
+    """A child process, which takes its turn on request."""
 
     def __init__(self, kind: str, arguments: list[str]) -> None:
         command = [sys.executable, __file__, *arguments, f"--serve={kind}"]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, question: str) -> dict[str, Any]:
-        """The answer to "step" or "memory"."""
+        """Send "step" or "memory" to the process and return its answer."""
         assert self._child.stdin is not None and self._child.stdout is not None
         print(question, file=self._child.stdin, flush=True)
         return json.loads(self._child.stdout.readline())
@@ -102,7 +102,7 @@ class Process:
 
 @dataclass
 class Measured:
-    """What the processes said: the loss of each first step, times in ms by part, peaks and states in bytes."""
+    """The processes' results: first steps' losses, times in ms by part, peaks and states in bytes."""
 
     losses: dict[str, float] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)
@@ -114,20 +114,20 @@ class Measured:
         self.losses[kind] = process.ask("step")["loss"]
 
     def step(self, kind: str, process: Process, counts: bool = True) -> None:
-        """One more."""
+        """Take a timed step."""
         parts = process.ask("step")["ms"]
         if counts:
             for name, value in (parts | {kind: sum(parts.values())}).items():
                 self.times.setdefault(name, []).append(value)
 
     def end(self, kind: str, process: Process) -> None:
-        """Ask for its memory."""
+        """Record the peak memory and the state of the process."""
         memory = process.ask("memory")
         self.peaks[kind], self.states[kind] = memory["peak"], memory["state"]
 
 
 def in_turns(arguments: list[str], kinds: Sequence[str], steps: int, warmup: int) -> Measured:
-    """One step of each kind after the other, in changing order."""
+    """Take a step of each kind in turn, in changing order."""
     measured = Measured()
     processes = {kind: Process(kind, arguments) for kind in kinds}
     try:
@@ -145,7 +145,7 @@ def in_turns(arguments: list[str], kinds: Sequence[str], steps: int, warmup: int
 
 
 def one_at_a_time(arguments: list[str], kinds: Sequence[str], steps: int, warmup: int) -> Measured:
-    """All steps of a kind, then those of the next, and again in the opposite order: half of them each time."""
+    """Take half of the steps kind by kind, then the other half in the opposite order of kinds."""
     measured = Measured()
     for order, count in ((kinds, steps - steps // 2), (kinds[::-1], steps // 2)):
         for kind in order:
@@ -161,7 +161,7 @@ def one_at_a_time(arguments: list[str], kinds: Sequence[str], steps: int, warmup
 
 
 def measure(arguments: list[str], case: Case, steps: int, warmup: int, apart: bool = False) -> dict[str, Any]:
-    """Both steps, their halves, and the matrix arithmetic."""
+    """Measure both steps, their halves, and the matrix arithmetic."""
     take = one_at_a_time if apart else in_turns
     measured = take(arguments, (*case.kinds, "products"), steps, warmup)
     peaks, states, losses = (
@@ -172,7 +172,7 @@ def measure(arguments: list[str], case: Case, steps: int, warmup: int, apart: bo
 
 
 def memory_figures(peaks: dict[str, int], states: dict[str, int]) -> dict[str, Any]:
-    """Peaks in bytes and each over diffusers'; of them weights with the optimizer's state, and what comes above it."""
+    """Peaks in bytes and their ratios to diffusers'; weights with optimizer state, and the peak above these."""
     above = {kind: peaks[kind] - states[kind] for kind in peaks}
     return {
         "memory_bytes": {kind: {"peak": peak, "state": states[kind]} for kind, peak in peaks.items()},
@@ -273,7 +273,7 @@ def case_of(options: argparse.Namespace) -> Case:
 
 
 def versions(case: Case) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Versions of the packages on which the figures depend."""
     import diffusers
 
     return {

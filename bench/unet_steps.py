@@ -61,7 +61,7 @@ COMPILED = ("ours compiled", "diffusers compiled")
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """The settings of a measurement."""
 
     config: UNetConfig
     latent_hw: tuple[int, int]
@@ -77,7 +77,7 @@ class Case:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The networks that take steps in turns."""
+        """The names of the networks that take steps in turns."""
         fused = (FUSED,) if self.fused_backward_pass else ()
         return (*KINDS, *fused, *(() if self.dynamo_backend is None else COMPILED))
 
@@ -111,7 +111,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def weights(case: Case) -> dict[str, Tensor]:
-    """Random weights by Stability's names; no layer is zero, as after training. None at all on the meta device."""
+    """Random weights by Stability's names; no layer is zero, as after training. Empty on the meta device."""
     with torch.device("meta"):
         empty = UNet(case.config).state_dict()
     if case.device.type == "meta":
@@ -135,7 +135,7 @@ def model_flops(case: Case) -> int:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """A network and the two halves of a step; called, it takes the whole and returns the loss."""
+    """A network and the two halves of a step; a call takes a whole step and returns the loss."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer | None
@@ -148,7 +148,7 @@ class TrainStep:
         return loss
 
     def state_bytes(self) -> int:
-        """Weights and what the optimizer keeps of them, after a step."""
+        """Bytes of the weights and of the optimizer's state after a step."""
         by_parameter = self.optimizer.state.values() if self.optimizer is not None else ()
         states = [value for state in by_parameter for value in state.values()]
         kept = [*self.network.parameters(), *(value for value in states if isinstance(value, Tensor))]
@@ -159,7 +159,7 @@ Halves = tuple[torch.optim.Optimizer | None, Callable[[Tensor], None], Callable[
 
 
 def without_update(network: nn.Module) -> Halves:
-    """Backward alone, each gradient dropped as it is made: where there is room for the weights alone."""
+    """Backward only, which frees each gradient at once: for devices that hold only the weights."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
@@ -185,7 +185,7 @@ def of_example(network: nn.Module) -> Halves:
 
 
 def of_trainer(kind: str, case: Case, network: nn.Module) -> Halves:
-    """The same by the trainer's own classes; with the optimizer in backward the norm alone is left after it."""
+    """The halves of a step by the trainer's classes; with the optimizer in backward only the norm remains after it."""
     fused = kind == FUSED
     parallel = (partial(FusedBackward, max_grad_norm=MAX_GRAD_NORM) if fused else Replicated)(
         Accelerator(cpu=devices.is_cpu(case.device)),

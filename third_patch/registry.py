@@ -1,7 +1,7 @@
-"""What a patch is, and how patches are applied and taken back: nothing is replaced that was not tried.
+"""Patches as data, and the function that applies and undoes them; only tried versions are patched.
 
-A patch names its target as "package.module:Class.method". It is refused where the package's version lies outside the
-range that was tried, where the target's signature is another one, and where the target is patched already.
+A patch names its target as "package.module:Class.method". It is refused if the package's version is outside the range
+that was tried, if the target has another signature, and if the target is patched already.
 """
 
 import importlib
@@ -25,15 +25,15 @@ class PatchError(InputError):
 
 @dataclass(frozen=True)
 class Patch:
-    """One replacement of one callable of another package.
+    """The replacement of a function or method of another package.
 
     Attributes:
         target: "package.module:Class.method".
-        why: what goes wrong without it, for the log and the ledger.
-        versions: of the package, as requirements files write them (">=1.11,<=1.15").
-        signature: of the target, as `inspect.signature` prints it without annotations.
-        replace: given the original, returns what stands in its place.
-        remove_when: what must have changed in the package for the patch to go.
+        why: what goes wrong without the patch, for the log and the ledger.
+        versions: the package's versions, as requirements files write them (">=1.11,<=1.15").
+        signature: the target's signature, as `inspect.signature` prints it without annotations.
+        replace: returns the replacement, given the original.
+        remove_when: the change in the package after which the patch can be removed.
     """
 
     target: str
@@ -45,7 +45,7 @@ class Patch:
 
     @property
     def package(self) -> str:
-        """The distribution that is patched."""
+        """The name of the patched distribution."""
         return self.target.partition(".")[0]
 
 
@@ -53,13 +53,13 @@ _active: dict[str, Patch] = {}
 
 
 def apply(patches: Iterable[Patch]) -> Callable[[], None]:
-    """Apply patches, all or none; a line of the log for each.
+    """Apply patches, all or none, and log a line for each.
 
     Returns:
-        A function that puts the originals back.
+        A function that restores the originals.
 
     Raises:
-        PatchError: one of them does not fit; the message names the target, and what was found and what was expected.
+        PatchError: a patch does not fit; the message names the target, what was found and what was expected.
     """
     undone: list[Callable[[], None]] = []
 
@@ -132,7 +132,7 @@ def _owner(patch: Patch) -> tuple[Any, str]:
 
 
 def _signature(function: Callable[..., Any]) -> str:
-    """A signature without annotations, which change more often than what they annotate."""
+    """A function's signature without annotations, which change more often than the parameters."""
     signature = inspect.signature(function)
     parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))

@@ -20,11 +20,11 @@ BUCKET_ELEMENTS, ALL_BUCKETS_ELEMENTS = 2**23, 2**26
 
 def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(self: Any, *args: Any, device_placement: Any = None) -> Any:
-        """As accelerate's; a model that comes with an OSS is wrapped in ShardedDataParallel."""
-        optimizers = [one for one in args if isinstance(one, OSS)]
+        """Prepare objects as accelerate does; a model that comes with an OSS is wrapped in ShardedDataParallel."""
+        optimizers = [argument for argument in args if isinstance(argument, OSS)]
         if not optimizers:
             return original(self, *args, device_placement=device_placement)
-        models = [one for one in args if isinstance(one, nn.Module)]
+        models = [argument for argument in args if isinstance(argument, nn.Module)]
         if len(optimizers) != 1 or len(models) != 1:
             raise ValueError(f"one model goes with one OSS; got {len(models)} models and {len(optimizers)} OSS")
         made = {
@@ -32,20 +32,20 @@ def _prepare(original: Callable[..., Any]) -> Callable[..., Any]:
             id(optimizers[0]): self.prepare_optimizer(optimizers[0], device_placement=False),
         }
         placement = list(device_placement or [None for _ in args])
-        others = [place for place, one in enumerate(args) if id(one) not in made]
-        results = {place: made.get(id(one)) for place, one in enumerate(args)}
+        others = [index for index, argument in enumerate(args) if id(argument) not in made]
+        results = {index: made.get(id(argument)) for index, argument in enumerate(args)}
         if others:
             rest = original(self, *(args[n] for n in others), device_placement=[placement[n] for n in others])
             results |= dict(zip(others, rest if len(others) > 1 else (rest,), strict=True))
-        for one in made.values():
-            one._is_accelerate_prepared = True  # accelerate's mark of what must not be wrapped twice
-        return tuple(results[place] for place in range(len(args)))
+        for prepared in made.values():
+            prepared._is_accelerate_prepared = True  # accelerate wraps no object with this mark again
+        return tuple(results[index] for index in range(len(args)))
 
     return prepare
 
 
 def _wrapped(accelerator: Any, model: nn.Module, optimizer: OSS) -> ShardedDataParallel:
-    """The model on its device, with autocast, in the wrapper that reduces each gradient to the process that owns it."""
+    """The model on its device, with autocast, in ShardedDataParallel, which reduces each gradient to its owner."""
     prepared = accelerator.prepare_model(model, evaluation_mode=True)  # "evaluation" leaves out DDP alone
     optimizer.refresh_trainable()
     wrapper = ShardedDataParallel(
@@ -57,14 +57,14 @@ def _wrapped(accelerator: Any, model: nn.Module, optimizer: OSS) -> ShardedDataP
     )
     bind(optimizer, wrapper)
     models = accelerator._models
-    models[next(n for n, one in enumerate(models) if one is prepared)] = wrapper
+    models[next(index for index, model in enumerate(models) if model is prepared)] = wrapper
     return wrapper
 
 
 def _clip_grad_norm(original: Callable[..., Any]) -> Callable[..., Any]:
     def clip_grad_norm_(self: Any, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-        """As accelerate's; with an OSS the norm is that of all processes' shares together."""
-        sharded = [one.optimizer for one in self._optimizers if isinstance(one.optimizer, OSS)]
+        """Clip as accelerate does; with an OSS the norm is computed over all processes' shares."""
+        sharded = [wrapper.optimizer for wrapper in self._optimizers if isinstance(wrapper.optimizer, OSS)]
         if not sharded:
             return original(self, parameters, max_norm, norm_type=norm_type)
         self.unscale_gradients()

@@ -1,4 +1,4 @@
-"""accelerate's scheduler wrapper: a step of the schedule for a step of the optimizer, on any number of processes."""
+"""accelerate's scheduler wrapper: the schedule counts optimizer steps, on any number of processes."""
 
 from collections.abc import Callable
 from typing import Any

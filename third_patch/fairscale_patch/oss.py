@@ -1,4 +1,4 @@
-"""fairscale's OSS (ZeRO stage 1): gradients that stay in their flat buckets, and buffers that follow the parameters."""
+"""fairscale's OSS (ZeRO stage 1): gradients stay in their flat buckets, and buffers follow the parameters' device."""
 
 import weakref
 from collections.abc import Callable
@@ -13,13 +13,13 @@ _wrappers: "weakref.WeakKeyDictionary[Any, Any]" = weakref.WeakKeyDictionary()
 
 
 def bind(optimizer: Any, wrapper: nn.Module) -> None:
-    """Tell an OSS which ShardedDataParallel reduces its gradients, so that `zero_grad` can leave its buckets whole."""
+    """Register the ShardedDataParallel of an OSS, so that `zero_grad` keeps the gradients in its buckets."""
     _wrappers[optimizer] = weakref.ref(wrapper)
 
 
 def _zero_grad(original: Callable[..., Any]) -> Callable[..., Any]:
     def zero_grad(self: Any, set_to_none: bool = True) -> None:
-        """Forget the gradients: those in a flat bucket become zero in place, the others None if asked."""
+        """Clear the gradients: gradients in a flat bucket become zero in place, the others None if `set_to_none`."""
         wrapper = _wrappers.get(self)
         module = wrapper() if wrapper is not None else None
         if module is not None:
@@ -32,7 +32,7 @@ def _zero_grad(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refresh_trainable(original: Callable[..., Any]) -> Callable[..., Any]:
     def refresh_trainable(self: Any) -> None:
-        """Partition and buffers for the parameters as they are now, on the device where they are now."""
+        """Make partition and buffers anew for the current parameters, on the parameters' current device."""
         known = getattr(self, "_default_device", None)
         now = self.param_groups[0]["params"][0].device
         if hasattr(self, "optim") and known is not None and known != now:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Fits the demo's small VAE on rendered scenes and keeps its weights in tools/demo/vae.safetensors.
+"""Fit the demo's small VAE on rendered scenes and keep its weights in tools/demo/vae.safetensors.
 
     python tools/demo/fit_vae.py --minutes=15          # fit anew; done beforehand, the weights are in the repository
     python tools/demo/fit_vae.py --measure             # only measure the kept weights: PSNR, latents' mean and spread
 
-An AutoencoderKL of diffusers as SDXL's: 8 pixels a latent, 4 latent channels, 32 norm groups. After the fit each latent
-channel is shifted and scaled, inside the weights, to mean 0 and standard deviation 1 / 0.13025 over the scenes, so that
-SDXL's own scaling factor is the right one, also for readers of single files, which carry no other.
+The VAE is a diffusers AutoencoderKL, as SDXL's: 8 pixels a latent, 4 latent channels, 32 norm groups. After the fit
+each latent channel is shifted and scaled, inside the weights, to mean 0 and standard deviation 1 / 0.13025 over the
+scenes, so that SDXL's own scaling factor holds, also for readers of single files, which contain no scaling factor.
 
 Shape legend: B batch, C channels, H W picture rows and columns, h w of the latents.
 """
@@ -54,9 +54,9 @@ def scene_batch(seed: int, numbers: range, size: tuple[int, int], free_colours: 
     """Rendered scenes in -1 .. 1.
 
     Args:
-        numbers: which scenes of the seed; a scene's picture follows from seed, number and size alone.
+        numbers: the scenes' numbers; seed, number and size determine a scene's picture.
         size: width and height in px.
-        free_colours: share of scenes whose shape has any colour, so that the VAE does not know the demo's alone.
+        free_colours: share of scenes whose shape has any colour, so that the VAE learns more than the demo's colours.
     """
     pictures = []
     known = combinations()
@@ -71,7 +71,7 @@ def scene_batch(seed: int, numbers: range, size: tuple[int, int], free_colours: 
 
 
 def fit(vae: Any, minutes: float, seed: int, batch: int, rate: float, half: bool, first: int = 0) -> None:
-    """Train the VAE in place on reconstruction with a weak pull of the latents to a unit normal."""
+    """Train the VAE in place on reconstruction, with a weak penalty for latents that differ from a unit normal."""
     trained = {name: parameter for name, parameter in vae.named_parameters() if not name.startswith(_SILENT)}
     parameters = [parameter.requires_grad_() for parameter in trained.values()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -106,8 +106,8 @@ def fit(vae: Any, minutes: float, seed: int, batch: int, rate: float, half: bool
 def set_latent_statistics(vae: Any, pictures: Sequence[Tensor], std: float = 1 / SCALING_FACTOR) -> None:
     """Fold a shift and a scale per latent channel into the 1×1 convolutions around the latents.
 
-    Afterwards the posterior's means over the pictures (batches x_BCHW of any sizes) have mean 0 and that
-    standard deviation per channel. Reconstructions stay what they were.
+    Afterwards the posterior's means over the pictures (batches x_BCHW of any sizes) have mean 0 and the given
+    standard deviation per channel. Reconstructions are unchanged.
     """
     means_CN = torch.cat([vae.encode(x_BCHW).latent_dist.mean.transpose(0, 1).flatten(1) for x_BCHW in pictures], dim=1)
     shift_C = means_CN.mean(dim=1)
@@ -142,7 +142,7 @@ def measure(vae: Any, seed: int = 7, count: int = 32) -> dict[str, Any]:
 
 
 def make_vae() -> Any:
-    """An unfitted VAE. The encoder's attention is silenced for good: scenes do not need it, and the file is smaller."""
+    """An unfitted VAE whose encoder's attention is zero: scenes do not need it, and the file is smaller."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL(**CONFIG)

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Counts the sampled pictures that show the colour their prompt asks for, and lays out before and after as one PNG.
+"""Count the sampled pictures that show the colour of their prompt, and draw before and after as one PNG.
 
     python tools/demo/judge.py --expected=DATA/expected.json --samples=OUT/sample --grid=OUT/grid.png --at_least=12
 
-The trainer's samples are told apart by their names: the newest complete set is judged, and the newest set before it at
-step or epoch 0, if there is one, is what the model showed before training. Exit status: 0 if at least --at_least
-pictures are right, 1 if fewer, 2 if something is missing.
+The names of the trainer's samples tell their sets apart: the newest complete set is judged, and the newest set before
+it at step or epoch 0, if there is one, shows the model before training. Exit status: 0 if at least --at_least pictures
+are right, 1 if fewer, 2 if something is missing.
 
-How a picture is judged: the background is the median colour of its rim; the shape is where the colour is farthest from
-it; the shape's colour is the palette colour that most of its pixels are nearest to, in sRGB. That is 1 of 8, so 2 of 16
-are right by chance.
+A picture is judged as follows: the background is the median colour of its rim; the shape is the region whose colour is
+farthest from it; the shape's colour is the palette colour that most of its pixels are nearest to, in sRGB. The palette
+has 8 colours, so 2 of 16 are right by chance.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _LEAST_SHARE = 0.01  # of the picture's pixels that a shape covers
 
 @dataclass(frozen=True)
 class Seen:
-    """What the judge takes a picture for: names from the palettes; colour None where there is no shape."""
+    """The judge's reading of a picture: names from the palettes; the colour is None if there is no shape."""
 
     colour: str | None
     background: str
@@ -52,7 +52,7 @@ class SampleSet:
 
     @property
     def number(self) -> int:
-        """The step or epoch."""
+        """The step or epoch of the set."""
         return int(self.position.removeprefix("e"))
 
 
@@ -90,7 +90,7 @@ def find_sets(folder: Path, count: int) -> tuple[SampleSet | None, SampleSet]:
 
     Args:
         folder: the trainer's OUTPUT_DIR/sample.
-        count: prompts; a set that lacks one is passed over.
+        count: number of prompts; a set without a picture for each prompt is ignored.
 
     Raises:
         InputError: no complete set.
@@ -111,7 +111,7 @@ def find_sets(folder: Path, count: int) -> tuple[SampleSet | None, SampleSet]:
 
 
 def judge(pictures: Mapping[int, Path], expected: Mapping[str, Any]) -> list[Seen]:
-    """What each prompt's picture shows, in the prompts' order."""
+    """The judge's reading of each prompt's picture, in the prompts' order."""
     from PIL import Image
 
     return [
@@ -136,7 +136,7 @@ def draw_grid(
     after: Mapping[int, Path],
     seen: Sequence[Seen],
 ) -> None:
-    """Write the PNG: per prompt the picture before training beside the one after, the prompt below, 4 prompts a row."""
+    """Write the PNG: for each prompt the pictures before and after training, the prompt below; 4 prompts a row."""
     from PIL import Image, ImageDraw, ImageFont
 
     side, gap, text_height, columns = 160, 8, 44, 4
@@ -171,10 +171,10 @@ def draw_grid(
 
 
 def read_expected(path: Path) -> dict[str, Any]:
-    """What make_data.py wrote.
+    """The content of expected.json as make_data.py wrote it.
 
     Raises:
-        InputError: the file is missing or is something else.
+        InputError: the file is missing or has another content.
     """
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))

@@ -59,7 +59,7 @@ def held_out_scenes(seed: int) -> list[Scene]:
 
 
 def training_scenes(seed: int, count: int) -> list[Scene]:
-    """That many scenes, every combination that is not held out equally often (give or take one)."""
+    """That many scenes, in which all combinations that are not held out occur equally often (within 1)."""
     held_out = {scene.combination for scene in held_out_scenes(seed)}
     known = [combination for combination in combinations() if combination not in held_out]
     order = generator(seed, Stream.ORDER, 1).permutation(count)
@@ -68,7 +68,7 @@ def training_scenes(seed: int, count: int) -> list[Scene]:
 
 
 def write_data(out: Path, seed: int = 1, count: int = 2400) -> dict[str, Any]:
-    """Write shards, prompts.txt and expected.json; returns what expected.json holds."""
+    """Write shards, prompts.txt and expected.json; returns the content of expected.json."""
     out.mkdir(parents=True, exist_ok=True)
     scenes = training_scenes(seed, count)
     for shard, start in enumerate(range(0, count, SHARD_SIZE)):
@@ -153,7 +153,7 @@ def _expectations(scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def _prompt_lines(expected: dict[str, Any], steps: int = 20, guidance: float = 3.0) -> str:
-    """The prompts in the syntax of --sample_prompts, an empty negative prompt each."""
+    """The prompts in the syntax of --sample_prompts, each with an empty negative prompt."""
     lines = ["# combinations of shape, colour and background that the training set does not have"]
     for prompt in expected["prompts"]:
         lines.append(

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""A small SDXL model with fresh weights, in diffusers' layout.
+"""Make a small SDXL model with fresh weights, in diffusers' layout.
 
     python tools/demo/make_model.py --out=test/output/demo/model
 
-All parts of SDXL, small: a U-Net of three levels with none, some and more transformer layers and the size conditions,
-two CLIP text encoders with their tokenizers, a VAE that reconstructs (weights kept here, made by fit_vae.py), and the
-scheduler's configuration. As in SDXL, heads have 64 channels everywhere, the first text encoder uses quick_gelu and the
-second gelu and a projection. The same seed writes the same weights.
+The model has all parts of SDXL: a U-Net of three levels with 0, 1 and 2 transformer layers and the size conditions,
+two CLIP text encoders with their tokenizers, a VAE that reconstructs (its weights are kept here; fit_vae.py made them),
+and the scheduler's configuration. As in SDXL, heads have 64 channels everywhere, the first text encoder uses quick_gelu
+and the second gelu and a projection. The same seed writes the same weights.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def demo_words() -> list[str]:
 
 
 def make_unet() -> Any:
-    """SDXL's topology at a small width, weights not yet set."""
+    """A U-Net of SDXL's topology at a small width, whose weights are not set yet."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -68,7 +68,7 @@ def make_unet() -> Any:
 
 
 def make_text_encoders(vocabulary: int) -> tuple[Any, Any]:
-    """CLIP-L's and bigG's small likenesses, weights not yet set."""
+    """Small text encoders of CLIP-L's and bigG's kinds, whose weights are not set yet."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     def config(width: int, hidden_act: str) -> CLIPTextConfig:
@@ -94,11 +94,11 @@ def make_text_encoders(vocabulary: int) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, part: int) -> None:
-    """Set every weight from the seed: variance-preserving matrices, silent residual branches.
+    """Set every weight from the seed: matrices preserve the variance, residual branches start at 0.
 
     Matrices and convolutions get the standard deviation 1 / sqrt(fan in), biases 0, norms the identity. The last layer
-    of every residual branch and of the whole U-Net is 0 (Goyal et al. 1706.02677, section 5.1; Ho et al. 2006.11239 do
-    so, too), so that the network begins as the identity and learns from the first step on.
+    of every residual branch and of the whole U-Net is 0 (Goyal et al. 1706.02677, section 5.1; also Ho et al.
+    2006.11239), so that the network begins as the identity and learns from the first step on.
     """
     for number, (name, parameter) in enumerate(module.named_parameters()):
         random = generator(seed, Stream.MODEL_INIT, part, number)

@@ -1,8 +1,8 @@
-"""A small CLIP tokenizer: byte pair encoding whose merges make one token of each word that it was made for.
+"""Make a small CLIP tokenizer: its byte pair encoding merges each given word into a single token.
 
-The vocabulary is laid out as CLIP's: 256 byte symbols, the same 256 at the end of a word, the merged tokens, and last
-<|startoftext|> and <|endoftext|> (the highest id, which is how SDXL's configs find the end). All bytes are there, so
-any text can be tokenized.
+The vocabulary has CLIP's layout: 256 byte symbols, the same 256 at the end of a word, the merged tokens, and last
+<|startoftext|> and <|endoftext|> (the highest id, by which SDXL's configs find the end). It contains all bytes, so any
+text can be tokenized.
 """
 
 import json
@@ -23,7 +23,7 @@ def byte_symbols() -> list[str]:
 
 
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte pair encoding (Sennrich et al., 1508.07909) until every word is one token. Plain ASCII words, lower case."""
+    """Learn merges (Sennrich et al., 1508.07909) until every word is one token; words are lower-case ASCII."""
     split = {word: [*word[:-1], word[-1] + _WORD_END] for word in sorted(set(words))}
     merges: list[tuple[str, str]] = []
     while pairs := Counter(pair for parts in split.values() for pair in pairwise(parts)):

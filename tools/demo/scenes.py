@@ -1,4 +1,4 @@
-"""The demo's world: a shape of one colour on a plain background, drawn from a description, and its caption.
+"""The demo's scenes: a shape of one colour on a plain background, drawn from a description, and its caption.
 
 Colours are sRGB, 0 .. 255. Positions are in fractions of the room that the shape leaves free: 0 left or top, 1 right or
 bottom.
@@ -44,11 +44,11 @@ _MARGIN = 0.04  # of the shorter side, kept free around the shape
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """The description of a picture.
 
     Attributes:
         shape, colour, background, position: names from the tables above.
-        radius: of the circle that the shape fits in, in units of the picture's shorter side.
+        radius: radius of the circle around the shape, in units of the picture's shorter side.
         colour_shift, background_shift: added to the table's colours.
     """
 
@@ -62,12 +62,12 @@ class Scene:
 
     @property
     def combination(self) -> tuple[str, str, str]:
-        """What is held out from training as a whole: shape, colour and background."""
+        """Shape, colour and background; combinations of the three are held out from training."""
         return self.shape, self.colour, self.background
 
     @property
     def caption(self) -> str:
-        """For example 'a red circle on a gray background, at the left'."""
+        """The caption, for example 'a red circle on a gray background, at the left'."""
         article = "an" if self.colour[0] in "aeiou" else "a"
         return f"{article} {self.colour} {self.shape} on a {self.background} background, {self.position}"
 
@@ -100,7 +100,7 @@ def random_size(random: np.random.Generator, area_side_px: tuple[int, int] = (64
 
 
 def render(scene: Scene, width: int, height: int) -> "Image.Image":
-    """The scene as an antialiased RGB picture of that size in px."""
+    """The scene as an antialiased RGB picture of the given size in px."""
     from PIL import Image, ImageDraw
 
     scale = _OVERSAMPLING
@@ -121,7 +121,7 @@ def render(scene: Scene, width: int, height: int) -> "Image.Image":
 
 
 def _corners(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """A polygon around (x, y); the square has the circle's area, so that no shape is told by its size alone."""
+    """A polygon around (x, y); the square has the circle's area, so that the size alone does not tell the shape."""
     if shape == "square":
         half = radius * math.sqrt(math.pi) / 2
         return [(x - half, y - half), (x + half, y - half), (x + half, y + half), (x - half, y + half)]

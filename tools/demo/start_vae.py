@@ -1,13 +1,13 @@
-"""A starting point for the demo's VAE: weights set by hand so that it begins as block averages, and learns from there.
+"""Initial weights for the demo's VAE, computed by hand: it begins as block averages, and learns from there.
 
 From random weights an AutoencoderKL this narrow takes very long to find colours: its last norm, in groups of two
-channels here, removes each group's mean, and with it the absolute colour of a plain area. So the start shows it a way
-around. A feature f goes through the norm as the pair (f + kP, -f + kP), where P is a fixed pattern that zero padding
-makes at the picture's rim. The pair's mean is fixed, and so, nearly, is its spread s, as kP is much larger than f; what
-comes out is (f + kP) / s and (-f + kP) / s, whose difference is 2 f / s. With the negatives of both beside them the
-SiLU after the norm is undone, too: silu(y) - silu(-y) = y.
+channels here, removes each group's mean, and with it the absolute colour of a plain area. The initial weights avoid
+this as follows. A feature f goes through the norm as the pair (f + kP, -f + kP), where P is a fixed pattern that zero
+padding makes at the picture's rim. The pair's mean is fixed, and so, nearly, is its spread s, as kP is much larger than
+f; what comes out is (f + kP) / s and (-f + kP) / s, whose difference is 2 f / s. With the negatives of both beside them
+the SiLU after the norm is undone, too: silu(y) - silu(-y) = y.
 
-Every residual branch starts silent, so the encoder averages colours over 8×8 pixels and the decoder repeats them.
+Every residual branch starts at 0, so the encoder averages colours over 8×8 pixels and the decoder repeats them.
 """
 
 import math
@@ -97,7 +97,7 @@ def _start_decoder(decoder: Any) -> None:
 
 
 def _copy_features(convolution: Any, features: int) -> None:
-    """Outputs 0 .. features - 1 are inputs 0 .. features - 1; the other outputs stay random."""
+    """Copy inputs 0 .. features - 1 to the same outputs; the other outputs keep their random weights."""
     middle = convolution.kernel_size[0] // 2
     convolution.weight[:features] = 0
     convolution.bias[:features] = 0
@@ -106,7 +106,7 @@ def _copy_features(convolution: Any, features: int) -> None:
 
 
 def _add_rim(resnet: Any, channel: int, strength: float) -> None:
-    """Let a residual block add the rim pattern, of that standard deviation on 8×8 latents, to one channel.
+    """Make a residual block add the rim pattern, with that standard deviation on 8×8 latents, to a channel.
 
     The block's first inner channels are made constant; a 3×3 sum over them is smaller where zero padding comes in.
     """
@@ -120,12 +120,12 @@ def _add_rim(resnet: Any, channel: int, strength: float) -> None:
 
 
 def _taps_inside(height: int, width: int) -> Tensor:
-    """How many taps of a 3×3 kernel lie inside the picture: 9, 6 at an edge, 4 in a corner."""
+    """The number of taps of a 3×3 kernel inside the picture: 9, 6 at an edge, 4 in a corner."""
     return nn.functional.conv2d(torch.ones(1, 1, height, width), torch.ones(1, 1, 3, 3), padding=1)[0, 0]
 
 
 def _read_features(convolution: Any) -> None:
-    """Undo pair, norm and SiLU: output f is the sum over its four channels with f's signs, times half the spread."""
+    """Invert pair, norm and SiLU: output f is the signed sum over its four channels, times half the spread."""
     half_spread = 0.5 * math.sqrt(_STRENGTH**2 + 0.4)  # 0.4: about the mean square of a feature
     convolution.weight[:_COLOURS] = 0
     convolution.bias[:_COLOURS] = 0
