@@ -2,7 +2,7 @@
 # The settings of SDXL pre-training, which its three launchers share; sourced by them, not run.
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-# The published configuration of the system (README, "The launchers").
+# The published configuration of the system (docs/running.md, "The launcher").
 script=sdxl_pretrain.py
 save_every_n_epochs=20
 argument batch_size 4 --train_batch_size                    # images per device

@@ -32,7 +32,13 @@ ENGLISH_ONLY = (
 DOCUMENTS = (*(page for pair in PAIRS for page in pair), *ENGLISH_ONLY)
 FLAGS = "docs/flags/sdxl_pretrain.md"
 NOT_THERE = {"docs/sd_scripts.md": "Not there yet", "docs/zh/sd_scripts.md": "尚缺的部分"}  # flags that are missing
-OTHER_COMMANDS = {"--all", "--demo", "--help", "--shm-size"}  # flags of run_tests.sh, the launchers, docker
+OTHER_COMMANDS = {
+    "--all",
+    "--demo",
+    "--help",
+    "--without",
+    "--shm-size",
+}  # flags of run_tests.sh, the launchers, docker
 # Lines that call other scripts, whose flags are their own.
 OTHER_SCRIPTS = re.compile(r"(tools/demo|bench|test/npu_sim|accelerate|docker|pytest)\b.*--|--out\b|--write\b")
 CHANGES = "What 14 changes touch"
@@ -359,9 +365,11 @@ def test_commands_are_right(name):
             parser.parse_args(words[words.index("sdxl_pretrain.py") + 1 :])  # exits with status 2 at an unknown flag
         elif words and words[0] == "...":  # flags that are added to a command
             parser.parse_args([*words[1:], "--pretrained_model_name_or_path=model", "--output_dir=output"])
-        launchers = [Path(word).name for word in scripts if Path(word).name in LAUNCHERS]
-        for launcher in launchers:
-            given = {word[2:].partition("=")[0] for word in words if re.match(r"--\w+=", word)}
+        end = words.index("--") if "--" in words else len(words)
+        if words[end:]:  # flags that a launcher passes on to the script
+            parser.parse_args([*words[end + 1 :], "--pretrained_model_name_or_path=model", "--output_dir=output"])
+        given = {word[2:].partition("=")[0] for word in words[:end] if re.match(r"--\w+=", word)} - {"without"}
+        for launcher in [Path(word).name for word in scripts if Path(word).name in LAUNCHERS]:
             assert given <= set(launcher_defaults(launcher)), f"{name}: {launcher} does not take all of: {line}"
 
 
