@@ -1,7 +1,7 @@
-"""Why a run of several processes ended: what each failed process left behind, and which failure came first.
+"""Why a run of several processes ended: the record of each failed process, and which failure caused the others.
 
-When one process dies the others fail, too, within moments: their connections break. So the failure to show is not
-simply the one that was seen first.
+When a process dies the others fail, too, within moments, because their connections break. So the failure to show is not
+simply the failure that was seen first.
 """
 
 import json
@@ -17,7 +17,7 @@ from library.script import EXIT_FAILED
 
 _TAIL_LINES = 15
 _BY_SIGNAL = 128  # exit statuses from here on are 128 plus a signal's number
-# How collectives and stores say that the other side is gone; such an error may be the consequence of another.
+# How collectives and stores report that a peer is gone; another failure may have caused such an error.
 _OTHER_SIDE = re.compile(
     r"gloo|nccl|hccl|TCPStore|Connection (closed|reset|refused)|Broken pipe|connectFullMesh|DistStoreError|Socket"
     r"|process group|timed? ?out",
@@ -30,14 +30,14 @@ class Failure:
     """The end of one process or machine.
 
     Attributes:
-        machine: its node_rank.
-        host: its name.
-        rank: of the process; None where it is the machine's own end.
-        status: the exit status that the run ends with because of it.
-        what: a few words that follow the place: 'was killed by SIGKILL'.
+        machine: node_rank of the machine.
+        host: name of the machine.
+        rank: rank of the process; None if the machine itself failed.
+        status: the exit status with which the run ends because of it.
+        what: a predicate for messages: 'was killed by SIGKILL'.
         text: the error itself, possibly several lines.
         time: seconds since the epoch.
-        certain: it is a cause of its own; otherwise it may follow from another.
+        certain: True if no other failure can have caused it.
     """
 
     machine: int
@@ -50,7 +50,7 @@ class Failure:
     certain: bool
 
     def to_json(self) -> str:
-        """For the store."""
+        """The failure as JSON, for the store."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -59,27 +59,27 @@ class Failure:
         return cls(**json.loads(text))
 
     @property
-    def place(self) -> str:
-        """'rank 3 (machine 1, HOST)'."""
+    def location(self) -> str:
+        """The process and its machine, for example 'rank 3 (machine 1, HOST)'."""
         machine = f"machine {self.machine}"
         return f"{machine} ({self.host})" if self.rank is None else f"rank {self.rank} ({machine}, {self.host})"
 
     def report(self) -> str:
-        """What the user reads last."""
-        return f"training failed: {self.place} {self.what}\n{self.text}".rstrip()
+        """The message that the launcher prints last."""
+        return f"training failed: {self.location} {self.what}\n{self.text}".rstrip()
 
 
 def root_cause(failures: Iterable[Failure]) -> Failure:
-    """The failure that the others follow from: a certain one before the others, then the earliest."""
+    """The failure that caused the others: the earliest certain failure, or the earliest if none is certain."""
     return min(failures, key=lambda failure: (not failure.certain, failure.time))
 
 
 def recorded_failures(machine: int, folder: Path) -> list[Failure]:
-    """What the processes of this machine wrote down before they ended (library/script.py), below a folder."""
+    """The failures that this machine's processes recorded below a folder before they ended (library/script.py)."""
     failures = []
     for path in folder.rglob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        # A process that a signal has stopped was stopped because of something, as one killed by SIGTERM.
+        # A process that a signal has stopped was stopped because of another failure, as after SIGTERM.
         certain = record["status"] < _BY_SIGNAL and (record["expected"] or not _OTHER_SIDE.search(record["message"]))
         what = f"ended with exit status {record['status']}:"
         failures.append(
@@ -97,30 +97,30 @@ def recorded_failures(machine: int, folder: Path) -> list[Failure]:
     return failures
 
 
-def silent_failures(machine: int, exits: Mapping[int, Any], known: Iterable[Failure], log: str) -> list[Failure]:
-    """Failures of processes that wrote nothing down: killed by a signal, or ended by something below Python.
+def unrecorded_failures(machine: int, exits: Mapping[int, Any], known: Iterable[Failure], log: str) -> list[Failure]:
+    """Failures of processes without a record: a signal killed them, or code below Python ended them.
 
     Args:
         exits: torch's ProcessFailure by rank.
-        known: the failures of processes that did write.
-        log: stem of the processes' own logs, as in `log_of_rank`.
+        known: the recorded failures.
+        log: stem of the processes' logs, as in `log_of_rank`.
     """
-    told = {failure.rank for failure in known}
+    recorded = {failure.rank for failure in known}
     return [
         # torch counts time in whole seconds, but lists the failures in the order in which it saw them.
-        _silent(machine, rank, end.exitcode, end.timestamp + place / 1e6, log_of_rank(log, rank))
-        for place, (rank, end) in enumerate(exits.items())
-        if rank not in told
+        _unrecorded(machine, rank, end.exitcode, end.timestamp + index / 1e6, log_of_rank(log, rank))
+        for index, (rank, end) in enumerate(exits.items())
+        if rank not in recorded
     ]
 
 
 def log_of_rank(log: str, rank: int) -> Path:
-    """Where the output of a process goes that is not its machine's first."""
+    """The log of a process other than its machine's first process."""
     return Path(f"{log}.rank{rank}.log")
 
 
-def _silent(machine: int, rank: int, exit_code: int, time: float, log: Path) -> Failure:
-    certain = exit_code != -signal.SIGTERM  # with that torchrun ends the processes beside one that failed
+def _unrecorded(machine: int, rank: int, exit_code: int, time: float, log: Path) -> Failure:
+    certain = exit_code != -signal.SIGTERM  # torchrun ends the other processes by it after a failure
     if not certain:
         time += 1  # torch rounds down: the failure that this follows may have written a later time
     if exit_code < 0:

@@ -1,10 +1,10 @@
-"""Start one process a device by torchrun, on one machine or many, and end with the status of what failed first.
+"""Start a process for each device by torchrun, on one or many machines; the exit status is the first failure's.
 
     python -m library.processes.launch --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_ip=10.0.0.1 \\
         --master_port=8989 --log=output/train_0 -- sdxl_pretrain.py ARGUMENT ...
 
-The launchers in test/ call it. The output of each machine's first process goes to the screen, that of the others to
-LOG.rank1.log and so on. With several machines they first agree on versions and settings, then watch each other.
+The launchers in test/ call this module. The output of each machine's first process goes to the screen, the output of
+the others to LOG.rank1.log and so on. Several machines first compare versions and settings, then watch each other.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from library.errors import InputError
-from library.processes.failures import Failure, recorded_failures, root_cause, silent_failures
+from library.processes.failures import Failure, recorded_failures, root_cause, unrecorded_failures
 from library.processes.machine_watch import Watch, stopped_by
 from library.processes.network_interface import network_variables
-from library.processes.rendezvous import Place, call_the_roll, connect, open_store
+from library.processes.rendezvous import MachineGroup, connect, join_group, open_store
 from library.processes.versions import software
 from library.script import EXIT_BAD_INPUT, EXIT_OK, leave_at_once
 
@@ -44,7 +44,7 @@ _STOP_SECONDS = 600
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """Where this machine stands among the others, and what it runs."""
+    """This machine's number among the machines, and the command that it runs."""
 
     nnodes: int
     nproc_per_node: int
@@ -92,14 +92,14 @@ def _parse(argv: list[str] | None) -> LaunchOptions:
 
 
 def _quieten_torchrun() -> None:
-    """Its own summary of a failure would stand beside ours. (Each of its loggers has a level of its own.)"""
+    """Silence torchrun's loggers, whose summary of a failure would repeat ours; each logger has its own level."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed."):
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _raise_on_signals() -> None:
-    """Until torchrun sets handlers of its own, a signal raises what it raises after that."""
+    """Make signals raise SignalException until torchrun sets its own handlers, which do the same."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SignalException(f"received signal {number}", sigval=signal.Signals(number))
@@ -116,16 +116,16 @@ def _run_alone(options: LaunchOptions) -> Failure | None:
 
 
 def _run_with_others(options: LaunchOptions) -> Failure | None:
-    """The same on several machines: meet first, and end together."""
-    place = Place(options.node_rank, options.nnodes, options.master_ip, options.master_port)
+    """Run this machine's processes as a part of a run on several machines."""
+    group = MachineGroup(options.node_rank, options.nnodes, options.master_ip, options.master_port)
     facts = {"--nnodes": str(options.nnodes), "--nproc_per_node": str(options.nproc_per_node), **software()}
     try:
-        store = open_store(place, options.start_timeout)
-        hosts = call_the_roll(store, place, facts, options.start_timeout)
-        watch = Watch(place, hosts, lambda: connect(place))
+        store = open_store(group, options.start_timeout)
+        hosts = join_group(store, group, facts, options.start_timeout)
+        watch = Watch(group, hosts, lambda: connect(group))
     except RuntimeError as error:
         raise InputError(
-            f"--master_ip={options.master_ip}: the main machine at {place.meeting_point} went away before the start; "
+            f"--master_ip={options.master_ip}: the main machine at {group.main_address} went away before the start; "
             "its launcher says why"
         ) from error
     for name, value in network_variables(options.master_ip, options.master_port).items():
@@ -133,20 +133,20 @@ def _run_with_others(options: LaunchOptions) -> Failure | None:
     ended = _run_processes(options)
     failures = list(ended.failures)
     if ended.stopped is not None and not watch.told_to_end:
-        failures.append(stopped_by(ended.stopped, place.machine))
+        failures.append(stopped_by(ended.stopped, group.machine))
     return watch.finish(failures)
 
 
 @dataclass(frozen=True)
 class _Ended:
-    """How this machine's processes ended; all is well where both are empty."""
+    """How this machine's processes ended; they succeeded if both fields are empty."""
 
     failures: Sequence[Failure] = ()
-    stopped: signal.Signals | None = None  # that the launcher was told to stop with
+    stopped: signal.Signals | None = None  # the signal that stopped the launcher
 
 
 def _run_processes(options: LaunchOptions) -> _Ended:
-    """Run torchrun's agent until all processes have ended; where one fails it ends the others."""
+    """Run torchrun's agent until all processes have ended; if a process fails the agent ends the others."""
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
         config = LaunchConfig(
             min_nodes=options.nnodes,
@@ -166,12 +166,12 @@ def _run_processes(options: LaunchOptions) -> _Ended:
         except SignalException as error:
             signalled = error.sigval
         recorded = recorded_failures(options.node_rank, Path(folder))
-        silent = silent_failures(options.node_rank, exits, recorded, options.log)
+        silent = unrecorded_failures(options.node_rank, exits, recorded, options.log)
         return _Ended([*recorded, *silent], signalled)
 
 
 def _rendezvous(options: LaunchOptions) -> dict[str, Any]:
-    """torchrun's: several machines meet at the store of the main one; one machine takes any free port."""
+    """torchrun's rendezvous settings: the main machine's store for several machines, any free port for a single one."""
     if options.nnodes == 1:
         return {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
     return {

@@ -1,9 +1,9 @@
-"""Machines that train together end together: each says that it is there, and hears when another has failed.
+"""Machines that train together end together: each sends heartbeats, and ends when another machine has failed.
 
-Collectives are no use for that: where the other side is gone some fail at once, others wait for half an hour, depending
-on the backend. So every launcher tells the store on the main machine every other second that it is alive, and asks it
-whether somebody has failed. A launcher that has not been heard of for `SILENCE_SECONDS`, or a store that does not
-answer for as long, is a machine that is lost.
+Collectives do not report this reliably: if a peer is gone some fail at once and others wait for half an hour, depending
+on the backend. So every launcher writes a heartbeat to the store on the main machine every two seconds and reads from
+it whether a machine has failed. A launcher without a heartbeat for `SILENCE_SECONDS`, or a store that does not answer
+for as long, means a lost machine.
 """
 
 import os
@@ -19,21 +19,21 @@ from pathlib import Path
 from torch.distributed import PrefixStore, Store
 
 from library.processes.failures import Failure, root_cause
-from library.processes.rendezvous import Place
+from library.processes.rendezvous import MachineGroup
 from library.script import EXIT_FAILED
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 25.0
-# Processes that are told to end because of a failure elsewhere have so long; they may be stuck in a collective.
+# Time for processes to end after a failure elsewhere; they may be stuck in a collective.
 END_SECONDS = 10.0
-# So long the launchers wait for a failure that explains the others, torchrun's 30 s for stuck processes among it.
+# Time in which the launchers wait for a failure that explains the others; includes torchrun's 30 s for stuck processes.
 SETTLE_SECONDS = 35.0
 _FAULT = "fault"
 
 
 @dataclass
-class _Heard:
-    """The last sign of life of each machine, by this machine's clock."""
+class _Heartbeats:
+    """The last heartbeat of each machine, by this machine's clock."""
 
     beats: dict[int, bytes] = field(default_factory=dict)
     times: dict[int, float] = field(default_factory=dict)
@@ -47,34 +47,35 @@ class _Heard:
 
 
 class Watch:
-    """Two threads beside torchrun's agent: one talks to the store, one acts on what was heard or on silence."""
+    """Two threads beside torchrun's agent: one exchanges heartbeats, the other checks that the store still answers."""
 
-    def __init__(self, place: Place, hosts: Sequence[str], open_store: Callable[[], Store]) -> None:
-        """
+    def __init__(self, group: MachineGroup, hosts: Sequence[str], open_store: Callable[[], Store]) -> None:
+        """Start the threads.
+
         Args:
             hosts: names of the machines, by node_rank.
-            open_store: gives a connection to the store for the watch alone, since a connection serves one at a time.
+            open_store: makes a new connection to the store, since a connection serves one request at a time.
         """
-        self._place, self._hosts = place, hosts
+        self._group, self._hosts = group, hosts
         self._store = PrefixStore("watch", open_store())
         self._others = PrefixStore("watch", open_store())
         self._answered = time.monotonic()
         self._finished = threading.Event()  # this machine's processes have ended
         self._lost: Failure | None = None  # the store, and with it the main machine
         self._told_to_end = False
-        for work in (self._talk, self._act):
+        for work in (self._exchange, self._check_store):
             threading.Thread(target=work, daemon=True, name=f"watch{work.__name__}").start()
 
     @property
     def told_to_end(self) -> bool:
-        """True once the processes here were told to end because of a failure elsewhere."""
+        """True once this machine's processes were told to end because of a failure elsewhere."""
         return self._told_to_end
 
     def finish(self, failures: Sequence[Failure]) -> Failure | None:
-        """Tell the others how this machine's processes ended, and hear why the run did; None: all is well.
+        """Publish how this machine's processes ended, and return why the run ended; None if it succeeded.
 
         Args:
-            failures: of this machine; empty where its processes are done, or were told to end.
+            failures: this machine's failures; empty if its processes are done or were told to end.
         """
         self._finished.set()
         if self._lost is not None:
@@ -85,90 +86,90 @@ class Watch:
             return root_cause([*failures, self._main_is_lost()])
 
     def _settle(self, failures: Sequence[Failure]) -> Failure | None:
-        store, place = self._others, self._place
+        store, group = self._others, self._group
         if failures:
-            self._raise_fault(store, root_cause(failures))
+            self._publish_failure(store, root_cause(failures))
         well = not store.check([_FAULT])
-        store.set(f"ended/{place.machine}", "")
-        if well and not place.is_main:
-            return None  # once all have ended well the store goes: whoever asked it again would miss it
-        everybody = [f"ended/{machine}" for machine in range(place.machines)]
+        store.set(f"ended/{group.machine}", "")
+        if well and not group.is_main:
+            return None  # once all have ended well the store closes: a later request would fail
+        everybody = [f"ended/{machine}" for machine in range(group.machines)]
         deadline = None
         while True:
             all_ended = store.check(everybody)
             if store.check([_FAULT]):
                 deadline = deadline or time.monotonic() + SETTLE_SECONDS
-                cause = root_cause(self._told_failures(store))
+                cause = root_cause(self._published_failures(store))
                 if cause.certain or all_ended or time.monotonic() > deadline:
-                    self._linger(store, everybody)
+                    self._keep_store(store, everybody)
                     return cause
             elif all_ended:
                 return None
             time.sleep(BEAT_SECONDS / 4)
 
-    def _linger(self, store: Store, everybody: list[str]) -> None:
-        """On the main machine: keep the store until the others have heard, at most as long as they may need to end."""
+    def _keep_store(self, store: Store, everybody: list[str]) -> None:
+        """On the main machine, keep the store until the others have read the failure, for SETTLE_SECONDS at most."""
         deadline = time.monotonic() + SETTLE_SECONDS
-        while self._place.is_main and not store.check(everybody) and time.monotonic() < deadline:
-            if self._gone(store) >= set(range(self._place.machines)) - self._ended(store):
+        while self._group.is_main and not store.check(everybody) and time.monotonic() < deadline:
+            if self._lost_machines(store) >= set(range(self._group.machines)) - self._ended(store):
                 return
             time.sleep(BEAT_SECONDS / 4)
-        if self._place.is_main:
+        if self._group.is_main:
             time.sleep(BEAT_SECONDS)
 
     def _ended(self, store: Store) -> set[int]:
-        return {machine for machine in range(self._place.machines) if store.check([f"ended/{machine}"])}
+        return {machine for machine in range(self._group.machines) if store.check([f"ended/{machine}"])}
 
-    def _gone(self, store: Store) -> set[int]:
-        """Machines that are lost and will not hear anything."""
-        return {failure.machine for failure in self._told_failures(store) if failure.rank is None}
+    def _lost_machines(self, store: Store) -> set[int]:
+        """Machines that are lost and will read nothing."""
+        return {failure.machine for failure in self._published_failures(store) if failure.rank is None}
 
-    def _talk(self) -> None:
-        """Say that this machine is there; on the main one, listen who else is. Ends with the process."""
-        heard, count = _Heard(), 0
+    def _exchange(self) -> None:
+        """Send heartbeats until the process ends; on the main machine also check the others' heartbeats."""
+        heard, count = _Heartbeats(), 0
         try:
             while True:
                 count += 1
-                self._store.set(f"beat/{self._place.machine}", str(count))
+                self._store.set(f"beat/{self._group.machine}", str(count))
                 faulty = self._store.check([_FAULT])
                 self._answered = time.monotonic()
                 if faulty:
                     self._end_processes()
-                elif self._place.is_main:
+                elif self._group.is_main:
                     self._report_silent(heard)
                 time.sleep(BEAT_SECONDS)
         except RuntimeError:  # the store's connection is broken
-            self._lose_main()
+            self._handle_lost_main()
 
-    def _report_silent(self, heard: _Heard) -> None:
+    def _report_silent(self, heard: _Heartbeats) -> None:
         now = time.monotonic()
-        for machine in range(self._place.machines):
+        for machine in range(self._group.machines):
             key = f"beat/{machine}"
             if self._store.check([key]) and not self._store.check([f"ended/{machine}"]):
                 heard.note(machine, self._store.get(key), now)
             else:
                 heard.times.pop(machine, None)
         for machine in heard.silent(now):
-            self._raise_fault(self._store, self._machine_is_lost(machine))
+            self._publish_failure(self._store, self._machine_is_lost(machine))
 
-    def _act(self) -> None:
-        """A store that does not answer (power or network lost, no connection closed) is lost, too."""
+    def _check_store(self) -> None:
+        """End this machine's processes if the store stops answering, though its connection is still open."""
         while not self._told_to_end:
             time.sleep(1)
             if time.monotonic() - self._answered > SILENCE_SECONDS:
-                self._lose_main()
+                self._handle_lost_main()
 
-    def _lose_main(self) -> None:
+    def _handle_lost_main(self) -> None:
         if not self._finished.is_set():
             self._lost = self._main_is_lost()
             self._end_processes()
 
     def _end_processes(self) -> None:
-        """End this machine's processes, first by torchrun, in the end by force."""
+        """End this machine's processes, first by torchrun, then by force."""
         if self._told_to_end or self._finished.is_set():
             return
         self._told_to_end = True
-        os.kill(os.getpid(), signal.SIGTERM)  # torchrun's agent hands it on
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun's agent passes it on
         if not self._finished.wait(END_SECONDS):
             for child in children():
                 kill_group(child)
@@ -179,13 +180,13 @@ class Watch:
                     print(cause.report(), file=sys.stderr, flush=True)
                 os._exit(cause.status if cause else EXIT_FAILED)
 
-    def _raise_fault(self, store: Store, failure: Failure) -> None:
-        place = failure.machine if failure.rank is not None else f"lost/{failure.machine}"
-        store.set(f"failure/{place}", failure.to_json())
+    def _publish_failure(self, store: Store, failure: Failure) -> None:
+        key = failure.machine if failure.rank is not None else f"lost/{failure.machine}"
+        store.set(f"failure/{key}", failure.to_json())
         store.set(_FAULT, "")
 
-    def _told_failures(self, store: Store) -> list[Failure]:
-        keys = [f"failure/{prefix}{machine}" for machine in range(self._place.machines) for prefix in ("", "lost/")]
+    def _published_failures(self, store: Store) -> list[Failure]:
+        keys = [f"failure/{prefix}{machine}" for machine in range(self._group.machines) for prefix in ("", "lost/")]
         return [Failure.from_json(store.get(key)) for key in keys if store.check([key])]
 
     def _machine_is_lost(self, machine: int) -> Failure:
@@ -194,7 +195,7 @@ class Watch:
 
     def _main_is_lost(self) -> Failure:
         what = (
-            f"no longer answers at {self._place.meeting_point}: it is down, cut off, or its launcher was killed; "
+            f"no longer answers at {self._group.main_address}: it is down, cut off, or its launcher was killed; "
             "if it runs on, its own log says more"
         )
         return Failure(0, self._hosts[0], None, EXIT_FAILED, what, "", time.time(), True)
@@ -214,7 +215,7 @@ def children() -> list[int]:
 
 
 def kill_group(leader: int) -> None:
-    """Kill a worker and what it started; torchrun gives each a session of its own."""
+    """Kill a worker and its child processes; torchrun starts each worker in its own session."""
     try:
         if os.getpgid(leader) == leader:
             os.killpg(leader, signal.SIGKILL)
@@ -223,6 +224,6 @@ def kill_group(leader: int) -> None:
 
 
 def stopped_by(sigval: signal.Signals, machine: int) -> Failure:
-    """The end of a machine whose launcher was told to stop by its user or system."""
+    """The failure of a machine whose launcher was stopped by its user or system."""
     what = f"was stopped by {sigval.name}"
     return Failure(machine, socket.gethostname(), None, 128 + sigval.value, what, "", time.time(), True)

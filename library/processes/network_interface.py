@@ -8,7 +8,7 @@ _SIOCGIFADDR = 0x8915  # netdevice(7): the IPv4 address of an interface
 
 
 def address_towards(host: str, port: int) -> str | None:
-    """This machine's own address on the way to a host; None if there is no way. Nothing is sent."""
+    """This machine's address on the route to a host; None without a route. Nothing is sent."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -32,9 +32,9 @@ def interface_of(address: str) -> str | None:
 
 
 def network_variables(host: str, port: int) -> dict[str, str]:
-    """What gloo and HCCL must be told to use the interface that leads to the main machine.
+    """Environment variables that make gloo and HCCL use the interface that leads to the main machine.
 
-    Left to themselves they take the address that this machine's name resolves to, often one that nobody else reaches.
+    Without them they use the address to which this machine's name resolves, which other machines often cannot reach.
     """
     address = address_towards(host, port)
     if address is None:

@@ -17,7 +17,7 @@ _DIGEST_LETTERS = 12
 
 @lru_cache(maxsize=1)
 def software() -> dict[str, str]:
-    """Versions by name, and a digest of the project's code; 'none' for a library that is not installed."""
+    """Versions by name, and a digest of the project's code; the version of a missing library is 'none'."""
     return {
         "Python": platform.python_version(),
         **{name: _version(name) for name in _LIBRARIES},
@@ -26,7 +26,7 @@ def software() -> dict[str, str]:
 
 
 def differences(ours: Mapping[str, object], theirs: Mapping[str, object]) -> list[str]:
-    """'torch (2.14.1 and 2.13.0)' for every entry that is not the same in both."""
+    """A text for each entry that differs, for example 'torch (2.14.1 and 2.13.0)'."""
     names = [*ours, *(name for name in theirs if name not in ours)]
     pairs = ((name, ours.get(name, "none"), theirs.get(name, "none")) for name in names)
     return [f"{name} ({one} and {other})" for name, one, other in pairs if one != other]
@@ -40,7 +40,7 @@ def _version(name: str) -> str:
 
 
 def _code_digest() -> str:
-    """A digest of all code that training runs, so that two states of it are told apart."""
+    """A digest of all code that training runs, by which machines notice different code."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _CODE for path in _ROOT.glob(pattern)):
         digest.update(f"{path.relative_to(_ROOT)}\0".encode())

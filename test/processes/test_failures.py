@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from library.errors import InputError, Stopped, TrainingError
-from library.processes.failures import Failure, log_of_rank, recorded_failures, root_cause, silent_failures
+from library.processes.failures import Failure, log_of_rank, recorded_failures, root_cause, unrecorded_failures
 from library.script import EXIT_BAD_INPUT, EXIT_FAILED, run_main
 
 PEER_GONE = "RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:24495."
@@ -67,7 +67,7 @@ def test_a_killed_process_is_the_cause_and_its_log_ends_the_report(tmp_path, mon
     log = str(tmp_path / "train_0")
     log_of_rank(log, 3).write_text("".join(f"line {number}\n" for number in range(100)))
     known = recorded_failures(1, tmp_path)
-    found = [*known, *silent_failures(1, exits(_0=1, _3=-9, _2=-15), known, log)]
+    found = [*known, *unrecorded_failures(1, exits(_0=1, _3=-9, _2=-15), known, log)]
     assert len(found) == 3
     cause = root_cause(found)
     assert (cause.rank, cause.status) == (3, EXIT_FAILED)
@@ -77,11 +77,11 @@ def test_a_killed_process_is_the_cause_and_its_log_ends_the_report(tmp_path, mon
 
 
 def test_of_two_that_died_at_the_same_second_the_first_seen_is_the_cause():
-    assert root_cause(silent_failures(0, exits(_5=-11, _2=-9), [], "log")).rank == 5
+    assert root_cause(unrecorded_failures(0, exits(_5=-11, _2=-9), [], "log")).rank == 5
 
 
 def test_a_process_that_somebody_terminates_is_shown_when_nothing_else_failed():
-    cause = root_cause(silent_failures(0, exits(_1=-15), [], "log"))
+    cause = root_cause(unrecorded_failures(0, exits(_1=-15), [], "log"))
     assert "was killed by SIGTERM" in cause.report()
 
 
@@ -119,5 +119,5 @@ def test_a_process_that_torchrun_ended_is_not_why_the_one_before_it_failed(tmp_p
     )
     known = recorded_failures(0, tmp_path)
     ended = SimpleNamespace(exitcode=-signal.SIGTERM, timestamp=10)
-    failures = [*known, *silent_failures(0, {1: ended}, known, str(tmp_path / "log"))]
+    failures = [*known, *unrecorded_failures(0, {1: ended}, known, str(tmp_path / "log"))]
     assert root_cause(failures).rank == 0

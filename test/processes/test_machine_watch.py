@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from library.processes.failures import Failure
 from library.processes.machine_watch import Watch
-from library.processes.rendezvous import Place
+from library.processes.rendezvous import MachineGroup
 
 
 class GoingStore(dist.Store):
@@ -32,8 +32,8 @@ class GoingStore(dist.Store):
 
 
 def end(store, failures):
-    place = Place(machine=1, machines=2, master_ip="127.0.0.1", master_port=1)
-    return Watch(place, ["main", "other"], lambda: store).finish(failures)
+    group = MachineGroup(machine=1, machines=2, master_ip="127.0.0.1", master_port=1)
+    return Watch(group, ["main", "other"], lambda: store).finish(failures)
 
 
 def test_a_machine_whose_work_is_done_does_not_miss_a_main_one_that_is_done_too():

@@ -8,7 +8,7 @@ import pytest
 
 from library.errors import InputError
 from library.processes import rendezvous as meeting
-from library.processes.rendezvous import Place, call_the_roll, open_store
+from library.processes.rendezvous import MachineGroup, join_group, open_store
 
 FACTS = {"--nnodes": "2", "torch": "2.14.1"}
 
@@ -20,8 +20,8 @@ def free_port():
 
 
 @pytest.fixture(autouse=True)
-def no_lingering(monkeypatch):
-    monkeypatch.setattr(meeting, "_LINGER_SECONDS", 1.0)
+def no_waiting_for_readers(monkeypatch):
+    monkeypatch.setattr(meeting, "_KEEP_STORE_SECONDS", 1.0)
 
 
 def meet(*machines, timeout=10):
@@ -29,10 +29,10 @@ def meet(*machines, timeout=10):
     port, results, threads = free_port(), [None] * len(machines), []
 
     def come(number, machine, count, facts):
-        place = Place(machine, count, "127.0.0.1", port)
+        group = MachineGroup(machine, count, "127.0.0.1", port)
         try:
-            store = open_store(place, timeout)
-            results[number] = call_the_roll(store, place, facts, timeout)
+            store = open_store(group, timeout)
+            results[number] = join_group(store, group, facts, timeout)
             time.sleep(1)  # the main machine's store must outlive the others' last question
         except InputError as error:
             results[number] = str(error)
@@ -63,14 +63,14 @@ def test_another_number_of_machines_is_named_on_both():
 
 @pytest.mark.parametrize("taken", [0, 1])
 def test_a_place_that_is_taken_is_refused_and_the_others_still_meet(taken, monkeypatch):
-    hold_store, held = meeting._hold_store, []
+    start_store, started = meeting._start_store, []
 
-    def hold_or_reach(place):
+    def start_or_connect(group):
         """The second one with node_rank 0 is on another machine: there the port is free, and it reaches the first."""
-        held.append(place)
-        return hold_store(place) if len(held) == 1 else meeting.connect(place)
+        started.append(group)
+        return start_store(group) if len(started) == 1 else meeting.connect(group)
 
-    monkeypatch.setattr(meeting, "_hold_store", hold_or_reach)
+    monkeypatch.setattr(meeting, "_start_store", start_or_connect)
     first, second, third = meet((0, 2, FACTS), (taken, 2, FACTS), (1, 2, FACTS))
     refused = second if taken == 0 else third
     assert f"--node_rank={taken} is taken" in refused and "0 to 1" in refused
@@ -87,13 +87,13 @@ def test_a_machine_that_does_not_come_is_named_in_time():
 def test_a_main_machine_that_is_not_there_is_named_in_time():
     began, port = time.monotonic(), free_port()
     with pytest.raises(InputError, match=rf"cannot be reached at 127\.0\.0\.1:{port}, tried for 1 s"):
-        open_store(Place(1, 2, "127.0.0.1", port), 1)
+        open_store(MachineGroup(1, 2, "127.0.0.1", port), 1)
     assert time.monotonic() - began < 10
 
 
 def test_a_name_that_nobody_has_is_named_in_time():
     with pytest.raises(InputError, match=r"--master_ip=no-such-host\.invalid"):
-        open_store(Place(1, 2, "no-such-host.invalid", 8989), 0.5)
+        open_store(MachineGroup(1, 2, "no-such-host.invalid", 8989), 0.5)
 
 
 def test_a_port_in_use_is_named():
@@ -102,4 +102,4 @@ def test_a_port_in_use_is_named():
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(InputError, match=f"--master_port={port}: the port is in use"):
-            open_store(Place(0, 2, "127.0.0.1", port), 1)
+            open_store(MachineGroup(0, 2, "127.0.0.1", port), 1)
