@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Whether two checkouts train the same: the gate of a change of structure.
+"""Compare the runs of two checkouts, which must train the same: the gate of a change of structure.
 
     git worktree add ../before HEAD~1 && python tools/same_run.py ../before
 
 Both train the demo's model for a few steps in several settings, with the same interpreter, on the CPU and on the
-simulated NPU. metrics.jsonl (its times, speeds and run ids left out) and every checkpoint must be equal bit for bit. Ends with
-status 1 where they are not.
+simulated NPU. metrics.jsonl (its times, speeds and run ids left out) and every checkpoint must be equal bit for bit. It
+ends with status 1 if they differ.
 """
 
 import argparse

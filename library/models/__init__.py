@@ -1,6 +1,8 @@
 """U-Net, text encoders and VAE, and the files they come from and go to.
 
+family              what tells the families of Stable Diffusion apart
 model               all parts of one model, in memory
+text                what captions become: token ids, then text states
 unet                the U-Net, its parameters named as Stability's checkpoint keys
 attention           scaled dot-product attention over interchangeable backends
 denoiser            the U-Net and its text encoders as the one module that trains
