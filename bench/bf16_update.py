@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library import device as devices
-from library.options.run import BF16_UPDATES
+from library.options.precision import BF16_UPDATES
 from library.training.engine.bf16_update import Bf16Update
 from library.training.engine.optimizers import ParameterGroup, make_optimizer
 from library.training.memory.live_bytes import LiveBytes

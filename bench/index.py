@@ -30,7 +30,6 @@ from library.data.index import worker_pool as parallel
 from library.data.index.rows import ROW, CaptionKind, Part, Summary
 from library.data.index.sources import Listed
 from library.options.data import DataOptions
-from library.options.dataset_config import data_options
 
 CASES = "1000000/1000 10000000/1000 10000000/4000"
 GLOBAL_BATCH = 2048
@@ -41,7 +40,7 @@ def options(data: Path) -> DataOptions:
     arguments = ["--pretrained_model_name_or_path=none", "--output_dir=none", f"--train_data_dir={data}"]
     arguments += ["--resolution=1024,1024", "--enable_bucket", "--min_bucket_reso=512", "--max_bucket_reso=2048"]
     arguments += ["--caption_extension=.txt", f"--train_batch_size={GLOBAL_BATCH}", "--max_bad_samples=1"]
-    return data_options(sdxl_pretrain.build_parser().parse_args([*arguments, "--max_data_loader_n_workers=0"]))
+    return sdxl_pretrain.SCRIPT.options([*arguments, "--max_data_loader_n_workers=0"]).data
 
 
 def prepared(data: Path) -> TrainingData:

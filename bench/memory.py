@@ -28,7 +28,7 @@ from library.models.denoiser import Denoiser
 from library.models.model import Model
 from library.models.text import Tokens
 from library.models.vae import encode_images
-from library.options.run import BF16_UPDATES
+from library.options.precision import BF16_UPDATES
 from library.training.engine.bf16_update import Bf16Update
 from library.training.engine.optimizers import make_optimizer
 from library.training.engine.precision import DTYPES

@@ -43,7 +43,7 @@ import timing
 import unet_steps
 
 from library.models.unet import UNet, size_embedding
-from library.options.optimization import SHARDINGS
+from library.options.optimizer import SHARDINGS
 from library.script import run_script
 from library.training.engine import sharding
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer

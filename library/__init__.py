@@ -1,7 +1,7 @@
 """What the training scripts share. Imports go one way: scripts, training, generation, data and models, options,
 diffusion, ground; a layer knows those behind it alone.
 
-    script              logging and exit statuses, which every script shares
+    script              a script: flags, patches, signals, logging and exit statuses, written once
     options/            flags and configuration files, a module for each group of flags
     training/           the loop, and everything that a run consists of
     generation/         prompts of pictures
@@ -22,4 +22,5 @@ and the modules that every layer may import:
     keyed_random        random numbers as a pure function of seed, purpose and counters
     signals             SIGTERM, SIGINT and SIGUSR1 as flags that long work checks
     tensor_file         the safetensors format as a stream
+    user_text           texts that users write, with or without a byte-order mark
 """

@@ -1,4 +1,4 @@
-"""Logging and exit statuses, which every script shares."""
+"""A script: flags, patches, signals, logging and exit statuses, which every script shares."""
 
 import atexit
 import json
@@ -7,13 +7,90 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from library.errors import InputError, Stopped, TrainingError
+from library.imports import import_quickly
+from library.options.flag import Flags
+from library.options.parse import make_options, parse_values
+from library.options.parser import StrictParser, make_parser
+from library.options.rules import check_options
+from library.signals import Signals
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Script:
+    """A training script: what it says of itself, which flags it has, what it does with them.
+
+    Attributes:
+        doc: the script's docstring: its first line describes it in --help, the rest stands below the flags.
+        options_type: dataclass of the script's option groups.
+        families: names of the families of models that it trains.
+        recipe: "module:function" of what trains, imported once the flags are known to be right; called with the
+            options, the families, the signals and the time of the script's start.
+        defaults: of flags for which this script has another one than their group.
+    """
+
+    doc: str | None
+    options_type: type
+    families: tuple[str, ...]
+    recipe: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The script's file name, as messages and --help have it."""
+        return Path(sys.modules[self.options_type.__module__].__file__ or "script").name
+
+    @cached_property
+    def flags(self) -> Flags:
+        """All flags, in the order of --help."""
+        return Flags(self.options_type, self.defaults)
+
+    def parser(self) -> StrictParser:
+        """The parser of the command line."""
+        summary, _, details = (self.doc or "").partition("\n")
+        return make_parser(self.flags, self.name, summary, details)
+
+    def options(self, argv: Sequence[str] | None = None) -> Any:
+        """The options of a command line, not yet checked against each other; as argparse it ends at bad words.
+
+        Raises:
+            InputError: what the words name is not there, or cannot be read.
+        """
+        return make_options(self.flags, parse_values(self.flags, self.parser(), argv))
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Run the script; returns its exit status.
+
+        Args:
+            argv: without the program's name; None: the process's own.
+        """
+        started = time.perf_counter()
+        values = parse_values(self.flags, self.parser(), argv)
+        with Signals() as signals:
+            return run_main(lambda: self._train(values, signals, started))
+
+    def _train(self, values: dict[str, Any], signals: Signals, started: float) -> None:
+        """Make the options, check them, and only then import what needs torch."""
+        options = make_options(self.flags, values)
+        check_options(self.flags, options)
+        module, _, function = self.recipe.partition(":")
+        import_quickly(module, "third_patch")
+        from third_patch import PATCHES, apply
+
+        undo = apply(PATCHES)
+        try:
+            getattr(import_module(module), function)(options, self.families, signals, started)
+        finally:
+            undo()
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:

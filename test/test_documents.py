@@ -1,5 +1,6 @@
 """The documents and the list of public addresses say what the code says."""
 
+import argparse
 import ast
 import re
 import shlex
@@ -12,6 +13,8 @@ import pytest
 import sdxl_pretrain
 from library.data.cache import locations
 from library.data.index import kept_tables
+from library.options.refused import REFUSED
+from tools import write_flag_docs
 
 ROOT = Path(__file__).resolve().parents[1]
 STATEMENT = "public_address_statement.md"
@@ -30,7 +33,6 @@ ENGLISH_ONLY = (
     "third_patch/README.md", "tools/demo/README.md", "test/npu_sim/README.md", "public_address_statement.md",
 )  # fmt: skip
 DOCUMENTS = (*(page for pair in PAIRS for page in pair), *ENGLISH_ONLY)
-FLAGS = "docs/flags/sdxl_pretrain.md"
 NOT_THERE = {"docs/sd_scripts.md": "Not there yet", "docs/zh/sd_scripts.md": "尚缺的部分"}  # flags that are missing
 OTHER_COMMANDS = {
     "--all",
@@ -41,6 +43,7 @@ OTHER_COMMANDS = {
 }  # flags of run_tests.sh, the launchers, docker
 # Lines that call other scripts, whose flags are their own.
 OTHER_SCRIPTS = re.compile(r"(tools/demo|bench|test/npu_sim|accelerate|docker|pytest)\b.*--|--out\b|--write\b")
+SCRIPTS = {script.name: script for script in write_flag_docs.scripts()}
 CHANGES = "What 14 changes touch"
 PROMPT_OPTIONS = {"--w", "--h", "--d", "--s", "--l", "--n", "--ss"}
 CONTACTED = "Contacted without standing in the code / 未写在代码中但会访问的地址"
@@ -134,21 +137,22 @@ def flag_tables(text):
 
 
 def flag_groups(parser):
+    """The flags of --help, section by section."""
     groups = [
-        [action for action in group._group_actions if "--help" not in action.option_strings]
+        [action for action in group._group_actions if action.dest != "help" and action.help != argparse.SUPPRESS]
         for group in parser._action_groups
     ]
     return [group for group in groups if group]
 
 
-def default_is_told(action, cell):
-    if action.required:
+def default_is_told(flag, cell):
+    if flag.required:
         return cell in REQUIRED
-    if action.nargs == 0:
+    if flag.kind.switch:
         return cell in OFF
-    if action.default in (None, [], ""):
+    if flag.default in (None, (), ""):
         return cell in NOTHING
-    return cell == f"`{action.default}`"
+    return cell == f"`{flag.default}`"
 
 
 def bash_blocks(text):
@@ -160,7 +164,8 @@ def read(name):
 
 
 def script_flags():
-    return {flag for action in sdxl_pretrain.build_parser()._actions for flag in action.option_strings}
+    actions = [action for action in sdxl_pretrain.SCRIPT.parser()._actions if action.help != argparse.SUPPRESS]
+    return {flag for action in actions for flag in action.option_strings}
 
 
 def launcher_defaults(launcher):
@@ -266,9 +271,19 @@ def test_every_page_is_known_here_and_linked_from_the_readme_of_its_language():
         assert not lacking - linked - {name}, f"{name} does not link to {sorted(lacking - linked - {name})}"
 
 
-def test_the_tables_hold_every_flag_with_its_default_in_the_groups_of_help():
-    name, text = FLAGS, read(FLAGS)
-    groups, tables = flag_groups(sdxl_pretrain.build_parser()), flag_tables(text)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_page_of_flags_is_what_the_flags_say(name):
+    script = SCRIPTS[name]
+    written = write_flag_docs.page_of(script).read_text(encoding="utf-8")
+    assert written == write_flag_docs.page(script), "run `python tools/write_flag_docs.py`"
+    assert {path.stem for path in write_flag_docs.PAGES.iterdir()} == {Path(name).stem for name in SCRIPTS}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_tables_hold_every_flag_with_its_default_in_the_groups_of_help(name):
+    script = SCRIPTS[name]
+    text = write_flag_docs.page_of(script).read_text(encoding="utf-8").partition("## Keys of")[0]
+    groups, tables = flag_groups(script.parser()), flag_tables(text)
     flags_of = [{flag for action in group for flag in action.option_strings} for group in groups]
     told = [{flag for flags, _, _ in table for flag in flags} for table in tables]
     known, tabled = set().union(*flags_of), set().union(*told)
@@ -278,11 +293,15 @@ def test_the_tables_hold_every_flag_with_its_default_in_the_groups_of_help():
     wrong = []
     for action in (action for group in groups for action in group):
         row = next(row for table in tables for row in table if action.option_strings[0] in row[0])
+        flag = script.flags.by_key.get(action.option_strings[0].removeprefix("--"))
         if set(row[0]) != set(action.option_strings):
             wrong.append(f"spellings of {action.option_strings[0]} are {action.option_strings}")
-        if not default_is_told(action, row[1]):
-            wrong.append(f"default of {row[0][0]} is {action.default!r} (required: {action.required}), not {row[1]}")
-        unnamed = [str(choice) for choice in action.choices or () if f"`{choice}`" not in row[2]]
+        if flag is None:  # a shorthand
+            assert action.nargs == 0 and row[1] in OFF
+            continue
+        if not default_is_told(flag, row[1]):
+            wrong.append(f"default of {row[0][0]} is {flag.default!r}, not {row[1]}")
+        unnamed = [str(choice) for choice in flag.kind.choices if f"`{choice}`" not in row[2]]
         if unnamed:
             wrong.append(f"{row[0][0]} does not name its choices {unnamed}")
     assert not wrong, f"{name}: " + "; ".join(wrong)
@@ -320,6 +339,7 @@ def test_every_flag_in_the_text_is_one_that_something_takes(name):
         # What follows another script's name, or stands in a line that calls one, is that script's own.
         lines = [line for line in span.replace("\\\n", " ").splitlines() if not OTHER_SCRIPTS.search(line)]
         named |= {flag for line in lines for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", line)}
+    named -= {f"--{refused}" for refused in REFUSED}  # which say what to use
     assert not named - known - missing, f"{name} names {sorted(named - known - missing)}, which nothing takes"
 
 
@@ -355,7 +375,7 @@ def test_the_files_that_a_page_names_exist(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_commands_are_right(name):
-    parser = sdxl_pretrain.build_parser()
+    parser = sdxl_pretrain.SCRIPT.parser()
     for line in "\n".join(bash_blocks(read(name))).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         scripts = [word for word in words if word.endswith((".sh", ".py"))]

@@ -392,10 +392,6 @@ def test_a_run_with_a_limit_of_memory_is_the_run_without(train):
         (["--fused_backward_pass", "--mixed_precision=fp16"], "--mixed_precision=bf16 or no"),
         (["--full_bf16"], "--full_bf16 trains bf16 weights, and --mixed_precision=no computes with others"),
         (["--full_bf16", "--mixed_precision=fp16"], "add --mixed_precision=bf16"),
-        (
-            ["--full_fp16", "--mixed_precision=fp16"],
-            "Use --mixed_precision=fp16, which keeps fp32 weights",
-        ),
         (["--bf16_update=kahan", "--mixed_precision=bf16"], "--bf16_update has nothing to act on without --full_bf16"),
         (["--fused_backward_pass", "--sharding=zero1"], "--sharding=zero1"),
         (["--blocks_to_swap=2"], "the CPU is what computes here"),

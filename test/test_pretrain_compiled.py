@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import sdxl_pretrain
 from library.errors import InputError
-from library.options.run import DYNAMO_BACKENDS
+from library.options.compiling import DYNAMO_BACKENDS
 from library.training.engine.compiling import check_backend
 from library.training.rules import check_compiling
 from test.models.small_sdxl import save_with_small_unet

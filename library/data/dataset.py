@@ -36,7 +36,7 @@ from library.data.stream.streamed_set import is_streamed, prepare_stream
 from library.data.training_set import TrainingSet
 from library.errors import InputError
 from library.options.data import DataOptions, SubsetOptions
-from library.options.parser import fill
+from library.options.values import fill
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,26 @@
-"""Option groups: one module for each concern, `add_arguments(parser)` beside the frozen dataclass that it fills.
+"""Flags as data: each is written once, as a field of its group, and all that knows flags walks one listing of them.
 
-parser              the parser that scripts share, and the types that flags convert to
-options             the groups that every training script has, together
-model, data, caches, optimization, run      the groups
+flag                what a flag is, the base of a group, and `Flags`, the listing of a script's
+kinds               how a value is read from the command line and from files
+parser              the command line of a script
+parse               command line over configuration file over defaults, and the script's options out of them
+values              the values of all flags out of a script's options
+rules               what is checked before anything loads: `needs` of each flag, then each group's own rules
+refused             flags of sd-scripts that are refused, with why and what to use
 config_file         --config_file and --output_config
 dataset_config      --dataset_config: several data sets, each of several subsets
 read_config         a .toml or .json file as a table of keys and values
+training            the groups that every training script has, together
+
+and the groups, each with its rules:
+
+model, text_encoders            which model; its encoders
+data                            where samples are and how they become batches; it has the next four
+buckets, captions, images       how samples are prepared
+validation                      what is held out, and when the loss on it is measured
+caches, objective               encodings that are kept; what the U-Net learns to predict
+optimizer, ema                  optimizer, rates and schedule; the moving average
+precision, memory, compiling    how steps are computed
+run, saving, states, logs       length and seed, checkpoints, training states, TensorBoard
+preview                         pictures that are sampled while training
 """

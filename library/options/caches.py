@@ -1,22 +1,50 @@
 """Options of the caches: which encodings are computed once, before training, and where they are kept."""
 
-from argparse import ArgumentParser
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from library.options.parser import positive_int
+from library.address import Address
+from library.errors import InputError
+from library.options.data import SubsetOptions
+from library.options.flag import OptionGroup, flag
+
+if TYPE_CHECKING:
+    from library.options.training import TrainingOptions
 
 
-@dataclass(frozen=True)
-class CacheOptions:
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(OptionGroup):
     """What is kept of VAE and text encoders."""
 
-    cache_latents: bool
-    cache_latents_to_disk: bool
-    vae_batch_size: int | None
-    cache_text_encoder_outputs: bool
-    cache_text_encoder_outputs_to_disk: bool
-    text_encoder_batch_size: int | None
-    skip_cache_check: bool
+    title: ClassVar[str] = "caches of encodings"
+
+    cache_latents: bool = flag(False, "encode all images before training and keep them in memory")
+    cache_latents_to_disk: bool = flag(
+        False,
+        "keep them on disk: beside images as .npz that sd-scripts reads, of shards in .encoding_cache beside them",
+    )
+    vae_batch_size: int | None = flag(
+        None, "images that go through the VAE at once, with and without a cache (default: --train_batch_size)", least=1
+    )
+    cache_text_encoder_outputs: bool = flag(
+        False,
+        "encode all captions before training and keep the results in memory; the text encoders leave the device",
+    )
+    cache_text_encoder_outputs_to_disk: bool = flag(
+        False,
+        "keep them on disk: beside images as .npz that sd-scripts reads, of shards in .encoding_cache beside them",
+    )
+    text_encoder_batch_size: int | None = flag(
+        None,
+        "captions that are encoded at once for the cache (default: --train_batch_size)",
+        least=1,
+        needs=("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
+    )
+    skip_cache_check: bool = flag(
+        False,
+        "use what a cache on disk has without reading images again, and .npz of sd-scripts as they are",
+        needs=("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
+    )
 
     @property
     def latents(self) -> bool:
@@ -28,40 +56,53 @@ class CacheOptions:
         """Whether text-encoder outputs are kept anywhere."""
         return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
+    @property
+    def latents_flag(self) -> str:
+        """The flag that asks for latents."""
+        return "--cache_latents" + ("_to_disk" if self.cache_latents_to_disk else "")
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add this group's flags to a parser."""
-    group = parser.add_argument_group("caches of encodings")
-    group.add_argument(
-        "--cache_latents", action="store_true", help="encode all images before training and keep them in memory"
-    )
-    group.add_argument(
-        "--cache_latents_to_disk",
-        action="store_true",
-        help="keep them on disk: beside images as .npz that sd-scripts reads, of shards in .encoding_cache beside them",
-    )
-    group.add_argument(
-        "--vae_batch_size",
-        type=positive_int,
-        help="images that go through the VAE at once, with and without a cache (default: --train_batch_size)",
-    )
-    group.add_argument(
-        "--cache_text_encoder_outputs",
-        action="store_true",
-        help="encode all captions before training and keep the results in memory; the text encoders leave the device",
-    )
-    group.add_argument(
-        "--cache_text_encoder_outputs_to_disk",
-        action="store_true",
-        help="keep them on disk: beside images as .npz that sd-scripts reads, of shards in .encoding_cache beside them",
-    )
-    group.add_argument(
-        "--text_encoder_batch_size",
-        type=positive_int,
-        help="captions that are encoded at once for the cache (default: --train_batch_size)",
-    )
-    group.add_argument(
-        "--skip_cache_check",
-        action="store_true",
-        help="use what a cache on disk has without reading images again, and .npz of sd-scripts as they are",
-    )
+    @property
+    def text_flag(self) -> str:
+        """The flag that asks for text-encoder outputs."""
+        return "--cache_text_encoder_outputs" + ("_to_disk" if self.cache_text_encoder_outputs_to_disk else "")
+
+    def check(self, options: "TrainingOptions") -> None:
+        """Raise InputError where data is a stream, or something random stands against a cache."""
+        for subset in options.data.subsets:
+            if (self.latents or self.text) and isinstance(subset.train_data_dir, Address):
+                raise InputError(
+                    f"{self.latents_flag if self.latents else self.text_flag} needs an index, and --train_data_dir "
+                    f"{subset.train_data_dir} is a stream. Leave it out, or download the shards"
+                )
+            if self.latents:
+                self._check_pixels(subset)
+            if self.text:
+                self._check_captions(subset)
+
+    def _check_pixels(self, subset: SubsetOptions) -> None:
+        against = {
+            "--random_crop": subset.random_crop,
+            "--color_aug": subset.color_aug,
+            "--face_crop_aug_range": subset.face_crop_aug_range is not None,
+            "--alpha_mask": subset.alpha_mask,
+        }
+        for flag_, forbids in against.items():
+            if forbids:
+                raise InputError(
+                    f"{self.latents_flag} encodes each image once, as it is, and {flag_} needs its pixels; leave out "
+                    "one"
+                )
+
+    def _check_captions(self, subset: SubsetOptions) -> None:
+        against = {
+            "--shuffle_caption": subset.shuffle_caption,
+            "--enable_wildcard": subset.enable_wildcard,
+            "--caption_tag_dropout_rate": subset.caption_tag_dropout_rate > 0,
+            "--token_warmup_step": subset.token_warmup_step > 0,
+        }
+        for flag_, forbids in against.items():
+            if forbids:
+                raise InputError(
+                    f"{self.text_flag} encodes each caption once, and {flag_} makes it another at each step; leave out "
+                    "one (the dropout of whole captions goes together with the cache)"
+                )

@@ -1,12 +1,16 @@
-"""The parser that the scripts share: strict about spelling, helpful about near misses, and able to fill dataclasses."""
+"""The command line of a script, out of its flags: strict about spelling, helpful about near misses."""
 
 import argparse
-import dataclasses
 import difflib
 import re
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-Options = TypeVar("Options")
+from library.options.flag import Flag, Flags
+from library.options.kinds import Kind
+from library.options.refused import REFUSED, Refused
+
+_REFUSALS = " refused"  # no name of a flag
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -25,63 +29,80 @@ class StrictParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def fill(options_type: type[Options], args: Any, **overrides: Any) -> Options:
-    """Build a dataclass from attributes of the same names, as of parsed arguments; `overrides` replace or add some."""
-    names = [field.name for field in dataclasses.fields(options_type)]  # type: ignore[arg-type]
-    values = {name: getattr(args, name) for name in names if name not in overrides}
-    return options_type(**values, **overrides)
+def make_parser(flags: Flags, prog: str, description: str = "", epilog: str = "") -> StrictParser:
+    """A parser whose arguments hold the flags that are given, and no others."""
+    parser = StrictParser(prog=prog, description=description, epilog=epilog, argument_default=argparse.SUPPRESS)
+    for title, members in flags.sections().items():
+        group = parser.add_argument_group(title)
+        for flag in members:
+            if flag.on_command_line:
+                _add(group, flag)
+    for refused in REFUSED.values():
+        if refused.name not in flags.by_key:
+            nargs: Any = 0 if refused.switch else "*"
+            parser.add_argument(f"--{refused.name}", action=_Refuse, nargs=nargs, help=argparse.SUPPRESS, of=refused)
+    return parser
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+def given_values(parser: StrictParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The flags that a command line gives, by name. As argparse it ends the process, with status 2 on bad input.
+
+    Args:
+        argv: without the program's name; None: the process's own.
+    """
+    given = dict(vars(parser.parse_args(argv)))
+    refusals = given.pop(_REFUSALS, [])
+    if refusals:
+        parser.error("; ".join(refusals))
+    return given
 
 
-def non_negative_int(text: str) -> int:
-    """An argparse type: a whole number of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return value
+def _add(group: "argparse._ArgumentGroup", flag: Flag) -> None:
+    """Add a flag, and what stands for some of its values."""
+    kind = flag.kind
+    arguments: dict[str, Any] = {"dest": flag.name, "help": flag.help_line.replace("%", "%%")}
+    if kind.switch:
+        group.add_argument(*flag.spellings(), action="store_true", **arguments)
+        return
+    arguments |= {"type": _converter(kind), "metavar": kind.metavar}
+    if kind.many:
+        arguments |= {"nargs": "*", "action": _Texts}
+    if not flag.shorthands:
+        group.add_argument(*flag.spellings(), **arguments)
+        return
+    exclusive = group.add_mutually_exclusive_group()
+    exclusive.add_argument(*flag.spellings(), **arguments)
+    for name, (value, help_line) in flag.shorthands.items():
+        exclusive.add_argument(f"--{name}", dest=flag.name, action="store_const", const=value, help=help_line)
 
 
-def non_negative_float(text: str) -> float:
-    """An argparse type: a finite number of at least 0."""
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
-    return value
+def _converter(kind: Kind) -> Callable[[str], Any]:
+    """Reads a word; argparse shows the sentence of an ArgumentTypeError."""
+
+    def convert(text: str) -> Any:
+        try:
+            return kind.from_text(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
 
 
-def positive_float(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
-    return value
+class _Texts(argparse.Action):
+    """Keeps several words as a tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
 
 
-def seed(text: str) -> int:
-    """An argparse type: a whole number that 64 bits hold."""
-    value = non_negative_int(text)
-    if value >= 2**64:
-        raise argparse.ArgumentTypeError(f"must be less than 2**64, got {text}")
-    return value
+class _Refuse(argparse.Action):
+    """Notes why a flag of sd-scripts is refused, unless it asks for what happens anyway."""
 
+    def __init__(self, *, of: Refused, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.of = of
 
-def file_stem(text: str) -> str:
-    """An argparse type: a name for files, without folders."""
-    if not text or text in (".", "..") or "/" in text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"must be a file name without '/', got {text!r}")
-    return text
-
-
-def rate(text: str) -> float:
-    """An argparse type: a share from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in 0 .. 1, got {text}")
-    return value
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        refusal = self.of.refusal("true" if self.of.switch else " ".join(values or ()))
+        if refusal:
+            setattr(namespace, _REFUSALS, [*getattr(namespace, _REFUSALS, []), refusal])

@@ -1,12 +1,17 @@
 """A .toml or .json file of options, as a table of keys and values."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from library.errors import InputError
+from library.user_text import read_user_text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def read_config(path: Path, flag: str) -> dict[str, Any]:
@@ -20,12 +25,10 @@ def read_config(path: Path, flag: str) -> dict[str, Any]:
     """
     if path.suffix.lower() not in (".toml", ".json"):
         raise InputError(f"{flag} {path} must be a .toml or a .json file.")
+    text = read_user_text(path, flag)
     try:
-        text = path.read_text(encoding="utf-8")
-        content = toml.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
-    except OSError as error:
-        raise InputError(f"{flag} {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, IndexError, RecursionError) as error:  # toml raises these for what it does not understand
+        content = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{flag} {path} is no valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{flag} {path} must be a table of keys and values.")

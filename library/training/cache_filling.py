@@ -38,7 +38,7 @@ from library.data.cache.npz_files import TextLayout
 from library.data.dataset import TrainingData
 from library.data.index.mapped_file import Opened
 from library.errors import InputError, Stopped, TrainingError
-from library.options.options import Options
+from library.options.training import TrainingOptions
 from library.signals import Signals
 from library.training.ranks.rank_watch import CACHING, PREPARING, Progress
 
@@ -81,7 +81,7 @@ class Encoders(Protocol):
 
 
 def make_caches(
-    options: Options,
+    options: TrainingOptions,
     data: TrainingData,
     encoders: Encoders,
     accelerator: Accelerator,
@@ -136,7 +136,9 @@ def make_caches(
 class _Work:
     """The processes' common work on one cache after the other."""
 
-    def __init__(self, options: Options, data: TrainingData, accelerator: Accelerator, signals: Signals) -> None:
+    def __init__(
+        self, options: TrainingOptions, data: TrainingData, accelerator: Accelerator, signals: Signals
+    ) -> None:
         self._options, self._data, self._accelerator, self._signals = options, data, accelerator, signals
         self._index = data.index
         self._memory: dict[str, dict[int, MemoryShelf]] = {}
@@ -276,7 +278,7 @@ def _latent_bytes(data: TrainingData, encoders: Encoders) -> int:
     return int(variants_S @ images_SK @ sizes_K)
 
 
-def _check_bad(data: TrainingData, bad: dict[int, str], options: Options) -> None:
+def _check_bad(data: TrainingData, bad: dict[int, str], options: TrainingOptions) -> None:
     """Refuse what training would refuse when it came to these samples."""
     named = [(data.index.name(row), reason) for row, reason in sorted(bad.items())]
     check_left_out(named, len(data.index) - len(named), options.data.max_bad_samples)

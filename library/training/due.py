@@ -6,7 +6,7 @@ from pathlib import Path
 
 from library.atomic_write import remove
 from library.data.training_set import TrainingSet
-from library.options.options import Options
+from library.options.training import TrainingOptions
 from library.training.loop import LoopOptions
 from library.training.state.choice import obsolete
 from library.training.state.names import Cadence, Retention, epoch_name, step_name
@@ -14,7 +14,7 @@ from library.training.state.names import Cadence, Retention, epoch_name, step_na
 logger = logging.getLogger(__name__)
 
 
-def loop_options(options: Options, data: TrainingSet, steps: int) -> LoopOptions:
+def loop_options(options: TrainingOptions, data: TrainingSet, steps: int) -> LoopOptions:
     """What the loop does between steps; at the last epoch the final checkpoint stands for the epoch's."""
     name = options.saving.output_name
     saves = Cadence(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)
@@ -42,7 +42,7 @@ def loop_options(options: Options, data: TrainingSet, steps: int) -> LoopOptions
         max_train_steps=steps,
         accumulation=options.run.gradient_accumulation_steps,
         global_batch=data.global_batch,
-        max_grad_norm=options.optimization.max_grad_norm,
+        max_grad_norm=options.optimizer.max_grad_norm,
         output_dir=options.saving.output_dir,
         epoch_samples=sys.maxsize if data.samples is None else data.samples,
         max_bad_samples=options.data.max_bad_samples,

@@ -12,7 +12,7 @@ from library.data.training_set import TrainingSet
 from library.disk_space import missing_space
 from library.errors import InputError
 from library.models.attention import report as attention_report
-from library.options.options import Options
+from library.options.training import TrainingOptions
 from library.training.engine.optimizers import ParameterGroup
 from library.training.log.final_block import FinalFigures, write_case_log
 from library.training.loop import RunReport
@@ -20,9 +20,9 @@ from library.training.loop import RunReport
 logger = logging.getLogger(__name__)
 
 
-def prepare_output(options: Options) -> None:
+def prepare_output(options: TrainingOptions) -> None:
     """Make the output folders now: what cannot be written to is found before the training, not after it."""
-    folders = {"--output_dir": options.saving.output_dir, "--logging_dir": options.saving.logging_dir}
+    folders = {"--output_dir": options.saving.output_dir, "--logging_dir": options.logs.logging_dir}
     for flag, folder in folders.items():
         if folder is None:
             continue
@@ -35,12 +35,13 @@ def prepare_output(options: Options) -> None:
             raise InputError(f"{flag} {folder}: cannot be written to ({error.strerror}); choose another") from error
 
 
-def check_room(options: Options, checkpoint_bytes: int, groups: Sequence[ParameterGroup]) -> None:
+def check_room(options: TrainingOptions, checkpoint_bytes: int, groups: Sequence[ParameterGroup]) -> None:
     """Raise InputError where --output_dir has no room for a checkpoint, and a training state if any is asked for."""
-    saving, average = options.saving, options.optimization.use_ema
+    saving, average = options.saving, options.ema.use_ema
     trained = sum(parameter.numel() * parameter.element_size() for group in groups for parameter in group.parameters)
-    states = saving.save_state, saving.save_state_every_n_steps, saving.save_state_every_n_minutes
-    needed = checkpoint_bytes * (1 + average) + trained * (1 + average) * any(states)
+    states = options.states
+    any_state = states.save_state or states.save_state_every_n_steps or states.save_state_every_n_minutes
+    needed = checkpoint_bytes * (1 + average) + trained * (1 + average) * bool(any_state)
     if missing := missing_space(saving.output_dir, needed):
         raise InputError(
             f"--output_dir {saving.output_dir}: what this run saves at the least, optimizer state not counted, "
@@ -49,7 +50,7 @@ def check_room(options: Options, checkpoint_bytes: int, groups: Sequence[Paramet
 
 
 def finish(
-    options: Options,
+    options: TrainingOptions,
     report: RunReport,
     network_name: str,
     lines: Sequence[str],
@@ -72,6 +73,6 @@ def finish(
         overflows=report.overflows,
         steps_not_updated=report.steps_not_updated,
     )
-    if options.saving.case_name:
-        write_case_log(figures, options.saving.output_dir, options.saving.case_name, network_name)
+    if options.logs.case_name:
+        write_case_log(figures, options.saving.output_dir, options.logs.case_name, network_name)
     print(figures.block(), flush=True)

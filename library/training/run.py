@@ -24,9 +24,10 @@ from library.data.training_set import TrainingSet
 from library.errors import InputError, TrainingError
 from library.models.text import Tokens
 from library.models.token_counts import TokenCounter
-from library.options.optimization import OptimizationOptions
-from library.options.options import Options
+from library.options.optimizer import OptimizerOptions
 from library.options.run import RunOptions
+from library.options.training import TrainingOptions
+from library.options.values import plain_values
 from library.signals import Signals
 from library.training import loop, validation
 from library.training.cache_filling import Encoders, make_caches
@@ -52,31 +53,13 @@ from library.training.output_folder import check_room, finish, prepare_output
 from library.training.ranks.agreement import check_agreement, describe_run
 from library.training.ranks.main_process import on_main_process
 from library.training.ranks.rank_watch import Companions, Progress, companions
-from library.training.rules import (
-    check_caches,
-    check_checkpointing,
-    check_compiling,
-    check_data,
-    check_half_weights,
-    check_optimization,
-    check_preview,
-    check_saving,
-    check_swapping,
-    check_without_epochs,
-)
+from library.training.rules import check_options_here, check_without_epochs
 from library.training.state.branch import start_branch
 from library.training.state.choice import clear_left_behind
 from library.training.state.files import StateInfo
 from library.training.state.lineage import Lineage
 from library.training.state.names import Cadence, Retention, last_name, step_name
-from library.training.state.resume import (
-    check_parameters,
-    check_resumed,
-    files_in_use,
-    options_by_flag,
-    resumed_state,
-    versions,
-)
+from library.training.state.resume import check_parameters, check_resumed, files_in_use, resumed_state, versions
 from library.training.state.run_lock import RunLock
 from library.training.state.states import Resumed, StateCadence, States, parts_by_process
 from library.training.state.writer import StateWriter
@@ -148,7 +131,7 @@ class Task(loop.Task, validation.Task, Protocol):
 
 
 def run(
-    options: Options,
+    options: TrainingOptions,
     make_task: Callable[[Surroundings], Task],
     load_token_counter: Callable[[], TokenCounter],
     signals: Signals,
@@ -166,29 +149,21 @@ def run(
         Stopped: by a signal, once what was trained is in a training state.
     """
     with ExitStack() as stack:
-        accelerator = make_accelerator(options.run.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
+        accelerator = make_accelerator(options.precision.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
         devices.keep_freed_memory(accelerator.device)
         beside = companions(accelerator.process_index, accelerator.num_processes, signals, 60 * options.run.ddp_timeout)
         stack.enter_context(beside)
         stack.enter_context(_waiting_explained(beside))
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
-        check_data(options.data, options.run)
-        check_half_weights(options.run)
-        check_optimization(options.optimization, options.run)
-        check_swapping(options.optimization, options.run, accelerator.device, accelerator.num_processes)
-        check_preview(options.preview)
-        check_saving(options.saving)
-        check_checkpointing(options.run)
-        check_caches(options)
-        check_compiling(options.run, accelerator.device)
-        if options.run.torch_compile and not options.data.debug_dataset:
-            check_backend(options.run.dynamo_backend, accelerator.device)
+        check_options_here(options, accelerator.device, accelerator.num_processes)
+        if options.compiling.torch_compile and not options.data.debug_dataset:
+            check_backend(options.compiling.dynamo_backend, accelerator.device)
         if not options.run.dry_run:
             prepare_output(options)
             if not options.data.debug_dataset:
                 on_main_process(accelerator, partial(_take_folder, options.saving.output_dir, stack))
-        resumed = resumed_state(options.saving, accelerator)
+        resumed = resumed_state(options, accelerator)
         surroundings = Surroundings(
             accelerator, _seed(options.run.seed, accelerator, resumed), signals, beside.progress
         )
@@ -201,7 +176,7 @@ def run(
             between=signals.stop_if_requested,
         )
         if data.samples is None:
-            check_without_epochs(options.run, options.saving, options.preview)
+            check_without_epochs(options)
         steps, epochs = _length(options.run, data)
         if resumed is not None:
             check_resumed(resumed, options, data, surroundings.seed, steps)
@@ -226,7 +201,7 @@ def run(
         ):
             logger.info(line)
         if options.run.dry_run:
-            _make_schedule(options.optimization, steps, _make_optimizer(options, surroundings.seed)(groups))
+            _make_schedule(options.optimizer, steps, _make_optimizer(options, surroundings.seed)(groups))
             for line in task.memory_lines(data.largest_bucket):
                 logger.info(line)
             return
@@ -258,7 +233,7 @@ def _waiting_explained(beside: Companions) -> Iterator[None]:
 
 
 def _train(
-    options: Options,
+    options: TrainingOptions,
     task: Task,
     groups: Sequence[ParameterGroup],
     data: TrainingSet,
@@ -269,8 +244,8 @@ def _train(
     """Shard, take up a state if there is one, train, save the final checkpoint."""
     accelerator, saving = surroundings.accelerator, options.saving
     make_parallel: Callable[..., Replicated] = partial(shard, _sharding(options))
-    in_backward = options.optimization.fused_backward_pass
-    max_grad_norm = options.optimization.max_grad_norm
+    in_backward = options.memory.fused_backward_pass
+    max_grad_norm = options.optimizer.max_grad_norm
     if task.host_blocks is not None and in_backward:
         make_parallel = partial(SwappedFusedBackward, max_grad_norm=max_grad_norm, host_blocks=task.host_blocks)
     elif task.host_blocks is not None:
@@ -282,12 +257,12 @@ def _train(
         task.module,
         groups,
         _make_optimizer(options, surroundings.seed),
-        partial(_make_schedule, options.optimization, steps),
+        partial(_make_schedule, options.optimizer, steps),
     )
     task.compile()
-    if options.optimization.use_ema:
-        where = torch.device("cpu") if options.optimization.offload_ema else None
-        parallel.keep_averages(options.optimization.ema_decay, where)
+    if options.ema.use_ema:
+        where = torch.device("cpu") if options.ema.offload_ema else None
+        parallel.keep_averages(options.ema.ema_decay, where)
     if resumed is not None:
         parallel.read_parts(parts_by_process(resumed.state))
     lineage = on_main_process(
@@ -302,7 +277,7 @@ def _train(
     )
     writer = MetricsWriter(
         saving.output_dir,
-        saving.logging_dir,
+        options.logs.logging_dir,
         steps,
         accelerator.is_main_process,
         steps_done=resumed.step if resumed else 0,
@@ -341,7 +316,7 @@ def _train(
         stack.enter_context(worker_deaths_reported())
         report = trainer.train(iter(data.loader(task.tokenize, steps, trainer.start_step)))
         trainer.save(last_name(saving.output_name))
-        if saving.save_state or saving.save_state_on_train_end:
+        if options.states.save_state or options.states.save_state_on_train_end:
             trainer.save_state(steps, last_name(saving.output_name))
     logger.info("model saved.")
     return report
@@ -360,23 +335,23 @@ def _validator(task: Task, data: TrainingSet, surroundings: Surroundings, writer
 
 
 def _states(
-    options: Options, parallel: Replicated, data: TrainingSet, surroundings: Surroundings, lineage: Lineage
+    options: TrainingOptions, parallel: Replicated, data: TrainingSet, surroundings: Surroundings, lineage: Lineage
 ) -> States:
     """What saves training states, as the flags have it."""
-    saving, accelerator = options.saving, surroundings.accelerator
+    saving, asked, accelerator = options.saving, options.states, surroundings.accelerator
     writer = StateWriter(
         saving.output_dir,
         output_name=saving.output_name,
         retention=Retention(
-            saving.save_last_n_epochs_state or saving.save_last_n_epochs,
-            saving.save_last_n_steps_state or saving.save_last_n_steps,
+            asked.save_last_n_epochs_state or saving.save_last_n_epochs,
+            asked.save_last_n_steps_state or saving.save_last_n_steps,
         ),
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         device=accelerator.device,
     )
-    cadence = StateCadence(saving.save_state_every_n_steps, saving.save_state_every_n_minutes, saving.save_state)
-    plan, plain, software = data.fingerprint(), options_by_flag(options), versions()
+    cadence = StateCadence(asked.save_state_every_n_steps, asked.save_state_every_n_minutes, asked.save_state)
+    plan, plain, software = data.fingerprint(), plain_values(options), versions()
 
     def info(step: int, metrics: Mapping[str, Any]) -> StateInfo:
         return StateInfo(step, surroundings.seed, plan, plain, software, metrics, lineage)
@@ -384,8 +359,8 @@ def _states(
     return States(writer, parallel, cadence, info, partial(step_name, saving.output_name), data.position)
 
 
-def _sharding(options: Options) -> str:
-    return sharding_kind(options.optimization.sharding, options.optimization.optimizer_type)
+def _sharding(options: TrainingOptions) -> str:
+    return sharding_kind(options.optimizer.sharding, options.optimizer.optimizer_type)
 
 
 def _seed(given: int | None, accelerator: Accelerator, resumed: Resumed | None) -> int:
@@ -415,16 +390,16 @@ def _length(options: RunOptions, data: TrainingSet) -> tuple[int, int]:
     return steps, data.epochs.epoch_of_step(steps - 1) + 1
 
 
-def _make_optimizer(options: Options, seed: int) -> MakeOptimizer:
-    optimization, bf16 = options.optimization, bf16_update(options.run, seed)
+def _make_optimizer(options: TrainingOptions, seed: int) -> MakeOptimizer:
+    chosen, bf16 = options.optimizer, bf16_update(options.precision, seed)
 
     def make(groups: Sequence[ParameterGroup], **construct: Construct) -> torch.optim.Optimizer:
-        return make_optimizer(optimization.optimizer_type, groups, optimization.optimizer_args, bf16=bf16, **construct)
+        return make_optimizer(chosen.optimizer_type, groups, chosen.optimizer_args, bf16=bf16, **construct)
 
     return make
 
 
-def _make_schedule(options: OptimizationOptions, steps: int, optimizer: torch.optim.Optimizer) -> LRScheduler:
+def _make_schedule(options: OptimizerOptions, steps: int, optimizer: torch.optim.Optimizer) -> LRScheduler:
     """The learning rates' schedule over the run."""
     return make_lr_schedule(
         options.lr_scheduler,

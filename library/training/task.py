@@ -33,8 +33,8 @@ from library.models.text import TextStates, Tokens
 from library.models.text_encoders import tokenize_all
 from library.models.token_counts import TokenCounter
 from library.models.vae import encode_images, latent_shape
-from library.options.model import ModelOptions
-from library.options.options import Options
+from library.options.training import TrainingOptions
+from library.signals import Signals
 from library.training.encoders import Encoders
 from library.training.engine.bf16_update import bf16_update
 from library.training.engine.block_swap import HostBlocks, move_all_but
@@ -46,19 +46,18 @@ from library.training.memory.checkpoint_policy import choose_checkpoints
 from library.training.memory.estimate import GIB, MemoryEstimate, estimator
 from library.training.memory.resident import Training
 from library.training.preview import GuidedDenoiser, Previewer
-from library.training.rules import text_encoder_rates
-from library.training.run import Surroundings
+from library.training.run import Surroundings, run
 
 logger = logging.getLogger(__name__)
 
 VALIDATION_TIMESTEPS = 4  # 200, 400, 600 and 800 of 1000, as in the reference
 
 
-def load_token_counter(options: ModelOptions) -> TokenCounter:
+def load_token_counter(options: TrainingOptions) -> TokenCounter:
     """A token counter of a model of which nothing else is loaded."""
-    paths = (options.tokenizer1_path, options.tokenizer2_path)
-    tokenizers = load_tokenizers(options.pretrained_model_name_or_path, SDXL, paths)
-    return TokenCounter(tokenizers, options.max_token_length, options.weighted_captions)
+    model = options.model
+    tokenizers = load_tokenizers(model.pretrained_model_name_or_path, SDXL, options.text_encoders.tokenizers)
+    return TokenCounter(tokenizers, model.max_token_length, model.weighted_captions)
 
 
 class SDXLPretraining:
@@ -66,14 +65,15 @@ class SDXLPretraining:
 
     network_name = "SDXL"
 
-    def __init__(self, model_options: ModelOptions, options: Options, surroundings: Surroundings) -> None:
+    def __init__(self, options: TrainingOptions, surroundings: Surroundings) -> None:
+        model_options = options.model
         self.model_options, self.options = model_options, options
         self.accelerator, self.seed, self.signals = surroundings.accelerator, surroundings.seed, surroundings.signals
         # A dry run answers whether the device is large enough: it must not need the device's memory for it.
         self.device = torch.device("cpu") if options.run.dry_run else surroundings.device
-        te1_rate, te2_rate = text_encoder_rates(options.optimization)
+        te1_rate, te2_rate = options.text_encoders.rates(options.optimizer.learning_rate)
         self.learning_rates = {
-            "unet": options.optimization.learning_rate,
+            "unet": options.optimizer.learning_rate,
             "text_encoder1": te1_rate,
             "text_encoder2": te2_rate,
         }
@@ -81,14 +81,14 @@ class SDXLPretraining:
             model_options.pretrained_model_name_or_path,
             SDXL,
             vae=model_options.vae,
-            tokenizers=(model_options.tokenizer1_path, model_options.tokenizer2_path),
+            tokenizers=options.text_encoders.tokenizers,
         )
         self.prediction = prediction_type(
             "v_prediction"
-            if model_options.v_parameterization
+            if options.objective.v_parameterization
             else self.model.scheduler_config.get("prediction_type", "epsilon")
         )
-        schedule = NoiseSchedule.from_config(self.model.scheduler_config, model_options.zero_terminal_snr)
+        schedule = NoiseSchedule.from_config(self.model.scheduler_config, options.objective.zero_terminal_snr)
         if schedule.ends_in_pure_noise and self.prediction.name == "epsilon":
             raise InputError(
                 "a zero terminal SNR (--zero_terminal_snr, or rescale_betas_zero_snr in the model's scheduler) is not "
@@ -107,14 +107,14 @@ class SDXLPretraining:
 
     def _place(self, schedule: NoiseSchedule) -> None:
         """Choose precisions and the attention backend, move everything to the device."""
-        half = DTYPES[self.options.run.mixed_precision]
+        half = DTYPES[self.options.precision.mixed_precision]
         self.module = Denoiser(
             self.model,
             [self.learning_rates[name] > 0 for name in ("text_encoder1", "text_encoder2")],
-            gradient_checkpointing=self.options.run.gradient_checkpointing,
+            gradient_checkpointing=self.options.memory.gradient_checkpointing,
         )
         self.module.cast_frozen(half)
-        if self.options.run.full_bf16:
+        if self.options.precision.full_bf16:
             self.module.cast_trained(torch.bfloat16)
         self.attention_backend = "npu" if self.model_options.enable_npu_flash_attention else "sdpa"
         self.module.unet.set_attention_backend(self.attention_backend)
@@ -151,7 +151,7 @@ class SDXLPretraining:
         Raises:
             InputError: there are fewer.
         """
-        count, blocks = self.options.optimization.blocks_to_swap, self.module.unet.blocks()
+        count, blocks = self.options.memory.blocks_to_swap, self.module.unet.blocks()
         if count is None:
             return []
         if count > len(blocks):
@@ -168,6 +168,7 @@ class SDXLPretraining:
 
     def plan_lines(self) -> list[str]:
         """What is resolved about the model, for the log."""
+        compiling = self.options.compiling
         snr = ", zero terminal SNR" if self.schedule.ends_in_pure_noise else ""
         prompts = len(self.previewer.prompts) if self.previewer else 0
         return [
@@ -178,16 +179,16 @@ class SDXLPretraining:
             f"precision: {self.options.saving.save_precision or 'float'}",
             f"sample prompts: {prompts}",
             *self.checkpoint_lines,
-            *([plan(self.module.unet, run.dynamo_backend)] if (run := self.options.run).torch_compile else []),
+            *([plan(self.module.unet, compiling.dynamo_backend)] if compiling.torch_compile else []),
             *self.swap_lines,
         ]
 
     def compile(self) -> None:
         """With --torch_compile compile the U-Net by block; what copies there are of it stay plain."""
-        run = self.options.run
-        if run.torch_compile:
-            dtype = DTYPES[run.mixed_precision]
-            self.compiled = compile_blocks(self.module.unet, run.dynamo_backend, self.attention_backend, dtype)
+        compiling = self.options.compiling
+        if compiling.torch_compile:
+            dtype = DTYPES[self.options.precision.mixed_precision]
+            self.compiled = compile_blocks(self.module.unet, compiling.dynamo_backend, self.attention_backend, dtype)
 
     def report_lines(self) -> list[str]:
         """What was compiled."""
@@ -362,11 +363,11 @@ class SDXLPretraining:
 
     def choose_checkpoints(self, bucket_px: tuple[int, int]) -> None:
         """With --checkpoint_policy=auto recompute only what a bucket of that width and height needs for the limit."""
-        run = self.options.run
-        if run.checkpoint_memory_gb is not None:
+        memory = self.options.memory
+        if memory.checkpoint_memory_gb is not None:
             step, predict = self._on_shapes(bucket_px)
-            limit = run.checkpoint_memory_gb * GIB
-            compute_dtype = DTYPES[run.mixed_precision]
+            limit = memory.checkpoint_memory_gb * GIB
+            compute_dtype = DTYPES[self.options.precision.mixed_precision]
             self.checkpoint_lines = choose_checkpoints(self.module, compute_dtype, step, predict, limit)
 
     def _on_shapes(self, bucket_px: tuple[int, int]) -> tuple[Callable[[Any], Tensor], Callable[[], MemoryEstimate]]:
@@ -375,7 +376,7 @@ class SDXLPretraining:
         batch = self.options.data.train_batch_size
         tokens = Tokens(tuple(ids_BK77.to("meta") for ids_BK77 in self.tokenize([""] * batch).ids))
         noisy_BCHW = torch.empty(batch, *self._latent_shape(height, width), device="meta")
-        compute_dtype = DTYPES[self.options.run.mixed_precision]
+        compute_dtype = DTYPES[self.options.precision.mixed_precision]
         fused = devices.has_fused_attention(self.accelerator.device)
 
         def step(shapes: Any) -> Tensor:
@@ -387,20 +388,26 @@ class SDXLPretraining:
         def encode(shapes: nn.Module) -> Tensor:
             return encode_images(shapes, torch.empty(batch, height, width, 3, dtype=torch.uint8, device="meta"))
 
-        optimization = self.options.optimization
+        optimizer, memory, ema = self.options.optimizer, self.options.memory, self.options.ema
+        compiled = self.options.compiling.torch_compile
         training = Training(
             partial(
                 make_optimizer,
-                optimization.optimizer_type,
-                arguments=optimization.optimizer_args,
-                bf16=bf16_update(self.options.run, self.seed),
+                optimizer.optimizer_type,
+                arguments=optimizer.optimizer_args,
+                bf16=bf16_update(self.options.precision, self.seed),
             ),
-            sharding_kind(optimization.sharding, optimization.optimizer_type),
+            sharding_kind(optimizer.sharding, optimizer.optimizer_type),
             self.accelerator.num_processes,
-            optimization.fused_backward_pass,
-            optimization.use_ema and not optimization.offload_ema,
+            memory.fused_backward_pass,
+            ema.use_ema and not ema.offload_ema,
             [list(block.parameters()) for block in self.swapped],
             self.options.run.gradient_accumulation_steps,
-            [list(block.parameters()) for block in self.module.unet.blocks()] if self.options.run.torch_compile else (),
+            [list(block.parameters()) for block in self.module.unet.blocks()] if compiled else (),
         )
         return step, estimator(self.module, self.encoders.vae, compute_dtype, step, encode, training)
+
+
+def pretrain(options: TrainingOptions, families: Sequence[str], signals: Signals, started: float) -> None:
+    """Train as the options of sdxl_pretrain.py have it; `library.script` gives every recipe these parameters."""
+    run(options, partial(SDXLPretraining, options), partial(load_token_counter, options), signals, started)

@@ -11,13 +11,8 @@ import pytest
 from PIL import Image
 
 import sdxl_pretrain
-from library.options.caches import CacheOptions
 from library.options.data import DataOptions
-from library.options.dataset_config import data_options
-from library.options.optimization import OptimizationOptions
-from library.options.options import Options
-from library.options.parser import fill
-from library.options.run import PreviewOptions, RunOptions, SavingOptions
+from library.options.training import TrainingOptions
 
 
 def picture(width: int, height: int, seed: int = 0, format: str = "JPEG") -> bytes:
@@ -102,19 +97,17 @@ def make_options() -> Callable[..., DataOptions]:
         arguments = ["--pretrained_model_name_or_path=m", "--output_dir=o", f"--train_data_dir={data}"]
         arguments += ["--resolution=32", "--enable_bucket", "--min_bucket_reso=16", "--max_bucket_reso=64"]
         arguments += ["--bucket_reso_steps=8", "--caption_extension=.txt", "--max_data_loader_n_workers=0", *more]
-        return data_options(sdxl_pretrain.build_parser().parse_args(arguments))
+        return sdxl_pretrain.SCRIPT.options(arguments).data
 
     return make
 
 
 @pytest.fixture
-def all_options() -> Callable[..., Options]:
+def all_options() -> Callable[..., TrainingOptions]:
     """All options of a run out of arguments of the command line."""
 
-    def make(*more: str) -> Options:
+    def make(*more: str) -> TrainingOptions:
         required = ["--pretrained_model_name_or_path=m", "--output_dir=o", "--resolution=32"]
-        args = sdxl_pretrain.build_parser().parse_args([*required, *more])
-        groups = (CacheOptions, OptimizationOptions, RunOptions, SavingOptions, PreviewOptions)
-        return Options(data_options(args), *(fill(group, args) for group in groups))
+        return sdxl_pretrain.SCRIPT.options([*required, *more])
 
     return make

@@ -9,7 +9,6 @@ import toml
 import sdxl_pretrain
 from library.data.dataset import prepare_data
 from library.errors import InputError
-from library.options.dataset_config import data_options
 
 SHAPES = [(40, 30), (30, 40), (32, 32), (64, 24), (50, 50), (31, 42)]
 
@@ -25,7 +24,7 @@ def options_of(data, *more):
     arguments = ["--pretrained_model_name_or_path=m", "--output_dir=o", f"--train_data_dir={data}", "--resolution=32"]
     arguments += ["--enable_bucket", "--min_bucket_reso=16", "--max_bucket_reso=64", "--bucket_reso_steps=8"]
     arguments += ["--caption_extension=.txt", "--max_data_loader_n_workers=0", *more]
-    return data_options(sdxl_pretrain.build_parser().parse_args(arguments))
+    return sdxl_pretrain.SCRIPT.options(arguments).data
 
 
 def prepared(data, *more, seed=1, batch=4, rank=0, world_size=1, accumulation=1):
@@ -112,7 +111,7 @@ class TestConfig:
             (tmp_path / "data.toml").write_text(toml.dumps(config))
             arguments = ["--pretrained_model_name_or_path=m", "--output_dir=o", "--max_data_loader_n_workers=0"]
             arguments.append(f"--dataset_config={tmp_path / 'data.toml'}")
-            options = data_options(sdxl_pretrain.build_parser().parse_args(arguments))
+            options = sdxl_pretrain.SCRIPT.options(arguments).data
             return prepare_data(options, 3, rank=0, world_size=1, accumulation=1)
 
         return prepare
@@ -222,7 +221,7 @@ class TestRegularisation:
             (tmp_path / "data.toml").write_text(toml.dumps({"datasets": [{"resolution": 32, "subsets": subsets}]}))
             arguments = ["--pretrained_model_name_or_path=m", "--output_dir=o"]
             arguments.append(f"--dataset_config={tmp_path / 'data.toml'}")
-            options = data_options(sdxl_pretrain.build_parser().parse_args(arguments))
+            options = sdxl_pretrain.SCRIPT.options(arguments).data
             found.add(prepare_data(options, 1, rank=0, world_size=1, accumulation=1).fingerprint())
         assert len(found) == 2
 

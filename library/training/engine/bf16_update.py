@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.options.run import BF16_UPDATES, RunOptions
+from library.options.precision import BF16_UPDATES, PrecisionOptions
 from library.training.engine.rounding import RoundingBits, check_integers, places_from, rounding_key, stochastic
 
 PIECE_ELEMENTS = 2**22  # 16 MiB of fp32, of which an AdamW takes some nine at a time
@@ -39,9 +39,9 @@ class Bf16Update:
     seed: int
 
 
-def bf16_update(run: RunOptions, seed: int) -> Bf16Update | None:
+def bf16_update(precision: PrecisionOptions, seed: int) -> Bf16Update | None:
     """What the flags of a run ask for; None where weights are fp32."""
-    return Bf16Update(run.bf16_update or BF16_UPDATES[0], seed) if run.full_bf16 else None
+    return Bf16Update(precision.bf16_update or BF16_UPDATES[0], seed) if precision.full_bf16 else None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import InputError
+from library.options.optimizer import check_warmup
 from library.training.engine.bf16_update import Bf16Update, with_bf16_update
 
 # The field's names that are not torch.optim's own; oss is AdamW sharded by fairscale (see sharding.py).
@@ -219,14 +220,6 @@ def set_schedule(schedule: LambdaLR, steps: int) -> None:
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
-
-
-def check_warmup(warmup_steps: int, max_train_steps: int) -> None:
-    """Raise InputError if the warm-up is longer than the run."""
-    if warmup_steps > max_train_steps:
-        raise InputError(
-            f"--lr_warmup_steps={warmup_steps} is longer than the run of {max_train_steps} steps; shorten the warm-up"
-        )
 
 
 def make_lr_schedule(

@@ -9,7 +9,7 @@ from library.data.micro_batch import MicroBatch
 from library.data.training_set import TrainingSet
 from library.models.text import Tokens
 from library.models.token_counts import TokenCounter
-from library.options.options import Options
+from library.options.training import TrainingOptions
 from library.signals import Signals
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def caption_lines(data: TrainingSet, load_counter: Callable[[], TokenCounter], i
 
 
 def show_data(
-    options: Options, data: TrainingSet, counter: TokenCounter, start_step: int, steps: int, signals: Signals
+    options: TrainingOptions, data: TrainingSet, counter: TokenCounter, start_step: int, steps: int, signals: Signals
 ) -> None:
     """Report on the data, and write the first samples of the run, of all its processes, as a page."""
     for line in (*data.report(), *data.caption_lines(counter, counter.most)):

@@ -7,14 +7,15 @@ from accelerate import Accelerator
 from library import device as devices
 from library.data.training_set import TrainingSet
 from library.options.caches import CacheOptions
-from library.options.optimization import OptimizationOptions
-from library.options.options import Options
-from library.options.run import BF16_UPDATES, RunOptions, SavingOptions
+from library.options.ema import EMAOptions
+from library.options.precision import BF16_UPDATES, PrecisionOptions
+from library.options.states import StateOptions
+from library.options.training import TrainingOptions
 from library.training.engine.optimizers import ParameterGroup
 
 
 def plan_lines(
-    options: Options,
+    options: TrainingOptions,
     data: TrainingSet,
     steps: int,
     epochs: int,
@@ -24,18 +25,18 @@ def plan_lines(
 ) -> list[str]:
     """A line for each thing that was resolved."""
     trained = {group.name: sum(parameter.numel() for parameter in group.parameters) for group in groups}
-    optimization = options.optimization
+    optimizer = options.optimizer
     return [
         f"device: {devices.device_name(accelerator.device)} x {accelerator.num_processes}",
-        f"mixed precision: {options.run.mixed_precision}",
-        *_bf16_lines(options.run),
+        f"mixed precision: {options.precision.mixed_precision}",
+        *_bf16_lines(options.precision),
         *(f"train {name}: {count:,} parameters" for name, count in trained.items()),
         f"number of trainable parameters: {sum(trained.values()):,}",
         *(f"learning rate of {group.name}: {group.learning_rate:g}" for group in groups),
-        f"optimizer: {optimization.optimizer_type}, schedule: {optimization.lr_scheduler}, "
-        f"warm-up steps: {optimization.lr_warmup_steps}, max grad norm: {optimization.max_grad_norm:g}",
-        *_average_lines(optimization),
-        *_fused_lines(optimization),
+        f"optimizer: {optimizer.optimizer_type}, schedule: {optimizer.lr_scheduler}, "
+        f"warm-up steps: {optimizer.lr_warmup_steps}, max grad norm: {optimizer.max_grad_norm:g}",
+        *_average_lines(options.ema),
+        *_fused_lines(options),
         *_sharding_lines(sharding, accelerator.num_processes),
         *_epoch_lines(data, epochs),
         f"batch size per device: {options.data.train_batch_size}",
@@ -43,22 +44,22 @@ def plan_lines(
         f"global batch: {data.global_batch}",
         f"total optimization steps: {steps}",
         *_cache_lines(options.caches),
-        f"gradient checkpointing: {options.run.gradient_checkpointing}",
+        f"gradient checkpointing: {options.memory.gradient_checkpointing}",
         f"checkpoints: {_each(options.saving.save_every_n_steps, options.saving.save_every_n_epochs)}at the end",
-        f"training states: {_states_in_words(options.saving)}",
+        f"training states: {_states_in_words(options.states)}",
         f"samples: {_each(options.preview.sample_every_n_steps, options.preview.sample_every_n_epochs)}"
         f"{'before the first step' if options.preview.sample_at_first else 'no others'}",
-        f"output: {options.saving.output_dir}, TensorBoard: {options.saving.logging_dir or 'none'}",
+        f"output: {options.saving.output_dir}, TensorBoard: {options.logs.logging_dir or 'none'}",
     ]
 
 
-def _bf16_lines(run: RunOptions) -> list[str]:
+def _bf16_lines(precision: PrecisionOptions) -> list[str]:
     """What --full_bf16 does."""
-    how = run.bf16_update or BF16_UPDATES[0]
-    return [f"weights, gradients and optimizer state in bf16, update: {how}"] * run.full_bf16
+    how = precision.bf16_update or BF16_UPDATES[0]
+    return [f"weights, gradients and optimizer state in bf16, update: {how}"] * precision.full_bf16
 
 
-def _average_lines(options: OptimizationOptions) -> list[str]:
+def _average_lines(options: EMAOptions) -> list[str]:
     """What --use_ema does."""
     if not options.use_ema:
         return []
@@ -66,10 +67,11 @@ def _average_lines(options: OptimizationOptions) -> list[str]:
     return [f"moving average: decay {options.ema_decay:g}, {where}; sampled from and saved as NAME-ema"]
 
 
-def _fused_lines(optimization: OptimizationOptions) -> list[str]:
+def _fused_lines(options: TrainingOptions) -> list[str]:
     """What --fused_backward_pass changes, where it is given."""
-    clipped = f", each tensor's gradient clipped to {optimization.max_grad_norm:g}" * (optimization.max_grad_norm > 0)
-    return [f"fused backward pass: weights are updated in backward{clipped}"] * optimization.fused_backward_pass
+    norm = options.optimizer.max_grad_norm
+    clipped = f", each tensor's gradient clipped to {norm:g}" * (norm > 0)
+    return [f"fused backward pass: weights are updated in backward{clipped}"] * options.memory.fused_backward_pass
 
 
 def _epoch_lines(data: TrainingSet, epochs: int) -> list[str]:
@@ -100,13 +102,13 @@ def _cache_lines(caches: CacheOptions) -> list[str]:
     return [f"caches: {', '.join(kept)}"] if kept else []
 
 
-def _states_in_words(saving: SavingOptions) -> str:
+def _states_in_words(states: StateOptions) -> str:
     """When states are saved; on a signal always."""
     occasions = [
-        "with each checkpoint, at the end" if saving.save_state else "",
-        f"each {saving.save_state_every_n_steps} steps" if saving.save_state_every_n_steps else "",
-        f"each {saving.save_state_every_n_minutes:g} minutes" if saving.save_state_every_n_minutes else "",
-        "at the end" if saving.save_state_on_train_end and not saving.save_state else "",
+        "with each checkpoint, at the end" if states.save_state else "",
+        f"each {states.save_state_every_n_steps} steps" if states.save_state_every_n_steps else "",
+        f"each {states.save_state_every_n_minutes:g} minutes" if states.save_state_every_n_minutes else "",
+        "at the end" if states.save_state_on_train_end and not states.save_state else "",
         "on SIGTERM, SIGINT and SIGUSR1",
     ]
     return ", ".join(filter(None, occasions))

@@ -7,8 +7,6 @@ process that differs from the main one, and in what.
 
 import hashlib
 import platform
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ from torch import nn
 
 from library.data.training_set import TrainingSet
 from library.errors import InputError
+from library.options.flag import Flags
+from library.options.values import run_values, subset_values
 from library.processes.versions import differences, software
 
 _NAMED = 5  # so many differences stand in a message
@@ -65,23 +65,15 @@ def describe_data(data: TrainingSet) -> Description:
     return data.description() | facts
 
 
-_OF_A_MACHINE = {"max_data_loader_n_workers"}  # flags that change nothing in what is trained
-
-
 def _flags(options: Any) -> Description:
-    """Every option that is no path, as its flag."""
-    values: Mapping[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
-    flags: Description = {}
-    for name, value in values.items():
-        if is_dataclass(value):
-            flags.update(_flags(value))
-        elif isinstance(value, tuple) and value and is_dataclass(value[0]):  # the data's subsets
-            for number, inner in enumerate(value, start=1):
-                of = f" of subset {number}" if len(value) > 1 else ""
-                flags.update({f"{flag}{of}": text for flag, text in _flags(inner).items()})
-        elif not isinstance(value, Path) and name not in _OF_A_MACHINE:
-            flags[f"--{name}"] = str(value)
-    return flags
+    """Every option that all machines must have the same of, as its flag; a path is a machine's own."""
+    same = {flag.name for flag in Flags(type(options)) if flag.same_on_ranks}
+    subsets = subset_values(options)
+    described = {f"--{name}": value for name, value in run_values(options).items() if name in same}
+    for number, values in enumerate(subsets, start=1):
+        of = f" of subset {number}" if len(subsets) > 1 else ""
+        described |= {f"--{name}{of}": value for name, value in values.items() if name in same}
+    return {name: str(value) for name, value in described.items() if not isinstance(value, Path)}
 
 
 def _weights_digest(module: nn.Module) -> str:

@@ -3,17 +3,17 @@
 import importlib.metadata
 import logging
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from library.data.training_set import TrainingSet
 from library.errors import InputError
-from library.options.options import Options
-from library.options.run import SavingOptions
+from library.options.flag import Flags
+from library.options.training import TrainingOptions
+from library.options.values import plain_values
 from library.training.ranks.main_process import on_main_process
 from library.training.state.choice import newest_valid
 from library.training.state.files import StateInfo, read_state, verify
@@ -23,16 +23,6 @@ from library.training.state.tensor_rows import by_name, check_names
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"  # --resume auto: the newest state that holds, else from the start
-# Options that say nothing about the training itself: a change is not worth a line.
-_OF_NO_ACCOUNT = {
-    "max_data_loader_n_workers",
-    "logging_dir",
-    "output_dir",
-    "resume",
-    "resume_anyway",
-    "dry_run",
-    "debug_dataset",
-}
 _PACKAGES = ("torch", "torch_npu", "accelerate", "fairscale", "diffusers", "transformers", "numpy", "Pillow")
 
 
@@ -133,37 +123,40 @@ def check_weights_precision(saved: StateInfo, full_bf16: bool, folder: Path) -> 
         )
 
 
-def log_changed_options(saved: StateInfo, now: Mapping[str, Any]) -> None:
+def log_changed_options(saved: StateInfo, options: TrainingOptions) -> None:
     """A line of the log for each option and package version that is another one than it was.
 
     An option that came after the state was saved, and is not given, changes nothing.
     """
+    now = plain_values(options)
+    untold = {flag.name for flag in Flags(type(options)) if not flag.told_on_resume}
     for what, then, present in (("option", saved.options, now), ("version of", saved.versions, versions())):
         for name in sorted(then.keys() | present.keys()):
             before, after = then.get(name), present.get(name)
             new_and_off = name not in then and after in (None, False)
-            if before != after and name not in _OF_NO_ACCOUNT and not new_and_off:
+            if before != after and name not in untold and not new_and_off:
                 logger.warning("changed since the state: %s %s, %s -> %s", what, name, before, after)
 
 
-def resumed_state(saving: SavingOptions, accelerator: Accelerator) -> Resumed | None:
+def resumed_state(options: TrainingOptions, accelerator: Accelerator) -> Resumed | None:
     """The state that --resume asks for: the main process chooses and verifies it, all read it."""
-    if saving.resume is None:
+    resume, saving = options.states.resume, options.saving
+    if resume is None:
         return None
-    folder = on_main_process(accelerator, lambda: choose_state(saving.resume, saving.output_dir, saving.output_name))
+    folder = on_main_process(accelerator, lambda: choose_state(resume, saving.output_dir, saving.output_name))
     return None if folder is None else Resumed(folder, read_state(folder, verified=True))
 
 
-def check_resumed(resumed: Resumed, options: Options, data: TrainingSet, seed: int, steps: int) -> None:
+def check_resumed(resumed: Resumed, options: TrainingOptions, data: TrainingSet, seed: int, steps: int) -> None:
     """Whether this run may go on from the state."""
     info = resumed.state.info
     now = Position(data.fingerprint(), seed, data.global_batch, options.data.train_batch_size)
-    check_position(info, now, resumed.folder, options.saving.resume_anyway)
-    check_optimizer(info, options.optimization.optimizer_type, resumed.folder)
-    check_weights_precision(info, options.run.full_bf16, resumed.folder)
+    check_position(info, now, resumed.folder, options.states.resume_anyway)
+    check_optimizer(info, options.optimizer.optimizer_type, resumed.folder)
+    check_weights_precision(info, options.precision.full_bf16, resumed.folder)
     check_length(resumed.step, steps, resumed.folder)
-    data.go_on_from(data_positions(resumed.state), options.saving.resume_anyway)
-    log_changed_options(info, options_by_flag(options))
+    data.go_on_from(data_positions(resumed.state), options.states.resume_anyway)
+    log_changed_options(info, options)
 
 
 def check_parameters(resumed: Resumed, names: Collection[str]) -> None:
@@ -171,26 +164,10 @@ def check_parameters(resumed: Resumed, names: Collection[str]) -> None:
     check_names(by_name(parts_by_process(resumed.state)), dict.fromkeys(names))
 
 
-def files_in_use(options: Options) -> set[Path]:
+def files_in_use(options: TrainingOptions) -> set[Path]:
     """What the flags name of files and folders that are there."""
-    named = (value for value in options_by_flag(options).values() if isinstance(value, str))
+    named = (value for value in plain_values(options).values() if isinstance(value, str))
     return {Path(value) for value in named if os.path.exists(value)}  # noqa: PTH110 - Path.exists refuses long texts
-
-
-def options_by_flag(options: Options) -> dict[str, Any]:
-    """By the flags' names, those of the only subset among them; several subsets stand as a list."""
-    plain = _by_flag(options.data, options.caches, options.optimization, options.run, options.saving, options.preview)
-    if len(options.data.subsets) == 1:
-        plain |= plain.pop("subsets")[0]
-    return plain
-
-
-def _by_flag(*groups: Any) -> dict[str, Any]:
-    """Option groups as values that JSON has, by the flags' names."""
-    merged: dict[str, Any] = {}
-    for group in groups:
-        merged |= asdict(group)
-    return {name: _plain(value) for name, value in merged.items()}
 
 
 def versions() -> dict[str, str]:
@@ -202,13 +179,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return _by_flag(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -13,7 +13,7 @@ import sdxl_pretrain
 from library.data.dataset import prepare_data
 from library.data.order.held_out import Choice, ValidationPlan
 from library.errors import InputError
-from library.options.dataset_config import data_options
+from library.options.rules import check_options
 
 SHAPES = [(40, 30), (30, 40), (32, 32), (64, 24), (50, 50), (31, 42)]
 REQUIRED = ["--pretrained_model_name_or_path=m", "--output_dir=o", "--max_data_loader_n_workers=0"]
@@ -28,7 +28,7 @@ def shards(tmp_path, make_shard):
 
 
 def prepare(*arguments, rank=0, world_size=1, seed=1):
-    options = data_options(sdxl_pretrain.build_parser().parse_args([*REQUIRED, *arguments]))
+    options = sdxl_pretrain.SCRIPT.options([*REQUIRED, *arguments]).data
     return prepare_data(options, seed, rank=rank, world_size=world_size, accumulation=1)
 
 
@@ -179,8 +179,9 @@ def test_a_share_that_comes_to_nothing_or_to_all_is_an_error(shards):
 
 def test_flags_that_have_nothing_to_act_on_are_an_error(shards):
     for flag in ("--validate_every_n_steps=1", "--validate_every_n_epochs=1", "--max_validation_steps=1"):
+        options = sdxl_pretrain.SCRIPT.options([*REQUIRED, f"--train_data_dir={shards}", "--resolution=32", flag])
         with pytest.raises(InputError, match=rf"{flag[:-2]} has nothing to act on without --validation_split"):
-            prepared(shards, flag)
+            check_options(sdxl_pretrain.SCRIPT.flags, options)
 
 
 @given(

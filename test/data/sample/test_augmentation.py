@@ -16,7 +16,7 @@ from library.data.sample.decode import decode
 from library.data.sample.prepare import Place, Treatment, prepare_sample
 from library.data.sample.scaling import FILTERS, Filter
 from library.diffusion.masks import latent_weights
-from library.options.data import INTERPOLATIONS
+from library.options.images import INTERPOLATIONS
 
 SIZE, BUCKET = (240, 160), (64, 64)  # scaled to cover the bucket: 96×64
 SQUARE = BucketOptions(BUCKET)

@@ -18,7 +18,7 @@ from library.data.stream.shard_bytes import Patience
 from library.data.stream.shard_samples import StreamSubset, shard_samples
 from library.errors import InputError
 from library.models.text import Tokens
-from library.training.rules import check_caches, check_without_epochs
+from library.training.rules import check_without_epochs
 from library.training.state.tree import pack, unpack
 from test.data.shard_server import ShardServer
 
@@ -344,7 +344,7 @@ class TestBefore:
     def test_caches_need_an_index(self, server, all_options):
         options = all_options(f"--train_data_dir={every(server)}", "--cache_latents")
         with pytest.raises(InputError, match="--cache_latents needs an index, and --train_data_dir http"):
-            check_caches(options)
+            options.caches.check(options)
 
     def test_epochs_follow_the_numbers_of_samples_beside_the_shards(self, server, prepare):
         assert prepare(every(server))[0].samples is None
@@ -365,13 +365,12 @@ class TestBefore:
             assert data.epochs.steps_before_epoch(epochs[-1] + 1) != batch.step + 1
         assert epochs[0] == 0 and epochs[-1] >= 1
 
-        def groups(*more):
-            options = all_options(f"--train_data_dir={every(server)}", *more)
-            return options.run, options.saving, options.preview
+        def options(*more):
+            return all_options(f"--train_data_dir={every(server)}", *more)
 
         with pytest.raises(InputError, match="--max_train_epochs: how many samples an epoch of this stream has"):
-            check_without_epochs(*groups("--max_train_epochs=1"))
-        check_without_epochs(*groups())
+            check_without_epochs(options("--max_train_epochs=1"))
+        check_without_epochs(options())
 
     def test_a_run_is_of_streams_or_of_folders(self, server, make_shard, tmp_path, make_options):
         (tmp_path / "local").mkdir()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from library.errors import InputError
-from library.options.optimization import SHARDINGS
+from library.options.optimizer import SHARDINGS
 from library.training.engine.sharding import KINDS, clip_gradients, sharding_kind, total_norm
 
 HERE = Path(__file__).parent

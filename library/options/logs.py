@@ -1,0 +1,22 @@
+"""Options of logs beside metrics.jsonl."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from library.options.flag import OptionGroup, flag
+from library.options.saving import file_stem
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions(OptionGroup):
+    """Where TensorBoard events and the run's figures go."""
+
+    title: ClassVar[str] = "logging"
+
+    logging_dir: Path | None = flag(None, "TensorBoard events go to a new folder in it", told_on_resume=False)
+    case_name: str | None = flag(
+        None,
+        "at the end also write the run's figures as OUTPUT_DIR/CASE_NAME.log (the launchers set it)",
+        read=file_stem,
+    )

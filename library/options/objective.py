@@ -1,0 +1,20 @@
+"""Options of the objective: what the U-Net learns to predict, on which noise schedule."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from library.options.flag import OptionGroup, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions(OptionGroup):
+    """What the U-Net learns to predict."""
+
+    title: ClassVar[str] = "objective"
+
+    v_parameterization: bool = flag(
+        False, "train v-prediction; without it the model's own scheduler settings decide (epsilon for a single file)"
+    )
+    zero_terminal_snr: bool = flag(
+        False, "rescale the betas so that the last timestep is pure noise (needs v-prediction)"
+    )

@@ -1,0 +1,65 @@
+"""Options of the optimizer and its learning rates."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from library.errors import InputError
+from library.options.flag import OptionGroup, flag
+
+if TYPE_CHECKING:
+    from library.options.training import TrainingOptions
+
+SHARDINGS = ("none", "oss", "zero1", "fsdp")  # library.training.engine.sharding
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(OptionGroup):
+    """The optimizer, what of it is shared among processes, the learning rate and its schedule."""
+
+    title: ClassVar[str] = "optimizer and schedule"
+
+    optimizer_type: str = flag(
+        "AdamW",
+        "AdamW, AdaFactor, AdamW8bit, Lion, Lion8bit, SGDNesterov, SGDNesterov8bit, another class of torch.optim, "
+        "module.Class of an installed package, or oss: AdamW with --sharding=oss",
+        metavar="NAME",
+        shorthands={
+            "use_8bit_adam": ("AdamW8bit", "--optimizer_type=AdamW8bit (needs bitsandbytes)"),
+            "use_lion_optimizer": ("Lion", "--optimizer_type=Lion (needs lion-pytorch)"),
+        },
+    )
+    optimizer_args: tuple[str, ...] = flag(
+        (), 'for example "weight_decay=0.01" "betas=0.9,0.999"', metavar="NAME=VALUE"
+    )
+    sharding: str | None = flag(
+        None,
+        "what several processes share among themselves: none; oss: gradients and optimizer state (fairscale); "
+        "zero1: optimizer state (torch); fsdp: weights, too (torch); on one process there is nothing to share "
+        "(default: none, or oss with --optimizer_type=oss)",
+        choices=SHARDINGS,
+    )
+    learning_rate: float = flag(2e-6, "of the U-Net", least=0)
+    lr_scheduler: str = flag("constant", "how the learning rates change over the run", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = flag(0, "steps of linear warm-up; not for constant", least=0)
+    lr_scheduler_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
+    lr_scheduler_power: float = flag(1.0, "power of polynomial", least=0)
+    max_grad_norm: float = flag(1.0, "clip the gradient's norm to it; 0: no clipping", least=0)
+
+    def check(self, options: "TrainingOptions") -> None:
+        """Raise InputError where the warm-up does nothing or is longer than the run."""
+        warmup = self.lr_warmup_steps
+        if self.lr_scheduler == "constant" and warmup:
+            raise InputError(
+                f"--lr_warmup_steps={warmup} has no effect with --lr_scheduler=constant; use constant_with_warmup"
+            )
+        if options.run.max_train_epochs is None:
+            check_warmup(warmup, options.run.max_train_steps)
+
+
+def check_warmup(warmup_steps: int, max_train_steps: int) -> None:
+    """Raise InputError if the warm-up is longer than the run."""
+    if warmup_steps > max_train_steps:
+        raise InputError(
+            f"--lr_warmup_steps={warmup_steps} is longer than the run of {max_train_steps} steps; shorten the warm-up"
+        )

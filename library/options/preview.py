@@ -1,0 +1,33 @@
+"""Options of the pictures that are sampled while training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from library.diffusion.samplers import NAMES
+from library.errors import InputError
+from library.options.flag import OptionGroup, flag
+
+if TYPE_CHECKING:
+    from library.options.training import TrainingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewOptions(OptionGroup):
+    """Which pictures are sampled while training, and when."""
+
+    title: ClassVar[str] = "sample pictures while training"
+
+    sample_prompts: Path | None = flag(
+        None, "prompts to sample, one a line (--w --h --d --s --l --n --ss), or .toml, .json"
+    )
+    sample_every_n_steps: int | None = flag(None, "sample each n steps", least=1)
+    sample_every_n_epochs: int | None = flag(None, "sample each n epochs", least=1)
+    sample_at_first: bool = flag(False, "sample before the first step, too")
+    sample_sampler: str = flag("ddim", "where a prompt names none", choices=NAMES)
+
+    def check(self, options: "TrainingOptions") -> None:
+        """Raise InputError where pictures are asked for without prompts."""
+        asked = self.sample_at_first or self.sample_every_n_steps or self.sample_every_n_epochs
+        if asked and self.sample_prompts is None:
+            raise InputError("--sample_at_first and --sample_every_n_... sample nothing without --sample_prompts")

@@ -1,0 +1,45 @@
+"""Options of checkpoints: where they go, in which form, how often, how many are kept."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from library.options.flag import REQUIRED, OptionGroup, flag
+
+SAVE_PRECISIONS = ("float", "fp16", "bf16")
+SAVE_FORMS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
+
+
+def file_stem(text: str) -> str:
+    """A name for files, without folders."""
+    if not text or text in (".", "..") or "/" in text or "\0" in text:
+        raise ValueError("must be a file name without '/'")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingOptions(OptionGroup):
+    """Where checkpoints go, in which form, how often."""
+
+    title: ClassVar[str] = "saving"
+
+    output_dir: Path = flag(REQUIRED, "where checkpoints, samples and metrics.jsonl go", told_on_resume=False)
+    output_name: str | None = flag(None, "stem of the checkpoints' names (default: epoch, at and last)", read=file_stem)
+    save_every_n_epochs: int | None = flag(None, "checkpoint {name}-{epoch} each n epochs", least=1)
+    save_every_n_steps: int | None = flag(None, "checkpoint {name}-step{step} each n steps", least=1)
+    save_last_n_epochs: int | None = flag(
+        None,
+        "keep that many of the checkpoints of epochs (default: all)",
+        least=1,
+        needs="save_every_n_epochs",
+    )
+    save_last_n_steps: int | None = flag(
+        None,
+        "keep the checkpoints of the last n steps, counted in steps (default: all)",
+        least=1,
+        needs="save_every_n_steps",
+    )
+    save_precision: str | None = flag(None, "of the saved weights (default: float)", choices=SAVE_PRECISIONS)
+    save_model_as: str | None = flag(
+        None, "form of the checkpoints (default: as the model that was loaded)", choices=SAVE_FORMS
+    )

@@ -1,0 +1,44 @@
+"""Options of training states: when they are saved, how many are kept, and which one a run goes on from."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from library.options.flag import OptionGroup, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateOptions(OptionGroup):
+    """When training states are saved, and which one a run goes on from."""
+
+    title: ClassVar[str] = "training states and resuming"
+
+    save_state: bool = flag(
+        False, "with every checkpoint also {name}-state, from which a run goes on exactly (--resume)"
+    )
+    save_state_every_n_steps: int | None = flag(None, "a state each n steps, without a checkpoint", least=1)
+    save_state_every_n_minutes: float | None = flag(None, "a state each n minutes, without a checkpoint", above=0)
+    save_state_on_train_end: bool = flag(False, "a state at the end, too")
+    save_last_n_epochs_state: int | None = flag(
+        None,
+        "keep that many of the states of epochs (default: as --save_last_n_epochs)",
+        least=1,
+        needs="save_every_n_epochs & save_state",
+    )
+    save_last_n_steps_state: int | None = flag(
+        None,
+        "keep the states of the last n steps, counted in steps (default: as --save_last_n_steps)",
+        least=1,
+        needs=("save_state_every_n_steps", "save_state_every_n_minutes", "save_every_n_steps & save_state"),
+    )
+    resume: str | None = flag(
+        None,
+        "go on from a training state; auto: from the newest whole one in --output_dir, else from the beginning",
+        metavar="DIR|auto",
+        told_on_resume=False,
+    )
+    resume_anyway: bool = flag(
+        False,
+        "resume although data, seed or global batch are other ones than the state's",
+        needs="resume",
+        told_on_resume=False,
+    )

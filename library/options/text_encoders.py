@@ -1,0 +1,73 @@
+"""Options of the text encoders: their tokenizers, and whether and how fast they train."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from library.errors import InputError
+from library.options.flag import OptionGroup, flag
+
+if TYPE_CHECKING:
+    from library.options.training import TrainingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderOptions(OptionGroup):
+    """Base of each family's text-encoder options; by itself no text encoder trains."""
+
+    title: ClassVar[str] = "text encoders"
+
+    @property
+    def tokenizers(self) -> tuple[str | None, ...]:
+        """A name or folder of each encoder's tokenizer; None for the model's own."""
+        return ()
+
+    def rates(self, learning_rate: float) -> tuple[float, ...]:
+        """Each encoder's learning rate; 0 for one that does not train.
+
+        Args:
+            learning_rate: of the U-Net.
+        """
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDXLTextEncoderOptions(TextEncoderOptions):
+    """Both text encoders of SDXL: CLIP-L and OpenCLIP bigG."""
+
+    tokenizer1_path: str | None = flag(
+        None, "name or folder of CLIP-L's tokenizer (default: the model's own)", same_on_ranks=False
+    )
+    tokenizer2_path: str | None = flag(
+        None, "name or folder of OpenCLIP bigG's tokenizer (default: the model's own)", same_on_ranks=False
+    )
+    train_text_encoder: bool = flag(False, "train both text encoders, too")
+    learning_rate_te1: float | None = flag(None, "of CLIP-L (default: --learning_rate; 0: not trained)", least=0)
+    learning_rate_te2: float | None = flag(None, "of OpenCLIP bigG (default: --learning_rate; 0: not trained)", least=0)
+
+    @property
+    def tokenizers(self) -> tuple[str | None, ...]:
+        """CLIP-L's and OpenCLIP bigG's."""
+        return self.tokenizer1_path, self.tokenizer2_path
+
+    def rates(self, learning_rate: float) -> tuple[float, ...]:
+        """CLIP-L's and OpenCLIP bigG's learning rate."""
+        if not self.train_text_encoder:
+            return 0.0, 0.0
+        own = self.learning_rate_te1, self.learning_rate_te2
+        return tuple(learning_rate if rate is None else rate for rate in own)
+
+    def check(self, options: "TrainingOptions") -> None:
+        """Raise InputError where an encoder trains and is cached, or has a rate and does not train."""
+        for flag_, rate in (
+            ("--learning_rate_te1", self.learning_rate_te1),
+            ("--learning_rate_te2", self.learning_rate_te2),
+        ):
+            if rate and not self.train_text_encoder:
+                raise InputError(
+                    f"{flag_}={rate:g} trains nothing without --train_text_encoder; add that, or leave it out"
+                )
+        if options.caches.text and self.train_text_encoder:
+            raise InputError(
+                f"{options.caches.text_flag} keeps what text encoders give that --train_text_encoder changes; "
+                "leave out one"
+            )

@@ -1,0 +1,42 @@
+"""The option groups that every training script has, together; a script adds its own by inheriting."""
+
+from dataclasses import dataclass
+
+from library.options.caches import CacheOptions
+from library.options.compiling import CompilingOptions
+from library.options.config_file import ConfigFileOptions
+from library.options.data import DataOptions
+from library.options.ema import EMAOptions
+from library.options.logs import LogOptions
+from library.options.memory import MemoryOptions
+from library.options.model import ModelOptions
+from library.options.objective import ObjectiveOptions
+from library.options.optimizer import OptimizerOptions
+from library.options.precision import PrecisionOptions
+from library.options.preview import PreviewOptions
+from library.options.run import RunOptions
+from library.options.saving import SavingOptions
+from library.options.states import StateOptions
+from library.options.text_encoders import TextEncoderOptions
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """One dataclass a group, in the order of --help."""
+
+    model: ModelOptions
+    text_encoders: TextEncoderOptions  # a family's scripts have that family's
+    data: DataOptions
+    caches: CacheOptions
+    objective: ObjectiveOptions
+    optimizer: OptimizerOptions
+    ema: EMAOptions
+    precision: PrecisionOptions
+    memory: MemoryOptions
+    compiling: CompilingOptions
+    run: RunOptions
+    saving: SavingOptions
+    states: StateOptions
+    logs: LogOptions
+    preview: PreviewOptions
+    config: ConfigFileOptions
