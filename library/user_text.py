@@ -1,8 +1,15 @@
 """Texts that users write: configurations, prompts, metadata."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from library.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def read_user_text(path: Path, flag: str) -> str:
@@ -22,3 +29,8 @@ def read_user_text(path: Path, flag: str) -> str:
         raise InputError(
             f"{flag} {path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}. Save it as UTF-8."
         ) from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """A TOML text's table; ValueError with line and column where it is none."""
+    return tomllib.loads(text)

@@ -108,6 +108,8 @@ def test_a_run_leaves_weights_samples_metrics_and_the_final_block(train, tmp_pat
     assert status == 0, printed
     names = {path.name for path in out.glob("*.safetensors")}
     assert names == {"tiny-step00000002.safetensors", "tiny-step00000004.safetensors", "tiny.safetensors"}
+    again = sdxl_pretrain.SCRIPT.options([f"--config_file={out / 'tiny.config.toml'}"])
+    assert (again.saving.save_every_n_steps, again.preview.sample_sampler, again.run.seed) == (2, "euler", 1)
     block = printed[printed.index("------------------ Final result ------------------") :].splitlines()
     assert block[1].startswith("Final Performance images/sec : ") and float(block[1].split(":")[1]) > 0
     assert float(block[2].removeprefix("Final Train Loss : ")) > 0

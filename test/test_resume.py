@@ -268,7 +268,8 @@ def test_old_states_and_checkpoints_go_once_new_ones_are_there(train, tmp_path):
     assert status == 0
     names = {path.name for path in out.iterdir() if path.name != ".lock"}
     assert names == {
-        "last.safetensors", "last-state", "metrics.jsonl", "at-step00000004.safetensors", "at-step00000005.safetensors",
+        "last.safetensors", "last-state", "metrics.jsonl", "run.config.toml", "at-step00000004.safetensors",
+        "at-step00000005.safetensors",
         "last-ema.safetensors", "at-step00000004-ema.safetensors", "at-step00000005-ema.safetensors",
         state_of(3), state_of(4), state_of(5),
     }  # fmt: skip

@@ -5,6 +5,7 @@
 A test compares the pages with what this writes: run it after each change of a flag.
 """
 
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -44,7 +45,9 @@ def page(script: Script) -> str:
     for title, flags in script.flags.sections().items():
         shown = [flag for flag in flags if flag.on_command_line]
         rows = [row for flag in shown for row in (_row(flag), *_shorthand_rows(flag))]
-        lines += ["", f"## {title.capitalize()}", "", *_table(("flag", "default", "meaning"), rows)]
+        pages = dict.fromkeys(flag.page for flag in shown if flag.page)
+        links = [f"See {', '.join(f'[{page}](../{page})' for page in pages)}.", ""] * bool(pages)
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", *links, *_table(("flag", "default", "meaning"), rows)]
     lines += ["", "## Keys of --dataset_config", ""]
     lines += ["An inner level wins over an outer one, and all of them over the command line.", ""]
     keys = [flag for flag in script.flags if flag.at is not Level.RUN]
@@ -52,7 +55,9 @@ def page(script: Script) -> str:
     lines += _table(("key", "is", "stands in"), rows)
     refused = [refused for name, refused in REFUSED.items() if name not in script.flags.by_key]
     lines += ["", "## Flags of sd-scripts that are refused", ""]
-    rows = [(_code(f"--{each.name}"), ", ".join(map(_code, each.taken)) or "—", each.why) for each in refused]
+    rows = [
+        (_code(f"--{each.name}"), ", ".join(map(_code, each.taken)) or "—", _with_code(each.why)) for each in refused
+    ]
     lines += _table(("flag", "taken, and changes nothing", "why, and what to use"), rows)
     return "\n".join(lines) + "\n"
 
@@ -63,11 +68,11 @@ def _row(flag: Flag) -> tuple[str, str, str]:
         meaning += f". One of {', '.join(_code(str(choice)) for choice in flag.kind.choices)}"
     if flag.needs:
         meaning += f". Needs {flag.needs_in_words}"
-    return ", ".join(map(_code, flag.spellings())), _default(flag), meaning
+    return ", ".join(map(_code, flag.spellings())), _default(flag), _with_code(meaning)
 
 
 def _shorthand_rows(flag: Flag) -> list[tuple[str, str, str]]:
-    return [(_code(f"--{name}"), "off", help_line) for name, (_, help_line) in flag.shorthands.items()]
+    return [(_code(f"--{name}"), "off", _with_code(help_line)) for name, (_, help_line) in flag.shorthands.items()]
 
 
 def _default(flag: Flag) -> str:
@@ -84,6 +89,11 @@ def _same_as(flag: Flag) -> str:
 
 def _code(text: str) -> str:
     return f"`{text}`"
+
+
+def _with_code(text: str) -> str:
+    """A text with the flags in it as code."""
+    return re.sub(r"--\w+(=\w+)?", lambda found: _code(found[0]), text)
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

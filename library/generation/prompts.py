@@ -7,10 +7,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from library.diffusion.samplers import NAMES
 from library.errors import InputError
+from library.user_text import parse_toml, read_user_text
 
 VAE_FACTOR = 8  # px per latent row or column
 
@@ -47,10 +46,7 @@ def read_prompts(path: Path) -> list[SamplePrompt]:
     Raises:
         InputError: the file cannot be read, holds no prompt, or an option or value is not known; names file and entry.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--sample_prompts {path}: cannot be read: {error}") from error
+    text = read_user_text(path, "--sample_prompts")
     if path.suffix == ".json":
         prompts = [_from_mapping(entry, f"{path}, entry {i}") for i, entry in enumerate(_json_entries(text, path), 1)]
     elif path.suffix == ".toml":
@@ -125,8 +121,8 @@ def _json_entries(text: str, path: Path) -> list[Any]:
 def _toml_entries(text: str, path: Path) -> list[Any]:
     """[prompt] with [[prompt.subset]] tables: what stands in [prompt] holds for all of them."""
     try:
-        table = toml.loads(text).get("prompt")
-    except toml.TomlDecodeError as error:
+        table = parse_toml(text).get("prompt")
+    except ValueError as error:
         raise InputError(f"--sample_prompts {path}: is not TOML: {error}") from error
     if not isinstance(table, dict) or not isinstance(table.get("subset"), list):
         raise InputError(f"--sample_prompts {path}: must hold [prompt] with at least one [[prompt.subset]]")

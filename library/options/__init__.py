@@ -9,6 +9,7 @@ rules               what is checked before anything loads: `needs` of each flag,
 refused             flags of sd-scripts that are refused, with why and what to use
 config_file         --config_file and --output_config
 dataset_config      --dataset_config: several data sets, each of several subsets
+saved_config        the configuration that a run had, written beside its output
 read_config         a .toml or .json file as a table of keys and values
 training            the groups that every training script has, together
 

@@ -21,6 +21,7 @@ class BucketOptions(OptionGroup):
     """The resolution, and which buckets of other aspect ratios there are."""
 
     title: ClassVar[str] = "resolution and buckets"
+    page: ClassVar[str] = "data.md"
 
     resolution: tuple[int, int] = flag(  # width, height in px
         None,

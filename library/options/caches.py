@@ -17,6 +17,7 @@ class CacheOptions(OptionGroup):
     """What is kept of VAE and text encoders."""
 
     title: ClassVar[str] = "caches of encodings"
+    page: ClassVar[str] = "caches.md"
 
     cache_latents: bool = flag(False, "encode all images before training and keep them in memory")
     cache_latents_to_disk: bool = flag(

@@ -23,6 +23,7 @@ class CaptionOptions(OptionGroup):
     """How the captions of some samples are read and prepared, anew at each step."""
 
     title: ClassVar[str] = "captions"
+    page: ClassVar[str] = "captions_and_crops.md"
 
     class_tokens: str = flag(  # "": as `N_class words` say
         "", "caption of images without one", at=SUBSET, on_command_line=False

@@ -17,6 +17,7 @@ class CompilingOptions(OptionGroup):
     """Whether the U-Net's blocks are compiled, and by what."""
 
     title: ClassVar[str] = "compiling"
+    page: ClassVar[str] = "training.md"
 
     torch_compile: bool = flag(False, "compile the U-Net's blocks by torch.compile, once for all buckets")
     dynamo_backend: str = flag(

@@ -22,6 +22,7 @@ class SourceOptions(OptionGroup):
     """Where some samples are, and how often an epoch shows them."""
 
     title: ClassVar[str] = "data set"
+    page: ClassVar[str] = "data.md"
 
     train_data_dir: Path | Address = flag(
         None,
@@ -57,6 +58,7 @@ class DataOptions(ValidationOptions, OptionGroup):
     """All samples of a run, and how they become batches."""
 
     title: ClassVar[str] = "data set"
+    page: ClassVar[str] = "data.md"
 
     subsets: tuple[SubsetOptions, ...]
     outer: Mapping[str, Any] = field(default_factory=dict)  # of subsets' flags, where --dataset_config says nothing

@@ -11,6 +11,7 @@ class EMAOptions(OptionGroup):
     """Whether a moving average of what trains is kept, and how."""
 
     title: ClassVar[str] = "moving average"
+    page: ClassVar[str] = "training.md"
 
     use_ema: bool = flag(
         False,

@@ -44,6 +44,7 @@ class Flag:
     Attributes:
         name: on the command line behind two dashes, in files as it is, and of the field.
         section: of --help.
+        page: of docs/ that is about the section's subject; "" where there is none.
         kind: of its values.
         default: None stands for no value; REQUIRED for a flag that must be given.
         help: what it does, its unit among it. Its default is added to it.
@@ -60,6 +61,7 @@ class Flag:
 
     name: str
     section: str
+    page: str
     kind: Kind
     default: Any
     help: str
@@ -168,6 +170,7 @@ class OptionGroup:
     """Base of all groups of flags: frozen dataclasses whose fields are made by `flag`."""
 
     title: ClassVar[str] = ""  # of its section of --help
+    page: ClassVar[str] = ""  # of docs/ that is about it
 
     @classmethod
     def from_values(cls: type[Group], values: Mapping[str, Any]) -> Group:
@@ -222,6 +225,10 @@ class Flags:
                 if each.name in defaults:
                     each = dataclasses.replace(each, default=defaults.pop(each.name))
                 found[each.name] = each
+        for each in found.values():
+            for needed in (part.partition("=")[0] for needs in each.needs for part in needs.split(" & ")):
+                if needed not in found:
+                    raise TypeError(f"--{each.name} needs --{needed}, which {options_type.__name__} does not have")
         if defaults:
             raise TypeError(f"{options_type.__name__} has no flags {', '.join(defaults)} to give defaults to")
         self.by_name = found
@@ -253,11 +260,11 @@ def flags_of_group(group_type: type[OptionGroup]) -> Iterator[Flag]:
         hints = typing.get_type_hints(declaring)
         for name in inspect.get_annotations(declaring):
             if name in own and _SPECIFICATION in own[name].metadata:
-                yield _made(own.pop(name), hints[name], declaring.title)  # type: ignore[attr-defined]
+                yield _made(own.pop(name), hints[name], declaring)
 
 
-def _made(of: "dataclasses.Field[Any]", annotation: Any, section: str) -> Flag:
-    """The flag of a field."""
+def _made(of: "dataclasses.Field[Any]", annotation: Any, group: type[OptionGroup]) -> Flag:
+    """The flag of a field of a group."""
     said: _Specification = of.metadata[_SPECIFICATION]
     more = dict(said.more)
     key, metavar = more.pop("key"), more.pop("metavar")
@@ -270,4 +277,4 @@ def _made(of: "dataclasses.Field[Any]", annotation: Any, section: str) -> Flag:
         kind = dataclasses.replace(kind, empty_is_unset=True)
     if metavar is not None:
         kind = dataclasses.replace(kind, metavar=metavar)
-    return Flag(of.name, section, kind, said.default, said.help, key=key or of.name, **more)
+    return Flag(of.name, group.title, group.page, kind, said.default, said.help, key=key or of.name, **more)

@@ -24,6 +24,7 @@ class ImageOptions(OptionGroup):
     """How the images of some samples are scaled, cropped and changed at random."""
 
     title: ClassVar[str] = "images"
+    page: ClassVar[str] = "captions_and_crops.md"
 
     flip_aug: bool = flag(False, "mirror half of the samples, drawn anew at each step", at=SUBSET)
     color_aug: bool = flag(False, "change hue or gamma of a third of the samples a little", at=SUBSET)

@@ -13,6 +13,7 @@ class LogOptions(OptionGroup):
     """Where TensorBoard events and the run's figures go."""
 
     title: ClassVar[str] = "logging"
+    page: ClassVar[str] = "output_files.md"
 
     logging_dir: Path | None = flag(None, "TensorBoard events go to a new folder in it", told_on_resume=False)
     case_name: str | None = flag(

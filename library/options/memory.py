@@ -17,6 +17,7 @@ class MemoryOptions(OptionGroup):
     """What is recomputed, freed early or kept in the CPU's memory."""
 
     title: ClassVar[str] = "memory"
+    page: ClassVar[str] = "memory.md"
 
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time")
     checkpoint_policy: str = flag(

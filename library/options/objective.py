@@ -11,6 +11,7 @@ class ObjectiveOptions(OptionGroup):
     """What the U-Net learns to predict."""
 
     title: ClassVar[str] = "objective"
+    page: ClassVar[str] = "training.md"
 
     v_parameterization: bool = flag(
         False, "train v-prediction; without it the model's own scheduler settings decide (epsilon for a single file)"

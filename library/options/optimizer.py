@@ -18,6 +18,7 @@ class OptimizerOptions(OptionGroup):
     """The optimizer, what of it is shared among processes, the learning rate and its schedule."""
 
     title: ClassVar[str] = "optimizer and schedule"
+    page: ClassVar[str] = "memory.md"
 
     optimizer_type: str = flag(
         "AdamW",

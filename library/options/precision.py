@@ -22,6 +22,7 @@ class PrecisionOptions(OptionGroup):
     """Formats of activations, weights and updates."""
 
     title: ClassVar[str] = "precision"
+    page: ClassVar[str] = "memory.md"
 
     mixed_precision: str = flag("no", "format that passes are computed in; no: fp32", choices=MIXED_PRECISIONS)
     full_bf16: bool = flag(

@@ -17,6 +17,7 @@ class PreviewOptions(OptionGroup):
     """Which pictures are sampled while training, and when."""
 
     title: ClassVar[str] = "sample pictures while training"
+    page: ClassVar[str] = "training.md"
 
     sample_prompts: Path | None = flag(
         None, "prompts to sample, one a line (--w --h --d --s --l --n --ss), or .toml, .json"

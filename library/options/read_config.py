@@ -1,17 +1,11 @@
 """A .toml or .json file of options, as a table of keys and values."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from library.errors import InputError
-from library.user_text import read_user_text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from library.user_text import parse_toml, read_user_text
 
 
 def read_config(path: Path, flag: str) -> dict[str, Any]:
@@ -27,7 +21,7 @@ def read_config(path: Path, flag: str) -> dict[str, Any]:
         raise InputError(f"{flag} {path} must be a .toml or a .json file.")
     text = read_user_text(path, flag)
     try:
-        content = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        content = parse_toml(text) if path.suffix.lower() == ".toml" else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{flag} {path} is no valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(content, dict):

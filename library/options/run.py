@@ -12,6 +12,7 @@ class RunOptions(OptionGroup):
     """Length and seed of the run, and how its processes wait for each other."""
 
     title: ClassVar[str] = "run"
+    page: ClassVar[str] = "running.md"
 
     max_train_steps: int = flag(1600, "optimizer steps", least=1)
     max_train_epochs: int | None = flag(

@@ -22,6 +22,7 @@ class SavingOptions(OptionGroup):
     """Where checkpoints go, in which form, how often."""
 
     title: ClassVar[str] = "saving"
+    page: ClassVar[str] = "output_files.md"
 
     output_dir: Path = flag(REQUIRED, "where checkpoints, samples and metrics.jsonl go", told_on_resume=False)
     output_name: str | None = flag(None, "stem of the checkpoints' names (default: epoch, at and last)", read=file_stem)

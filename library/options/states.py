@@ -11,6 +11,7 @@ class StateOptions(OptionGroup):
     """When training states are saved, and which one a run goes on from."""
 
     title: ClassVar[str] = "training states and resuming"
+    page: ClassVar[str] = "resuming.md"
 
     save_state: bool = flag(
         False, "with every checkpoint also {name}-state, from which a run goes on exactly (--resume)"

@@ -13,6 +13,7 @@ class HeldOutOptions(OptionGroup):
     """Which of some samples are held out from training."""
 
     title: ClassVar[str] = "validation"
+    page: ClassVar[str] = "training.md"
 
     validation_split: float = flag(
         0.0,
@@ -31,6 +32,7 @@ class ValidationOptions(OptionGroup):
     """When the loss on the images held out is measured."""
 
     title: ClassVar[str] = "validation"
+    page: ClassVar[str] = "training.md"
 
     validate_every_n_steps: int | None = flag(None, "validate each n steps", least=1, needs="validation_split")
     validate_every_n_epochs: int | None = flag(

@@ -26,6 +26,7 @@ from library.models.text import Tokens
 from library.models.token_counts import TokenCounter
 from library.options.optimizer import OptimizerOptions
 from library.options.run import RunOptions
+from library.options.saved_config import write_config
 from library.options.training import TrainingOptions
 from library.options.values import plain_values
 from library.signals import Signals
@@ -275,6 +276,7 @@ def _train(
             files_in_use(options),
         ),
     )
+    on_main_process(accelerator, partial(write_config, options, surroundings.seed))
     writer = MetricsWriter(
         saving.output_dir,
         options.logs.logging_dir,

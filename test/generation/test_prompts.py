@@ -68,3 +68,16 @@ def test_a_mistake_is_named(tmp_path, text, name, message):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match=r"--sample_prompts .*none.txt"):
         read_prompts(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".toml", ".json"])
+def test_a_mark_before_the_text_is_no_part_of_a_prompt(tmp_path, suffix):
+    texts = {
+        ".txt": "a red ball --w 64",
+        ".toml": '[prompt]\nwidth = 64\n[[prompt.subset]]\nprompt = "a red ball"\n',
+        ".json": '[{"prompt": "a red ball", "width": 64}]',
+    }
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text("\ufeff" + texts[suffix], encoding="utf-8")
+    (prompt,) = read_prompts(path)
+    assert (prompt.prompt, prompt.width) == ("a red ball", 64)

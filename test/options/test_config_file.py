@@ -65,6 +65,37 @@ def test_what_the_file_may_not_say_is_named(written, capsys, text, message):
     assert message in printed and "run.toml" in printed and "Traceback" not in printed
 
 
+def test_all_that_is_wrong_is_named_at_once(written, capsys):
+    text = 'lerning_rate = 1\nseed = "seven"\n[more]\nshuffle_caption = 1\nmasked_loss = true\nmax_train_steps = 0\n'
+    with pytest.raises(SystemExit):
+        parsed(*REQUIRED, written(text))
+    printed = capsys.readouterr().err
+    for key in ("lerning_rate is no flag", "seed must be", "shuffle_caption must be", "max_train_steps must be"):
+        assert key in printed
+    assert "masked_loss" not in printed and printed.count("\n") == 1
+
+
+def test_two_values_of_one_flag_are_an_error(written, capsys):
+    with pytest.raises(SystemExit):
+        parsed(*REQUIRED, written('optimizer_type = "Lion"\nuse_8bit_adam = true\n'))
+    assert "use_8bit_adam = true is a second value of optimizer_type" in capsys.readouterr().err
+    assert parsed(*REQUIRED, written("use_8bit_adam = true\n")).optimizer_type == "AdamW8bit"
+    assert parsed(*REQUIRED, written('optimizer_type = "Lion"\n'), "--use_8bit_adam").optimizer_type == "AdamW8bit"
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_file_is_utf_8_with_or_without_a_mark(tmp_path, mark):
+    (tmp_path / "run.toml").write_text(f'{mark}caption_prefix = "un château"\n', encoding="utf-8")
+    assert parsed(*REQUIRED, f"--config_file={tmp_path / 'run.toml'}").caption_prefix == "un château"
+
+
+def test_another_encoding_is_named(tmp_path, capsys):
+    (tmp_path / "run.toml").write_bytes('caption_prefix = "un château"\n'.encode("latin-1"))
+    with pytest.raises(SystemExit):
+        parsed(*REQUIRED, f"--config_file={tmp_path / 'run.toml'}")
+    assert "run.toml is not UTF-8: byte 23 is 0xe2. Save it as UTF-8." in capsys.readouterr().err
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parsed(*REQUIRED, f"--config_file={tmp_path / 'other'}")

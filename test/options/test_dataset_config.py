@@ -84,6 +84,11 @@ def test_json_is_read_the_same(tmp_path):
     assert options(path).subsets == options(written(tmp_path, EXAMPLE)).subsets
 
 
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path):
+    marked = written(tmp_path, "\ufeff" + EXAMPLE, "marked.toml")
+    assert options(marked).subsets == options(written(tmp_path, EXAMPLE)).subsets
+
+
 CAPTIONS = {
     "caption_prefix": "photo of",
     "caption_suffix": "outside",

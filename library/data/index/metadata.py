@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from library.errors import InputError
+from library.user_text import read_user_text
 
 
 @dataclass
@@ -44,12 +45,11 @@ def read_metadata(path: Path) -> Metadata:
     Raises:
         InputError: it cannot be read, or is not of this form.
     """
+    text = read_user_text(path, "metadata")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"metadata {path}: cannot be read ({error.strerror}).") from error
+        content = json.loads(text)
     except ValueError as error:
-        raise InputError(f"metadata {path}: is not JSON in UTF-8 ({error}).") from error
+        raise InputError(f"metadata {path}: is not JSON ({error}).") from error
     if not isinstance(content, dict):
         raise InputError(f'metadata {path}: must be one object, {{"IMAGE": {{"caption": "…", "tags": "…"}}, …}}.')
     return Metadata({key: _caption(path, key, entry) for key, entry in content.items()})

@@ -56,7 +56,7 @@ def describe_run(options: Any, seed: int, data: TrainingSet, module: nn.Module) 
     Paths may differ: machines may have the same data in different places.
     """
     facts = {"seed": str(seed), "the model's weights": _weights_digest(module)}
-    return {**software(), **_flags(options), **describe_data(data), **facts}
+    return {**software(), **describe_options(options), **describe_data(data), **facts}
 
 
 def describe_data(data: TrainingSet) -> Description:
@@ -65,7 +65,7 @@ def describe_data(data: TrainingSet) -> Description:
     return data.description() | facts
 
 
-def _flags(options: Any) -> Description:
+def describe_options(options: Any) -> Description:
     """Every option that all machines must have the same of, as its flag; a path is a machine's own."""
     same = {flag.name for flag in Flags(type(options)) if flag.same_on_ranks}
     subsets = subset_values(options)

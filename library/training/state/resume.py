@@ -3,9 +3,10 @@
 import importlib.metadata
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -123,13 +124,15 @@ def check_weights_precision(saved: StateInfo, full_bf16: bool, folder: Path) -> 
         )
 
 
-def log_changed_options(saved: StateInfo, options: TrainingOptions) -> None:
+def log_changed_options(saved: StateInfo, now: Mapping[str, Any], untold: Collection[str] = ()) -> None:
     """A line of the log for each option and package version that is another one than it was.
 
     An option that came after the state was saved, and is not given, changes nothing.
+
+    Args:
+        now: the options by their names, as `plain_values` has them.
+        untold: names of those that say nothing about the training itself.
     """
-    now = plain_values(options)
-    untold = {flag.name for flag in Flags(type(options)) if not flag.told_on_resume}
     for what, then, present in (("option", saved.options, now), ("version of", saved.versions, versions())):
         for name in sorted(then.keys() | present.keys()):
             before, after = then.get(name), present.get(name)
@@ -156,7 +159,8 @@ def check_resumed(resumed: Resumed, options: TrainingOptions, data: TrainingSet,
     check_weights_precision(info, options.precision.full_bf16, resumed.folder)
     check_length(resumed.step, steps, resumed.folder)
     data.go_on_from(data_positions(resumed.state), options.states.resume_anyway)
-    log_changed_options(info, options)
+    untold = [flag.name for flag in Flags(type(options)) if not flag.told_on_resume]
+    log_changed_options(info, plain_values(options), untold)
 
 
 def check_parameters(resumed: Resumed, names: Collection[str]) -> None:
