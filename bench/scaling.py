@@ -257,8 +257,8 @@ def sdxl() -> Model:
             block_out_channels=(128, 256, 512, 512), layers_per_block=2,
         )  # fmt: skip
         encoders = CLIPTextModel(text(768, 12, "quick_gelu")), CLIPTextModelWithProjection(text(1280, 32, "gelu"))
-        nothing: Any = None  # no tokenizers: token ids are made here
-        return Model(SDXL, UNet(), vae, encoders, (nothing, nothing), dict(SDXL.scheduler))
+        # No tokenizers: token ids are made here.
+        return Model(SDXL, UNet(), vae, encoders, (), dict(SDXL.scheduler))
 
 
 def flops(run: Callable[[], Any]) -> int:

@@ -138,6 +138,67 @@ def sdxl(tokenizers, text_encoders, vae):
     return Model(SDXL, unet.eval(), vae, text_encoders, tokenizers, dict(SDXL.scheduler))
 
 
+def _clip(width: int, layers: int, hidden_act: str, vocabulary: int, heads: int = 1):
+    """A CLIPTextModel configured as the published ones are, far from its initial values."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=heads,
+            hidden_act=hidden_act, vocab_size=vocabulary, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+        )
+    )  # fmt: skip
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return encoder.eval()
+
+
+def _four_levels(family, vae, encoder, tokenizer, **unet_fields):
+    """A model of the topology of SD 1.x and 2.x: four levels, attention at the first three and in the middle."""
+    import copy
+
+    from library.models.model import Model
+    from library.models.unet import UNet, UNetConfig
+
+    unet = UNet(
+        UNetConfig(
+            channel_mult=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0), transformer_depth_middle=1, adm_in_channels=None,
+            context_dim=encoder.config.hidden_size, **unet_fields,
+        )
+    )  # fmt: skip
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    vae = copy.deepcopy(vae)
+    vae.register_to_config(scaling_factor=family.vae_scaling_factor)
+    return Model(family, unet.eval(), vae, (encoder,), (tokenizer,), dict(family.scheduler))
+
+
+@pytest.fixture(scope="session")
+def sd1(tokenizers, vae):
+    """All of a tiny SD 1.x: 4 heads at every width, convolutions as projections; the text encoder has 3 layers."""
+    from library.families import SD1
+
+    torch.manual_seed(4)
+    encoder = _clip(48, 3, "quick_gelu", len(tokenizers[0]), heads=3)
+    return _four_levels(
+        SD1, vae, encoder, tokenizers[0], model_channels=32, num_heads=4, use_linear_in_transformer=False
+    )
+
+
+@pytest.fixture(scope="session")
+def sd2_v(tokenizers, vae):
+    """All of a tiny SD 2.x 768-v: heads of 16, linear projections; the text encoder has 23 layers."""
+    from library.families import SD2
+
+    torch.manual_seed(5)
+    encoder = _clip(32, 23, "gelu", len(tokenizers[1]), heads=2)
+    model = _four_levels(
+        SD2, vae, encoder, tokenizers[1], model_channels=32, num_head_channels=16, upcast_attention=True
+    )
+    model.scheduler_config["prediction_type"] = "v_prediction"
+    return model
+
+
 @pytest.fixture(scope="session")
 def tiny_sdxl_folder(sdxl, tmp_path_factory):
     """The tiny model as a diffusers folder, what a run starts from."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from library.models.family import EncoderSpec, EncoderUse, Family
-from library.models.unet import size_embedding
+from library.models.unet import UNetConfig, size_embedding
 
 CLIP_L = EncoderSpec(
     folder="text_encoder",
@@ -13,8 +13,10 @@ CLIP_L = EncoderSpec(
     pad_id=None,
     hidden_act="quick_gelu",
     projection=False,
+    width=768,
     single_file_prefix="conditioner.embedders.0.transformer.",
     single_file_names="transformers",
+    single_file_unused="",
     lora_name="lora_te1",
 )
 OPENCLIP_BIGG = EncoderSpec(
@@ -24,15 +26,17 @@ OPENCLIP_BIGG = EncoderSpec(
     pad_id=0,  # OpenCLIP pads with id 0; the tokenizer on the hub is CLIP's, which pads with EOS
     hidden_act="gelu",
     projection=True,
+    width=1280,
     single_file_prefix="conditioner.embedders.1.model.",
     single_file_names="open_clip",
+    single_file_unused="logit_scale",  # the temperature of CLIP's own training
     lora_name="lora_te2",
 )
 
 
 def uses(clip_skip: int | None) -> tuple[EncoderUse, ...]:
     """The hidden states before the last layer (section 2.1), or of the layer that --clip_skip counts from the end."""
-    skipped = (clip_skip or 2) - 1
+    skipped = (2 if clip_skip is None else clip_skip) - 1
     return EncoderUse(skipped, final_norm=False, pooled=False), EncoderUse(skipped, final_norm=False, pooled=True)
 
 
@@ -44,11 +48,12 @@ def vector_conditions(pooled_BP: Tensor, size_ids_B6: Tensor) -> Tensor:
 SDXL = Family(
     name="sdxl",
     title="SDXL",
-    architecture="stable-diffusion-xl-v1-base",
+    architectures=dict.fromkeys(("epsilon", "v_prediction"), "stable-diffusion-xl-v1-base"),
     pipeline="StableDiffusionXLPipeline",
+    pipeline_settings={"force_zeros_for_empty_prompt": True},
     encoders=(CLIP_L, OPENCLIP_BIGG),
     uses=uses,
-    unet_hints={"num_head_channels": 64},
+    unet=UNetConfig(),
     scheduler={
         "_class_name": "EulerDiscreteScheduler",
         "beta_end": 0.012,
@@ -68,5 +73,5 @@ SDXL = Family(
     },
     vae_scaling_factor=0.13025,
     vector=vector_conditions,
-    default_px=1024,
+    default_px=dict.fromkeys(("epsilon", "v_prediction"), 1024),
 )

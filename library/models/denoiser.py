@@ -48,11 +48,14 @@ class Denoiser(nn.Module):
         Args:
             train_text_encoders: of each text encoder, whether it trains; () where none does.
             clip_skip: as --clip_skip has it.
+
+        Raises:
+            InputError: a text encoder has no layer that --clip_skip names.
         """
         super().__init__()
         self.unet = model.unet
         self.text_encoders = nn.ModuleList(model.text_encoders)
-        self.uses, self._vector = model.family.uses(clip_skip), model.family.vector
+        self.uses, self._vector = model.uses(clip_skip), model.family.vector
         self.unet.requires_grad_(True)
         trains = train_text_encoders or [False] * len(self.text_encoders)
         for encoder, use, train in zip(self.text_encoders, self.uses, trains, strict=True):

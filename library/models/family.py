@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from library.models.unet import UNetConfig
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -18,7 +20,9 @@ class EncoderSpec:
         pad_id: id that pads captions where that tokenizer's own files say otherwise; None: as they say.
         hidden_act: the activation, which single files do not tell: "quick_gelu" or "gelu".
         projection: whether it is a CLIPTextModelWithProjection.
+        width: channels of its states in the published model; each of its heads has 64.
         single_file_prefix, single_file_names: where a single file has it, and by whose names.
+        single_file_unused: a pattern for the names after the prefix of tensors that no output is made of.
         lora_name: how names in LoRA files begin.
     """
 
@@ -28,8 +32,10 @@ class EncoderSpec:
     pad_id: int | None
     hidden_act: str
     projection: bool
+    width: int
     single_file_prefix: str
     single_file_names: Literal["transformers", "open_clip"]
+    single_file_unused: str
     lora_name: str
 
 
@@ -41,11 +47,13 @@ class EncoderUse:
         skipped_layers: how many of its last layers the text states leave out.
         final_norm: whether the text states go through its final norm.
         pooled: whether its projected state at EOS, after all layers, is the pooled vector.
+        eos_id: the tokenizer's EOS; None: as the text encoder's configuration has it.
     """
 
     skipped_layers: int
     final_norm: bool
     pooled: bool
+    eos_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,26 +63,28 @@ class Family:
     Attributes:
         name: as flags and files have it: "sd1", "sd2" or "sdxl".
         title: as messages have it.
-        architecture: ModelSpec's name of it.
+        architectures: ModelSpec's name of it, by prediction type ("epsilon", "v_prediction").
         pipeline: diffusers' class that draws with it.
+        pipeline_settings: what that class's model_index.json says besides the parts.
         encoders: its text encoders in the order of the context's channels.
         uses: from --clip_skip (None: not given) to what is used of each text encoder.
-        unet_hints: fields of `UNetConfig` that the shapes in a single file do not tell.
+        unet: the published U-Net; a single file with a U-Net of its widths has its attention heads.
         scheduler: the scheduler's configuration that the family was published with; single files carry none.
         vae_scaling_factor: what latents are multiplied by.
         vector: from the pooled text (B, P) and six sizes in px (B, 6) to the U-Net's vector conditions (B, V);
             None: the U-Net has none.
-        default_px: width and height of the pictures that it was trained on.
+        default_px: width and height of the pictures that it was trained on, by prediction type.
     """
 
     name: str
     title: str
-    architecture: str
+    architectures: Mapping[str, str]
     pipeline: str
+    pipeline_settings: Mapping[str, Any]
     encoders: tuple[EncoderSpec, ...]
     uses: Callable[[int | None], tuple[EncoderUse, ...]]
-    unet_hints: Mapping[str, Any]
+    unet: "UNetConfig"
     scheduler: Mapping[str, Any]
     vae_scaling_factor: float
     vector: "Callable[[Tensor, Tensor], Tensor] | None"
-    default_px: int
+    default_px: Mapping[str, int]

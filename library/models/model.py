@@ -1,11 +1,15 @@
 """All parts of one model, in memory."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from library.models.family import Family
+from library.errors import InputError
+from library.models.family import EncoderUse, Family
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from library.models.unet import UNet
 
 
@@ -17,6 +21,9 @@ class Model:
         vae: diffusers' AutoencoderKL, whose classes the type checker cannot follow.
         text_encoders: transformers' CLIPTextModel or CLIPTextModelWithProjection, in the family's order.
         tokenizers: transformers' CLIPTokenizer, one for each text encoder.
+        prediction_source: where the files that were read say what the U-Net predicts; "" where they do not.
+        carried: tensors of the single file that was read, by their names in it, of which no output is made; they are
+            written back into single files.
     """
 
     family: Family
@@ -25,8 +32,45 @@ class Model:
     text_encoders: tuple[Any, ...]
     tokenizers: tuple[Any, ...]
     scheduler_config: dict[str, Any]
+    prediction_source: str = ""
+    carried: "Mapping[str, Tensor]" = field(default_factory=dict)
 
     @property
     def prediction_type(self) -> str:
         """What the U-Net predicts, in diffusers' words: "epsilon" or "v_prediction"."""
         return str(self.scheduler_config.get("prediction_type", "epsilon"))
+
+    @property
+    def architecture(self) -> str:
+        """ModelSpec's name of what it is."""
+        return self._by_prediction(self.family.architectures)
+
+    @property
+    def default_px(self) -> int:
+        """Width and height of the pictures that such a model draws where nobody asks for others."""
+        return self._by_prediction(self.family.default_px)
+
+    def uses(self, clip_skip: int | None) -> tuple[EncoderUse, ...]:
+        """What is used of each text encoder, with --clip_skip (None: not given) and the tokenizers' own EOS.
+
+        An id above EOS (a token that was added) is not taken for the end, as transformers takes it with published
+        configurations, which say "the highest id" in place of EOS's.
+
+        Raises:
+            InputError: there is no such layer.
+        """
+        uses = self.family.uses(clip_skip)
+        for encoder, use in zip(self.text_encoders, uses, strict=True):
+            layers = encoder.config.num_hidden_layers
+            if not 0 <= use.skipped_layers < layers:
+                raise InputError(
+                    f"--clip_skip={clip_skip} counts the text encoder's layers from the last, 1, back; this model's "
+                    f"has {layers}: give 1 to {layers}, or leave it out"
+                )
+        if not self.tokenizers:
+            return uses
+        ids = [tokenizer.eos_token_id for tokenizer in self.tokenizers]
+        return tuple(replace(use, eos_id=eos_id) for use, eos_id in zip(uses, ids, strict=True))
+
+    def _by_prediction(self, values: Mapping[str, Any]) -> Any:
+        return values.get(self.prediction_type, values["epsilon"])

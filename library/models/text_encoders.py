@@ -135,7 +135,8 @@ def encode(text_encoders: Iterable[Any], tokens: Tokens, uses: Sequence[EncoderU
         if use.pooled:
             last_BLD = _run_layers(model, states_BKLD[:, 0], model.encoder.layers[kept:])
             normed_BLD = model.final_layer_norm(last_BLD)
-            eos_B = _eos_position(ids_BKL[:, 0], model.config.eos_token_id)
+            eos_id = model.config.eos_token_id if use.eos_id is None else use.eos_id
+            eos_B = _eos_position(ids_BKL[:, 0], eos_id)
             pooled_BP = encoder.text_projection(normed_BLD[torch.arange(batch, device=normed_BLD.device), eos_B])
     return TextStates(torch.cat(contexts, dim=-1), pooled_BP)
 

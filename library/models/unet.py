@@ -39,6 +39,7 @@ class UNetConfig:
         num_head_channels: head size of the attention layers.
         num_heads: if not None, heads of every attention layer, whatever their size (SD 1.x has 8).
         use_linear_in_transformer: project to and from tokens by Linear (SD 2.x, SDXL) or by 1×1 convolution (SD 1.x).
+        upcast_attention: diffusers is to compute scores in fp32 (SD 2.1); every backend here does so for all models.
     """
 
     in_channels: int = 4
@@ -53,6 +54,7 @@ class UNetConfig:
     num_head_channels: int = 64
     num_heads: int | None = None
     use_linear_in_transformer: bool = True
+    upcast_attention: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built.

@@ -4,11 +4,13 @@ read                a model out of a diffusers folder, a single file or a hub na
 write               a model to a single file or a diffusers folder
 single_file         the names of one model's tensors in each kind of file
 key_maps            Stability's names against diffusers' and transformers', both ways
-infer_configs       configurations from the shapes in a single file
+infer_configs       configurations as far as the shapes in a single file tell them
+kept_configs        what shapes do not tell: the published models', or a file's own metadata
+kept_prediction     what a single file says about its prediction type and noise schedule
 diffusers_config    a U-Net's configuration as diffusers keeps it
 weight_files        tensors out of safetensors files and pickles
 modelspec           metadata after Stability's ModelSpec
-identify            what a file's tensors say it is
+identify            what a file or folder is by its content: a model of which family, or something else
 build               networks filled with tensors that were read, nothing initialised twice
 hub                 of a model's repository on the hub, the files that training needs
 """

@@ -13,7 +13,12 @@ _SHOWN = 10
 
 
 def build(
-    construct: Callable[[], Network], tensors: Mapping[str, Tensor], dtype: torch.dtype, origin: str, kind: str
+    construct: Callable[[], Network],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    origin: str,
+    kind: str,
+    wanted: str,
 ) -> Network:
     """A network whose parameters are the given tensors, copied to memory of its own and converted to dtype.
 
@@ -22,6 +27,7 @@ def build(
         tensors: by the network's own parameter names, all of them and no others.
         origin: the file or folder they are from, for messages.
         kind: what that seems to hold, in words, for messages.
+        wanted: the family whose model it should be, for messages.
 
     Raises:
         InputError: names are missing or too many, or a shape differs; up to ten are listed.
@@ -33,10 +39,11 @@ def build(
         raise
     except Exception as error:  # libraries have many ways to say that sizes do not go together
         raise InputError(
-            f"{origin}: its configuration makes no network ({error}). It seems to be {kind}. Give an SDXL base model."
+            f"{origin}: its configuration makes no network ({error}). It seems to be {kind}. Give an {wanted} base "
+            "model."
         ) from error
     expected = network.state_dict()
-    check_names(expected, tensors, origin, kind)
+    check_names(expected, tensors, origin, kind, wanted)
     wrong = [
         f"{name}: {tuple(tensors[name].shape)} instead of {tuple(like.shape)}"
         for name, like in expected.items()
@@ -55,7 +62,9 @@ def build(
     return network.requires_grad_(True).eval()
 
 
-def check_names(expected: Mapping[str, object], found: Mapping[str, object], origin: str, kind: str) -> None:
+def check_names(
+    expected: Mapping[str, object], found: Mapping[str, object], origin: str, kind: str, wanted: str
+) -> None:
     """Compare two sets of tensor names.
 
     Raises:
@@ -70,7 +79,8 @@ def check_names(expected: Mapping[str, object], found: Mapping[str, object], ori
             if names
         ]
         raise InputError(
-            f"{origin}: no complete SDXL model: {'; '.join(parts)}. It seems to be {kind}. Give an SDXL base model."
+            f"{origin}: no complete {wanted} model: {'; '.join(parts)}. It seems to be {kind}. Give an {wanted} base "
+            "model."
         )
 
 

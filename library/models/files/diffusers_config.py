@@ -74,7 +74,7 @@ def unet_config_to_diffusers(config: UNetConfig, sample_size: int = 128) -> dict
         "num_attention_heads": None,
         "cross_attention_dim": config.context_dim,
         "use_linear_projection": config.use_linear_in_transformer,
-        "upcast_attention": None,
+        "upcast_attention": config.upcast_attention or None,
     }
     if config.adm_in_channels is not None:
         fields |= {
@@ -143,6 +143,7 @@ def _read(fields: Mapping[str, Any], origin: str) -> UNetConfig:
         num_head_channels=sizes.pop() if len(sizes) == 1 else UNetConfig.num_head_channels,
         num_heads=counts.pop() if len(sizes) > 1 else None,
         use_linear_in_transformer=bool(fields.get("use_linear_projection", False)),
+        upcast_attention=bool(fields.get("upcast_attention")),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from library import hub
 from library.models.files.weight_files import choose_weights, files_of
 
-# The components of an SDXL pipeline with weights; "" is a repository that holds one component at its root.
+# The components of a pipeline with weights, as far as it has them; "" is a repository that holds one at its root.
 _COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,8 +27,8 @@ def pipeline_files(names: Iterable[str]) -> list[str]:
 
 
 def pipeline_tokenizer_files(names: Iterable[str]) -> list[str]:
-    """Of a pipeline repository's files, those of its two tokenizers."""
-    return [name for name in pipeline_files(names) if name.startswith("tokenizer")]
+    """Of a pipeline repository's files, those of its tokenizers, and those that tell its family."""
+    return [name for name in pipeline_files(names) if name.startswith("tokenizer") or name.endswith("config.json")]
 
 
 def vae_files(names: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Configurations of SDXL's networks from the shapes in a single file, which carries none.
+"""Configurations of a model's networks as far as the shapes in a single file tell them.
 
-What shapes do not tell is SDXL's convention: 64 channels a head in the U-Net and in both text encoders, 32 norm groups
-in the VAE, quick_gelu in CLIP-L, gelu in bigG. A missing key raises KeyError; the caller knows the file's name.
+What they do not tell is `kept_configs`' business; the defaults here are Stable Diffusion's. A missing key raises
+KeyError; the caller knows the file's name.
 """
 
 import re
@@ -11,16 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from library.models.files.key_maps import count
-from library.models.unet import UNetConfig
 
 HEAD_CHANNELS = 64
 VAE_NORM_GROUPS = 32
-VAE_SCALING_FACTOR = 0.13025  # Podell et al. 2023, the published VAE's config
-VAE_SAMPLE_SIZE = 1024
 
 
-def unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
-    """The U-Net's configuration.
+def unet_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of `UNetConfig` that are sizes: all but those about heads and upcasting.
 
     Args:
         tensors: by Stability's keys, without `model.diffusion_model.`.
@@ -39,26 +36,26 @@ def unet_config(tensors: Mapping[str, Tensor]) -> UNetConfig:
         blocks[-1] += 1
     to_k = next(name for name in tensors if name.endswith("attn2.to_k.weight"))
     label = tensors.get("label_emb.0.0.weight")
-    return UNetConfig(
-        in_channels=in_channels,
-        out_channels=tensors["out.2.weight"].shape[0],
-        model_channels=model_channels,
-        channel_mult=tuple(size // model_channels for size in channels),
-        num_res_blocks=blocks[0],
-        transformer_depth=tuple(depths),
-        transformer_depth_middle=count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
-        context_dim=tensors[to_k].shape[1],
-        adm_in_channels=None if label is None else label.shape[1],
-        num_head_channels=HEAD_CHANNELS,
-    )
+    return {
+        "in_channels": in_channels,
+        "out_channels": tensors["out.2.weight"].shape[0],
+        "model_channels": model_channels,
+        "channel_mult": tuple(size // model_channels for size in channels),
+        "num_res_blocks": blocks[0],
+        "transformer_depth": tuple(depths),
+        "transformer_depth_middle": count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
+        "context_dim": tensors[to_k].shape[1],
+        "adm_in_channels": None if label is None else label.shape[1],
+        "use_linear_in_transformer": tensors["middle_block.1.proj_in.weight"].ndim == 2,
+    }
 
 
 def clip_config(tensors: Mapping[str, Tensor], *, hidden_act: str) -> dict[str, Any]:
-    """The arguments of transformers' CLIPTextConfig, with the special ids that SDXL's published configs have.
+    """The arguments of transformers' CLIPTextConfig, with the special ids that the published configs have.
 
     Args:
         tensors: by transformers' names, with or without `text_model.`.
-        hidden_act: "quick_gelu" for CLIP-L, "gelu" for bigG.
+        hidden_act: the family's.
     """
     tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
@@ -78,11 +75,12 @@ def clip_config(tensors: Mapping[str, Tensor], *, hidden_act: str) -> dict[str, 
     }
 
 
-def vae_config(tensors: Mapping[str, Tensor], scaling_factor: float = VAE_SCALING_FACTOR) -> dict[str, Any]:
+def vae_config(tensors: Mapping[str, Tensor], scaling_factor: float, sample_size: int) -> dict[str, Any]:
     """The arguments of diffusers' AutoencoderKL.
 
     Args:
         tensors: by Stability's keys without `first_stage_model.`, or by diffusers' names.
+        sample_size: width and height in px of the pictures that it is for.
     """
     block = re.compile(r"encoder\.(?:down|down_blocks)\.(\d+)\.(?:block|resnets)\.(\d+)\.conv1\.weight")
     found = {(int(m[1]), int(m[2])): tensors[m[0]].shape[0] for name in tensors if (m := block.fullmatch(name))}
@@ -98,7 +96,7 @@ def vae_config(tensors: Mapping[str, Tensor], scaling_factor: float = VAE_SCALIN
         "layers_per_block": max(place for _, place in found) + 1,
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "norm_num_groups": VAE_NORM_GROUPS,
-        "sample_size": VAE_SAMPLE_SIZE,
+        "sample_size": sample_size,
         "scaling_factor": scaling_factor,
         "use_quant_conv": "quant_conv.weight" in tensors,
         "use_post_quant_conv": "post_quant_conv.weight" in tensors,

@@ -127,7 +127,7 @@ def _transformer(old: str, new: str, depth: int, plain: set[str]) -> dict[str, s
 
 
 def clip_l_to_transformers(tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """CLIP-L: what follows `conditioner.embedders.0.transformer.` -> CLIPTextModel's state dict.
+    """CLIP-L: what follows `conditioner.embedders.0.transformer.` or, in SD 1.x, `cond_stage_model.transformer.`.
 
     transformers 5 has no `text_model.` before the names any more; files, and folders of older versions, have it.
     The position numbers, which some files carry, are dropped: they are 0, 1, 2, ...
@@ -137,11 +137,6 @@ def clip_l_to_transformers(tensors: Mapping[str, Value]) -> dict[str, Value]:
         for name, tensor in tensors.items()
         if not name.endswith("embeddings.position_ids")
     }
-
-
-def clip_l_from_transformers(tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """The inverse of clip_l_to_transformers."""
-    return {f"text_model.{name}": tensor for name, tensor in tensors.items()}
 
 
 _OPEN_CLIP_ENDS = {
@@ -162,7 +157,9 @@ _QKV = ("q", "k", "v")  # the order in OpenCLIP's fused matrix
 
 
 def open_clip_to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """bigG: what follows `conditioner.embedders.1.model.` -> CLIPTextModelWithProjection's state dict.
+    """OpenCLIP: what follows `conditioner.embedders.1.model.` or, in SD 2.x, `cond_stage_model.model.`.
+
+    The new names are those of CLIPTextModelWithProjection's state dict: `text_model.` before all but the projection.
 
     Fused query, key and value matrices are split (views), the projection is transposed; `logit_scale`, which belongs to
     CLIP's training, is dropped.

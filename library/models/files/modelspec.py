@@ -6,7 +6,6 @@ from pathlib import Path
 
 from library.errors import InputError
 
-ARCHITECTURE_SDXL = "stable-diffusion-xl-v1-base"
 IMPLEMENTATION_STABILITY = "https://github.com/Stability-AI/generative-models"
 IMPLEMENTATION_DIFFUSERS = "diffusers"
 HASH_KEY = "modelspec.hash_sha256"
@@ -19,11 +18,10 @@ def modelspec(
     title: str,
     resolution_wh_px: tuple[int, int],
     prediction_type: str,
-    architecture: str = ARCHITECTURE_SDXL,
     date: datetime.datetime | None = None,
     **optional: str | None,
 ) -> dict[str, str]:
-    """The `modelspec.*` entries of one model; implementation and hash are added by whoever writes the file.
+    """The `modelspec.*` entries of one model; architecture, implementation and hash are the writer's to add.
 
     Args:
         resolution_wh_px: the resolution trained for, written as WxH.
@@ -44,7 +42,6 @@ def modelspec(
     moment = date or datetime.datetime.now(datetime.timezone.utc)
     entries = {
         "sai_model_spec": "1.0.0",
-        "architecture": architecture,
         "title": title,
         "resolution": "{}x{}".format(*resolution_wh_px),
         "prediction_type": kinds[prediction_type],

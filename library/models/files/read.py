@@ -1,7 +1,7 @@
 """A model out of a diffusers folder, a single file in Stability's keys, or a hub name."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from library.errors import InputError
 from library.hub import is_hub_name
 from library.imports import import_pruned
 from library.models.family import EncoderSpec, Family
-from library.models.files import hub, infer_configs, single_file
-from library.models.files import identify as model_kind
+from library.models.files import hub, infer_configs, kept_configs, single_file
 from library.models.files.build import build
 from library.models.files.diffusers_config import unet_config_from_diffusers
-from library.models.files.weight_files import read_component, read_json, read_weights
+from library.models.files.identify import describe, family_of_folder, family_of_tensors
+from library.models.files.kept_prediction import scheduler_of
+from library.models.files.weight_files import read_component, read_json, read_names, read_weights
 from library.models.model import Model
 from library.models.unet import UNet, UNetConfig
 
@@ -29,7 +30,7 @@ _TOKENIZERS = "transformers.models.clip.tokenization_clip"
 
 def load_model(
     source: str,
-    family: Family,
+    families: Family | Sequence[Family],
     *,
     vae: str | None = None,
     tokenizers: Sequence[str | None] = (),
@@ -39,22 +40,26 @@ def load_model(
 
     Args:
         source: a diffusers folder, a single file (.safetensors, .ckpt), or a hub name.
+        families: those that the caller trains; which of them the model is of is told by its content.
         vae: another VAE in place of the model's: folder, single file or hub name.
         tokenizers: for each text encoder a folder or hub name; None or left out: that of a diffusers folder, or the
             one that the family was trained with.
         dtype: of all networks.
 
     Raises:
-        InputError: something is not there, not readable, or no model of the family.
+        InputError: something is not there, not readable, or no model of the families.
     """
+    wanted = [families] if isinstance(families, Family) else families
     path = locate(source, MODEL_FLAG, hub.pipeline_files)
     import_pruned(_VAE, _ENCODERS, _TOKENIZERS)
-    given = [*tokenizers, *[None] * (len(family.encoders) - len(tokenizers))]
-    model = (
-        _from_folder(path, family, dtype, vae, given)
-        if path.is_dir()
-        else _from_single_file(path, family, dtype, vae, given)
-    )
+    read = _from_folder if path.is_dir() else _from_single_file
+    model = read(path, wanted, dtype, vae, tokenizers)
+    latent_channels = model.vae.config.latent_channels
+    if model.unet.config.in_channels != latent_channels:
+        raise InputError(
+            f"{source}: its U-Net takes {model.unet.config.in_channels} channels, and latents have {latent_channels}: "
+            "it is a model for inpainting or the like. Give a model that makes pictures from text alone."
+        )
     for place, (tokenizer, encoder) in enumerate(zip(model.tokenizers, model.text_encoders, strict=True)):
         if len(tokenizer) > encoder.config.vocab_size:
             raise InputError(
@@ -65,27 +70,45 @@ def load_model(
     return model
 
 
-def load_tokenizers(source: str, family: Family, tokenizers: Sequence[str | None] = ()) -> tuple[Any, ...]:
+def load_tokenizers(
+    source: str, families: Family | Sequence[Family], tokenizers: Sequence[str | None] = ()
+) -> tuple[Any, ...]:
     """The tokenizers as `load_model` gives them, without anything else of the model.
 
     Raises:
         InputError: they cannot be found or read.
     """
     import_pruned(_TOKENIZERS)
-    given = [*tokenizers, *[None] * (len(family.encoders) - len(tokenizers))]
-    own: Path | None = None
-    if None in given:
-        path = locate(source, MODEL_FLAG, hub.pipeline_tokenizer_files)
-        own = path if path.is_dir() else None
-    return _tokenizers(family, given, own)
+    wanted = [families] if isinstance(families, Family) else families
+    if len(wanted) == 1 and len(tokenizers) == len(wanted[0].encoders) and None not in tokenizers:
+        return _tokenizers(wanted[0], tokenizers, None)
+    path = locate(source, MODEL_FLAG, hub.pipeline_tokenizer_files)
+    if len(wanted) == 1:  # nothing else of the model need be there
+        family = wanted[0]
+    elif path.is_dir():
+        family = family_of_folder(path, wanted)
+    else:
+        family = family_of_tensors(read_names(path), wanted, str(path))
+    return _tokenizers(family, tokenizers, path if path.is_dir() else None)
 
 
 def _tokenizers(family: Family, given: Sequence[str | None], folder: Path | None) -> tuple[Any, ...]:
     """A tokenizer for each text encoder.
 
     Args:
+        given: for each a folder or hub name, None or left out where none was given.
         folder: a diffusers folder that has its own.
+
+    Raises:
+        InputError: one cannot be found or read, or more are given than the family has text encoders.
     """
+    encoders = family.encoders
+    if any(given[len(encoders) :]):
+        raise InputError(
+            f"{_tokenizer_flag(len(encoders))}: an {family.title} model has {len(encoders)} text encoder"
+            f"{'s' if len(encoders) > 1 else ''}; leave that flag out"
+        )
+    given = [*given[: len(encoders)], *[None] * (len(encoders) - len(given))]
     return tuple(
         _tokenizer(spec, _tokenizer_flag(place), source, folder and folder / spec.tokenizer_folder)
         for place, (spec, source) in enumerate(zip(family.encoders, given, strict=True))
@@ -110,8 +133,10 @@ def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]])
     raise InputError(f"{flag} {source}: no such file or folder, and not spelt as a hub name (owner/name).")
 
 
-def load_vae(source: str, dtype: torch.dtype) -> Any:
+def load_vae(source: str, family: Family, dtype: torch.dtype) -> Any:
     """A VAE (AutoencoderKL) alone: a folder (its own or a pipeline's), a single file in either naming, or a hub name.
+
+    A single file that does not say by what latents are multiplied has the family's factor.
 
     Raises:
         InputError: it cannot be found, read, or is no VAE.
@@ -119,131 +144,162 @@ def load_vae(source: str, dtype: torch.dtype) -> Any:
     path = locate(source, "--vae", hub.vae_files)
     import_pruned(_VAE)
     if path.is_dir():
-        return _vae_from_folder(path / "vae" if (path / "vae" / "config.json").is_file() else path, dtype)
+        return _vae_from_folder(path / "vae" if (path / "vae" / "config.json").is_file() else path, family, dtype)
     tensors, metadata = read_weights(path)
-    kind = model_kind.describe(tensors)
-    renamed = _inferred(lambda: single_file.vae_tensors(tensors), str(path), "VAE", kind)
-    return _vae_from_tensors(renamed, metadata, dtype, str(path), kind)
+    file = _File(path, family, metadata, describe(tensors), dtype)
+    return _vae_from_tensors(file.infer(lambda: single_file.vae_tensors(tensors), "VAE"), file)
 
 
 def _from_folder(
-    folder: Path, family: Family, dtype: torch.dtype, vae: str | None, tokenizers: Sequence[str | None]
+    folder: Path, families: Sequence[Family], dtype: torch.dtype, vae: str | None, tokenizers: Sequence[str | None]
 ) -> Model:
-    _check_pipeline(folder)
+    family = family_of_folder(folder, families)
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    there = scheduler_file.is_file()
+    scheduler = read_json(scheduler_file) if there else dict(family.scheduler)
     return Model(
         family,
-        unet=_unet_from_folder(folder / "unet", dtype),
-        vae=load_vae(vae, dtype) if vae else _vae_from_folder(folder / "vae", dtype),
-        text_encoders=tuple(_encoder_from_folder(folder / spec.folder, spec, dtype) for spec in family.encoders),
+        unet=_unet_from_folder(folder / "unet", family, dtype),
+        vae=load_vae(vae, family, dtype) if vae else _vae_from_folder(folder / "vae", family, dtype),
+        text_encoders=tuple(
+            _encoder_from_folder(folder / spec.folder, family, spec, dtype) for spec in family.encoders
+        ),
         tokenizers=_tokenizers(family, tokenizers, folder),
-        scheduler_config=read_json(scheduler_file) if scheduler_file.is_file() else dict(family.scheduler),
+        scheduler_config=scheduler,
+        prediction_source=str(scheduler_file) if "prediction_type" in scheduler and there else "",
     )
 
 
-def _check_pipeline(folder: Path) -> None:
-    """Say early what a folder is when it is no SDXL pipeline."""
-    if not (folder / "unet" / "config.json").is_file():
-        singles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".safetensors", ".ckpt"))
-        hint = f" There are single files in it; give one of them: {', '.join(singles[:3])}." if singles else ""
-        raise InputError(f"{folder}: no diffusers model: it has no unet/config.json.{hint}")
-    if not (folder / "text_encoder_2" / "config.json").is_file():
-        index = folder / "model_index.json"
-        kind = read_json(index).get("_class_name", "unknown") if index.is_file() else "unknown"
-        raise InputError(
-            f"{folder}: no SDXL model: it has no text_encoder_2/config.json (its pipeline is {kind}). "
-            "Give an SDXL base model."
-        )
-
-
-def _unet_from_folder(folder: Path, dtype: torch.dtype) -> UNet:
+def _unet_from_folder(folder: Path, family: Family, dtype: torch.dtype) -> UNet:
     config = unet_config_from_diffusers(read_json(folder / "config.json"), str(folder / "config.json"))
-    return _build_unet(config, single_file.unet_from_diffusers(config, read_component(folder)), dtype, str(folder))
+    tensors = single_file.unet_from_diffusers(config, read_component(folder))
+    return build(lambda: UNet(config), tensors, dtype, str(folder), f"an {family.title} model", family.title)
 
 
-def _build_unet(config: UNetConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, origin: str) -> UNet:
-    return build(lambda: UNet(config), tensors, dtype, origin, model_kind.SDXL_BASE)
-
-
-def _vae_from_folder(folder: Path, dtype: torch.dtype) -> Any:
+def _vae_from_folder(folder: Path, family: Family, dtype: torch.dtype) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     config = read_json(folder / "config.json")
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise InputError(f"{folder}: holds {config['_class_name']}, not AutoencoderKL. Give SDXL's VAE.")
+        raise InputError(f"{folder}: holds {config['_class_name']}, not AutoencoderKL. Give an {family.title} VAE.")
     tensors = read_component(folder)
     names = single_file.vae_tensors(tensors)
     network: Any = AutoencoderKL
-    return build(lambda: network.from_config(config), names, dtype, str(folder), model_kind.describe(tensors))
+    return build(lambda: network.from_config(config), names, dtype, str(folder), describe(tensors), family.title)
 
 
-def _vae_from_tensors(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype, origin: str, kind: str
-) -> Any:
-    """A VAE from diffusers' names."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    factor = single_file.scaling_factor(metadata, origin)
-    config = _inferred(lambda: infer_configs.vae_config(tensors, factor), origin, "VAE", kind)
-    network: Any = AutoencoderKL
-    return build(lambda: network(**config), tensors, dtype, origin, kind)
-
-
-def _encoder_from_folder(folder: Path, spec: EncoderSpec, dtype: torch.dtype) -> Any:
+def _encoder_from_folder(folder: Path, family: Family, spec: EncoderSpec, dtype: torch.dtype) -> Any:
     tensors = single_file.encoder_from_disk(spec, read_component(folder))
-    return _build_encoder(read_json(folder / "config.json"), spec, tensors, dtype, str(folder), "a text encoder")
+    config = read_json(folder / "config.json")
+    return _build_encoder(config, spec, tensors, dtype, str(folder), "a text encoder", family.title)
 
 
 def _build_encoder(
-    config: dict[str, Any], spec: EncoderSpec, tensors: dict[str, Tensor], dtype: torch.dtype, origin: str, kind: str
+    config: dict[str, Any],
+    spec: EncoderSpec,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    origin: str,
+    kind: str,
+    wanted: str,
 ) -> Any:
     """CLIPTextModel or CLIPTextModelWithProjection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     network = CLIPTextModelWithProjection if spec.projection else CLIPTextModel
-    return build(lambda: network(CLIPTextConfig.from_dict(config)), tensors, dtype, origin, kind)
+    return build(lambda: network(CLIPTextConfig.from_dict(config)), tensors, dtype, origin, kind, wanted)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A single file that is being read: where it is, what it says of itself, and how its networks are built.
+
+    Attributes:
+        kind: what it seems to hold, for messages.
+    """
+
+    path: Path
+    family: Family
+    metadata: Mapping[str, str]
+    kind: str
+    dtype: torch.dtype
+
+    def infer(self, compute: Callable[[], Any], part: str) -> Any:
+        """What is computed from a part's tensors; a name that is looked for and not found is the file's fault."""
+        title = self.family.title
+        try:
+            return compute()
+        except InputError:
+            raise
+        except (KeyError, StopIteration, IndexError) as error:
+            raise InputError(
+                f"{self.path}: no complete {title} model: its {part} lacks {error}. It seems to be {self.kind}. "
+                f"Give an {title} base model."
+            ) from error
+        except (ValueError, TypeError, ArithmeticError) as error:
+            raise InputError(
+                f"{self.path}: no {title} model: the shapes in its {part} fit none ({error}). It seems to be "
+                f"{self.kind}. Give an {title} base model."
+            ) from error
+
+    def build(self, construct: Callable[[], Any], tensors: Mapping[str, Tensor]) -> Any:
+        """A network with these tensors."""
+        return build(construct, tensors, self.dtype, str(self.path), self.kind, self.family.title)
 
 
 def _from_single_file(
-    path: Path, family: Family, dtype: torch.dtype, vae: str | None, tokenizers: Sequence[str | None]
+    path: Path, families: Sequence[Family], dtype: torch.dtype, vae: str | None, tokenizers: Sequence[str | None]
 ) -> Model:
     tensors, metadata = read_weights(path)
-    origin, kind = str(path), model_kind.describe(tensors)
-    parts = single_file.split(tensors, family, origin, kind, with_vae=vae is None)
-    unet_config = _inferred(lambda: infer_configs.unet_config(parts.unet), origin, "U-Net", kind)
-    encoders = []
-    for place, (spec, part) in enumerate(zip(family.encoders, parts.text_encoders, strict=True)):
-        config = _inferred(
-            partial(infer_configs.clip_config, part, hidden_act=spec.hidden_act),
-            origin,
-            f"text encoder {place + 1}",
-            kind,
-        )
-        encoders.append(_build_encoder(config, spec, part, dtype, origin, kind))
+    family = family_of_tensors(tensors, families, str(path))
+    file = _File(path, family, metadata, describe(tensors), dtype)
+    parts = single_file.split(tensors, family, str(path), file.kind, with_vae=vae is None)
+    scheduler, prediction_source = scheduler_of(tensors, metadata, family, str(path))
     return Model(
         family,
-        unet=_build_unet(unet_config, parts.unet, dtype, origin),
-        vae=load_vae(vae, dtype) if vae else _vae_from_tensors(parts.vae, metadata, dtype, origin, kind),
-        text_encoders=tuple(encoders),
+        unet=_unet_from_tensors(parts.unet, file),
+        vae=load_vae(vae, family, dtype) if vae else _vae_from_tensors(parts.vae, file),
+        text_encoders=tuple(_encoder_from_tensors(part, place, file) for place, part in enumerate(parts.text_encoders)),
         tokenizers=_tokenizers(family, tokenizers, None),
-        scheduler_config=single_file.scheduler_config(tensors, metadata, family),
+        scheduler_config=scheduler,
+        prediction_source=prediction_source,
+        carried={name: tensor.clone() for name, tensor in parts.carried.items()},
     )
 
 
-def _inferred(infer: Callable[[], Any], origin: str, part: str, kind: str) -> Any:
-    """A configuration from shapes; a name that it looks for and does not find is the file's fault."""
-    try:
-        return infer()
-    except (KeyError, StopIteration, IndexError) as error:
-        raise InputError(
-            f"{origin}: no complete SDXL model: its {part} lacks {error}. It seems to be {kind}. "
-            "Give an SDXL base model."
-        ) from error
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise InputError(
-            f"{origin}: no SDXL model: the shapes in its {part} fit none ({error}). It seems to be {kind}. "
-            "Give an SDXL base model."
-        ) from error
+def _unet_from_tensors(tensors: Mapping[str, Tensor], file: _File) -> UNet:
+    def config() -> UNetConfig:
+        sizes = infer_configs.unet_sizes(tensors)
+        return UNetConfig(**sizes, **kept_configs.unet_fields(sizes, file.metadata, file.family, str(file.path)))
+
+    found = file.infer(config, "U-Net")
+    return file.build(lambda: UNet(found), tensors)
+
+
+def _vae_from_tensors(tensors: Mapping[str, Tensor], file: _File) -> Any:
+    """A VAE from diffusers' names."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    factor = single_file.scaling_factor(file.metadata, file.family, str(file.path))
+
+    def config() -> dict[str, Any]:
+        sizes = infer_configs.vae_config(tensors, factor, file.family.default_px["epsilon"])
+        return {**sizes, **kept_configs.vae_fields(sizes["block_out_channels"], file.metadata, str(file.path))}
+
+    found = file.infer(config, "VAE")
+    network: Any = AutoencoderKL
+    return file.build(lambda: network(**found), tensors)
+
+
+def _encoder_from_tensors(tensors: dict[str, Tensor], place: int, file: _File) -> Any:
+    spec, origin = file.family.encoders[place], str(file.path)
+
+    def config() -> dict[str, Any]:
+        sizes = infer_configs.clip_config(tensors, hidden_act=spec.hidden_act)
+        return {**sizes, **kept_configs.encoder_fields(sizes["hidden_size"], spec, place, file.metadata, origin)}
+
+    found = file.infer(config, f"text encoder {place + 1}")
+    return _build_encoder(found, spec, tensors, file.dtype, origin, file.kind, file.family.title)
 
 
 def _tokenizer(spec: EncoderSpec, flag: str, source: str | None, own: Path | None) -> Any:

@@ -1,9 +1,8 @@
 """The names of one model's tensors: in a single file, in diffusers' and transformers' files, in our networks."""
 
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,45 +10,37 @@ from torch import Tensor
 
 from library.errors import InputError
 from library.models.family import EncoderSpec, Family
-from library.models.files import key_maps
-from library.models.files.infer_configs import VAE_SCALING_FACTOR
+from library.models.files import kept_configs, kept_prediction, key_maps
 from library.models.model import Model
 from library.models.unet import UNet, UNetConfig
 
-# Our own metadata, for what neither keys nor ModelSpec tell.
-SCALING_FACTOR_KEY = "sdxl_pretrain.vae_scaling_factor"
-SCHEDULER_KEY = "sdxl_pretrain.scheduler"
+SCALING_FACTOR_KEY = "sd_training.vae_scaling_factor"  # metadata of our own
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 _TEXT_MODEL = "text_model."
 
 # What files in the field carry besides the networks: numbers that follow from the configuration, CLIP's temperature,
-# an averaged copy of the U-Net, and marks of the prediction type.
+# an averaged copy of the U-Net, what other programs put beside it, and marks of the prediction type.
 _IGNORED = re.compile(
     r"model_ema\..*|denoiser\.sigmas|(model_)?(betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar)"
     r"|.*\.position_ids|.*logit_scale|v_pred|ztsnr|edm_.*|first_stage_model\.(loss|model_ema)\..*|.*\.attn_mask"
+    r"|(model_)?lvlb_weights|scale_factor|embedding_manager\..*"
 )
-
-
-_Rename = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-_TO_TRANSFORMERS: dict[str, _Rename] = {
-    "transformers": key_maps.clip_l_to_transformers,
-    "open_clip": key_maps.open_clip_to_transformers,
-}
-_FROM_TRANSFORMERS: dict[str, _Rename] = {
-    "transformers": key_maps.clip_l_from_transformers,
-    "open_clip": key_maps.open_clip_from_transformers,
-}
 
 
 @dataclass
 class Parts:
-    """A single file's tensors by the names of our networks: Stability's, diffusers' for the VAE, transformers'."""
+    """A single file's tensors by the names of our networks: Stability's, diffusers' for the VAE, transformers'.
+
+    Attributes:
+        carried: by their names in the file, what belongs to a text encoder and no output is made of.
+    """
 
     unet: dict[str, Tensor]
     vae: dict[str, Tensor]
     text_encoders: list[dict[str, Tensor]]
+    carried: dict[str, Tensor]
 
 
 def split(tensors: Mapping[str, Tensor], family: Family, origin: str, kind: str, *, with_vae: bool = True) -> Parts:
@@ -60,91 +51,76 @@ def split(tensors: Mapping[str, Tensor], family: Family, origin: str, kind: str,
     """
     prefixes = (UNET_PREFIX, VAE_PREFIX, *(spec.single_file_prefix for spec in family.encoders))
     found: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    unused = [re.escape(spec.single_file_prefix) + f"({spec.single_file_unused})" for spec in family.encoders]
+    carried: dict[str, Tensor] = {}
     foreign = []
     for name, tensor in tensors.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if _IGNORED.fullmatch(name):
+        if any(re.fullmatch(pattern, name) for pattern in unused):
+            carried[name] = tensor
+        elif _IGNORED.fullmatch(name):
             continue
-        if prefix is None:
+        elif prefix is None:
             foreign.append(name)
         else:
             found[prefix][name.removeprefix(prefix)] = tensor
     absent = [f"{prefix}*" for prefix in prefixes if not found[prefix] and (with_vae or prefix != VAE_PREFIX)]
     if absent or foreign:
         reasons = [f"nothing under {', '.join(absent)}"] if absent else []
-        reasons += [f"{len(foreign)} tensors of no part of SDXL ({', '.join(foreign[:10])})"] if foreign else []
+        reasons += (
+            [f"{len(foreign)} tensors of no part of {family.title} ({', '.join(foreign[:10])})"] if foreign else []
+        )
         way_out = " A VAE can be given by --vae." if absent == [f"{VAE_PREFIX}*"] else ""
         raise InputError(
-            f"{origin}: no complete SDXL model: {'; '.join(reasons)}. It seems to be {kind}. "
-            f"Give an SDXL base model.{way_out}"
+            f"{origin}: no complete {family.title} model: {'; '.join(reasons)}. It seems to be {kind}. "
+            f"Give an {family.title} base model.{way_out}"
         )
     try:
         return Parts(
             unet=found[UNET_PREFIX],
             vae=key_maps.vae_to_diffusers(found[VAE_PREFIX]) if with_vae else {},
-            text_encoders=[
-                _TO_TRANSFORMERS[spec.single_file_names](found[spec.single_file_prefix]) for spec in family.encoders
-            ],
+            text_encoders=[_encoder_from_file(spec, found[spec.single_file_prefix]) for spec in family.encoders],
+            carried=carried,
         )
     except (LookupError, ValueError, RuntimeError) as error:  # RuntimeError: a shape that cannot be taken apart
         raise InputError(
-            f"{origin}: no SDXL model: it has a tensor of an unknown name or shape ({error}). It seems to be {kind}. "
-            "Give an SDXL base model."
+            f"{origin}: no {family.title} model: it has a tensor of an unknown name or shape ({error}). It seems to be "
+            f"{kind}. Give an {family.title} base model."
         ) from error
 
 
 def join(model: Model) -> dict[str, Tensor]:
-    """All tensors of a model by the keys of Stability's single file; not converted, not copied where avoidable."""
+    """All tensors of a model by the keys of Stability's single file; not converted, not copied where avoidable.
+
+    With them go what the file that was read carried, and the field's marks of the prediction type.
+    """
     parts = (
         (UNET_PREFIX, model.unet.state_dict()),
         (VAE_PREFIX, key_maps.vae_from_diffusers(model.vae.state_dict())),
         *(
-            (spec.single_file_prefix, _FROM_TRANSFORMERS[spec.single_file_names](encoder.state_dict()))
+            (spec.single_file_prefix, _encoder_to_file(spec, encoder))
             for spec, encoder in zip(model.family.encoders, model.text_encoders, strict=True)
         ),
     )
-    return {prefix + name: tensor for prefix, tensors in parts for name, tensor in tensors.items()}
+    tensors = {prefix + name: tensor for prefix, part in parts for name, tensor in part.items()}
+    return {**tensors, **model.carried, **kept_prediction.marks(model.scheduler_config)}
 
 
 def remembered(model: Model) -> dict[str, str]:
-    """Metadata for what a single file's keys do not tell: the prediction type, and what its family has otherwise."""
-    entries = {}
+    """Metadata for what a single file's keys do not tell: the architecture, and what its family has otherwise."""
+    entries = {"modelspec.architecture": model.architecture, **kept_configs.metadata_of(model)}
     if model.vae.config.scaling_factor != model.family.vae_scaling_factor:
         entries[SCALING_FACTOR_KEY] = repr(float(model.vae.config.scaling_factor))
-    usual = model.family.scheduler
-    changed = {
-        name: value
-        for name, value in model.scheduler_config.items()
-        if name != "_diffusers_version" and (name not in usual or usual[name] != value)
-    }
-    if changed:
-        entries[SCHEDULER_KEY] = json.dumps(changed, sort_keys=True)
-    entries["modelspec.prediction_type"] = "v" if model.prediction_type == "v_prediction" else model.prediction_type
-    return entries
+    return {**entries, **kept_prediction.metadata_of(model)}
 
 
-def scheduler_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: Family) -> dict[str, Any]:
-    """The family's scheduler, as changed by our own metadata, ModelSpec's prediction type, or the field's marks."""
-    config = dict(family.scheduler)
-    if "v_pred" in tensors or metadata.get("modelspec.prediction_type") == "v":
-        config["prediction_type"] = "v_prediction"
-    if "ztsnr" in tensors:
-        config["rescale_betas_zero_snr"] = True
-        config["timestep_spacing"] = "trailing"
-    try:
-        ours = json.loads(metadata.get(SCHEDULER_KEY, "{}"))
-    except (ValueError, RecursionError):
-        ours = None
-    return {**config, **ours} if isinstance(ours, dict) else config  # else the usual values are the better guess
-
-
-def scaling_factor(metadata: Mapping[str, str], origin: str) -> float:
-    """By what the VAE's latents are multiplied: as our own metadata says, else SDXL's.
+def scaling_factor(metadata: Mapping[str, str], family: Family, origin: str) -> float:
+    """By what the VAE's latents are multiplied: as our own metadata says, else the family's.
 
     Raises:
         InputError: the metadata has something that is no positive number.
     """
-    text = metadata.get(SCALING_FACTOR_KEY, repr(VAE_SCALING_FACTOR))
+    text = metadata.get(SCALING_FACTOR_KEY, repr(family.vae_scaling_factor))
     try:
         factor = float(text)
     except ValueError:
@@ -196,3 +172,16 @@ def encoder_from_disk(spec: EncoderSpec, tensors: Mapping[str, Tensor]) -> dict[
     if not spec.projection:
         return plain
     return {name if name.startswith("text_projection") else _TEXT_MODEL + name: t for name, t in plain.items()}
+
+
+def _encoder_from_file(spec: EncoderSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a single file has after a text encoder's prefix, by the names that it has in memory."""
+    if spec.single_file_names == "open_clip":
+        tensors = key_maps.open_clip_to_transformers(tensors)
+    return encoder_from_disk(spec, tensors)
+
+
+def _encoder_to_file(spec: EncoderSpec, encoder: Any) -> dict[str, Tensor]:
+    """The inverse of `_encoder_from_file`."""
+    tensors = encoder_to_disk(encoder)
+    return key_maps.open_clip_from_transformers(tensors) if spec.single_file_names == "open_clip" else tensors

@@ -40,6 +40,27 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def read_names(path: Path) -> Mapping[str, object]:
+    """The names of one file's tensors, of a safetensors file without reading any of them.
+
+    Raises:
+        InputError: as `read_weights`.
+    """
+    if path.suffix != ".safetensors":
+        return read_weights(path)[0]
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return dict.fromkeys(file.keys())
+    except Exception as error:  # as in _read_safetensors
+        raise InputError(
+            f"{path}: damaged or cut off ({_reason(error)}; {path.stat().st_size} bytes). Copy or download it again."
+        ) from error
+
+
 def read_component(folder: Path) -> dict[str, Tensor]:
     """The tensors of one component's folder (`unet`, `vae`, ...), whichever way its weights are stored.
 

@@ -24,6 +24,8 @@ from library.models.files.modelspec import (
 from library.models.model import Model
 from library.tensor_file import tensor_file
 
+LATENT_PX = 8  # pixels a side that a latent of the published VAEs stands for
+
 SAVE_FORMS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
 
 
@@ -40,7 +42,8 @@ def save_model(
         path_without_suffix: the file gets .safetensors or .ckpt added, a folder is named so.
         save_as: "safetensors" (also None), "ckpt", "diffusers" (weights as .bin) or "diffusers_safetensors".
         dtype: of all floating-point tensors in the file; fp32 when None.
-        metadata: entries for safetensors' headers, see `metadata.modelspec`; implementation and hash are added.
+        metadata: entries for safetensors' headers, see `modelspec.modelspec`; architecture, prediction type,
+            implementation, hash and what the form does not keep otherwise are added.
 
     Returns:
         The file or folder written.
@@ -75,6 +78,7 @@ def saved_bytes(model: Model, dtype: torch.dtype | None = None) -> int:
     """How much the model's tensors take in a checkpoint of a precision, fp32 when None."""
     modules = (model.unet, model.vae, *model.text_encoders)
     numbers = sum(one.numel() for module in modules for one in (*module.parameters(), *module.buffers()))
+    numbers += sum(tensor.numel() for tensor in model.carried.values())
     return numbers * (dtype or torch.float32).itemsize
 
 
@@ -125,7 +129,7 @@ def _write_pipeline(
     for name, (network, tensors) in components.items():
         target = folder / name
         target.mkdir()
-        _write_config(name, network, target, dtype, version)
+        _write_config(name, network, target, dtype, version, model.default_px)
         of_transformers = name.startswith("text_encoder")
         if as_safetensors:
             file = "model.safetensors" if of_transformers else "diffusion_pytorch_model.safetensors"
@@ -140,9 +144,10 @@ def _write_pipeline(
     _write_json(_model_index(model, scheduler["_class_name"], version), folder / "model_index.json")
 
 
-def _write_config(name: str, network: Any, folder: Path, dtype: torch.dtype, version: str) -> None:
+def _write_config(name: str, network: Any, folder: Path, dtype: torch.dtype, version: str, default_px: int) -> None:
     if name == "unet":
-        config = {"_diffusers_version": version, **unet_config_to_diffusers(network.config)}
+        fields = unet_config_to_diffusers(network.config, default_px // LATENT_PX)
+        config = {"_diffusers_version": version, **fields}
         _write_json(config, folder / "config.json")
     elif name == "vae":
         network.save_config(folder)
@@ -170,7 +175,7 @@ def _model_index(model: Model, scheduler_class: str, version: str) -> dict[str, 
     return {
         "_class_name": model.family.pipeline,
         "_diffusers_version": version,
-        "force_zeros_for_empty_prompt": True,
+        **model.family.pipeline_settings,
         "scheduler": ["diffusers", scheduler_class],
         **encoders,
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -14,7 +14,7 @@ from library.errors import InputError, TrainingError
 from library.families import SDXL
 from library.models.files import single_file
 from library.models.files import write as checkpoint_write
-from library.models.files.infer_configs import clip_config, unet_config, vae_config
+from library.models.files.infer_configs import clip_config, unet_sizes, vae_config
 from library.models.files.modelspec import modelspec, read_metadata
 from library.models.files.read import load_model, load_vae
 from library.models.files.write import save_model, saved_bytes
@@ -177,7 +177,7 @@ def test_what_older_files_carry_besides_the_networks_is_passed_over(sdxl, single
         "denoiser.sigmas": torch.zeros(1000),
         "model_ema.decay": torch.tensor(0.9),
     }
-    save_file({**load_file(single), **more}, tmp_path / "old.safetensors")
+    save_file({**load_file(single), **more}, tmp_path / "old.safetensors", read_metadata(single))
     _assert_equal(load_model(str(tmp_path / "old.safetensors"), SDXL, **_tokenizers(folder)), sdxl)
     shutil.copytree(folder, tmp_path / "old")
     weights = tmp_path / "old" / "text_encoder" / "model.safetensors"
@@ -196,12 +196,12 @@ def test_configurations_of_the_published_sdxl_follow_from_its_shapes():
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
-        assert unet_config(UNet(UNetConfig()).state_dict()) == UNetConfig()
+        assert UNetConfig(**unet_sizes(UNet(UNetConfig()).state_dict())) == UNetConfig()
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
         )  # fmt: skip
-        found = vae_config(vae.state_dict())
+        found = vae_config(vae.state_dict(), 0.13025, 1024)
         assert found["block_out_channels"] == (128, 256, 512, 512)
         assert (found["layers_per_block"], found["latent_channels"], found["scaling_factor"]) == (2, 4, 0.13025)
         first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -254,10 +254,12 @@ def test_a_model_of_sdxls_size_has_the_published_files_tensors():
 # VAE and tokenizers apart --------------------------------------------------------------------------------------------
 
 
-def _as_file(vae_state, path: Path, prefix: str = "") -> str:
+def _as_file(state, path: Path, like: Path | None = None) -> str:
+    """The tensors as a file, with the metadata of another that was written here."""
     from safetensors.torch import save_file
 
-    save_file({prefix + name: tensor.contiguous() for name, tensor in vae_state.items()}, path)
+    metadata = read_metadata(like) if like else None
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
     return str(path)
 
 
@@ -283,12 +285,12 @@ def test_the_vae_can_be_another_in_every_form(sdxl, folder, single, tmp_path):
         str(tmp_path / "alone"),
         str(pipeline),
         str(tmp_path / "whole.safetensors"),
-        _as_file(stability, tmp_path / "a.safetensors"),
-        _as_file(bare, tmp_path / "b.safetensors"),
-        _as_file(other.state_dict(), tmp_path / "c.safetensors"),
-        _as_file(old, tmp_path / "d.safetensors"),
+        _as_file(stability, tmp_path / "a.safetensors", single),
+        _as_file(bare, tmp_path / "b.safetensors", single),
+        _as_file(other.state_dict(), tmp_path / "c.safetensors", single),
+        _as_file(old, tmp_path / "d.safetensors", single),
     ):
-        loaded = load_vae(source, torch.float32).state_dict()
+        loaded = load_vae(source, SDXL, torch.float32).state_dict()
         assert loaded.keys() == other.state_dict().keys()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in other.state_dict().items()), source
     for model in (
@@ -338,7 +340,8 @@ def test_the_fields_marks_of_v_prediction_are_understood(single, folder, tmp_pat
     from safetensors.torch import load_file, save_file
 
     tensors = {**load_file(single), "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
-    save_file(tensors, tmp_path / "v.safetensors")
+    metadata = {key: value for key, value in read_metadata(single).items() if key != "modelspec.prediction_type"}
+    save_file(tensors, tmp_path / "v.safetensors", metadata)
     model = load_model(str(tmp_path / "v.safetensors"), SDXL, **_tokenizers(folder))
     assert model.prediction_type == "v_prediction"
     assert model.scheduler_config["rescale_betas_zero_snr"] is True
@@ -431,7 +434,7 @@ def _spoiled(single: Path, path: Path, change) -> str:
 
     tensors = load_file(single)
     change(tensors)
-    save_file(tensors, path)
+    save_file(tensors, path, read_metadata(single))
     return str(path)
 
 

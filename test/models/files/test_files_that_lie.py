@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from library.errors import InputError
 from library.families import SDXL
 from library.models.files.identify import describe
+from library.models.files.modelspec import read_metadata
 from library.models.files.read import load_model
 from library.models.files.weight_files import read_component, read_weights
 from library.models.files.write import save_model
@@ -119,14 +120,14 @@ def test_a_pickle_that_holds_itself_is_no_model(tmp_path):
     ],
 )
 def test_one_stray_name_makes_no_enormous_network(single, tmp_path, name):
-    save_file({**load_file(single), name: torch.zeros(4)}, tmp_path / "stray.safetensors")
+    save_file({**load_file(single), name: torch.zeros(4)}, tmp_path / "stray.safetensors", read_metadata(single))
     with pytest.raises(InputError, match=r"stray\.safetensors: no (complete )?SDXL model"):
         load_model(str(tmp_path / "stray.safetensors"), SDXL)
 
 
 @pytest.mark.parametrize("value", ["many", "nan", "-1", "0", "1e999"])
 def test_a_scaling_factor_that_is_none_is_named(single, tmp_path, value):
-    metadata = {"sdxl_pretrain.vae_scaling_factor": value}
+    metadata = {**read_metadata(single), "sd_training.vae_scaling_factor": value}
     save_file(load_file(single), tmp_path / "m.safetensors", metadata)
     with pytest.raises(InputError, match=rf"m\.safetensors: .*vae_scaling_factor in its metadata is '{value}'"):
         load_model(str(tmp_path / "m.safetensors"), SDXL)
@@ -134,7 +135,7 @@ def test_a_scaling_factor_that_is_none_is_named(single, tmp_path, value):
 
 def test_of_many_wrong_names_ten_are_listed(single, tmp_path):
     tensors = {name: tensor for name, tensor in load_file(single).items() if "attn2" not in name or "to_k" in name}
-    save_file(tensors, tmp_path / "holes.safetensors")
+    save_file(tensors, tmp_path / "holes.safetensors", read_metadata(single))
     with pytest.raises(InputError, match=r"tensors are missing \(([\w.]+, ){9}[\w.]+ and \d+ more\)"):
         load_model(str(tmp_path / "holes.safetensors"), SDXL)
 

@@ -39,9 +39,10 @@ def tiny(sdxl, tmp_path_factory) -> dict[str, Path]:
     )  # fmt: skip
     model = Model(**{**vars(sdxl), "unet": UNet(config)})
     forms = {form: save_model(model, folder / "tiny", form, torch.float16) for form in ("safetensors", "ckpt")}
-    tensors, _ = read_weights(forms["safetensors"])
+    tensors, metadata = read_weights(forms["safetensors"])
     forms["legacy"] = folder / "legacy.ckpt"
-    torch.save({"state_dict": dict(tensors)}, forms["legacy"], _use_new_zipfile_serialization=False)
+    content = {"state_dict": dict(tensors), "metadata": metadata}
+    torch.save(content, forms["legacy"], _use_new_zipfile_serialization=False)
     return forms
 
 
@@ -83,8 +84,10 @@ def _header(content: bytes, choose: random.Random) -> bytes:
 def _change_entry(header: dict, choose: random.Random) -> None:
     name = choose.choice(list(header))
     if name == "__metadata__":
-        key = choose.choice([*header[name], "sdxl_pretrain.vae_scaling_factor", "sdxl_pretrain.scheduler"])
-        header[name][key] = choose.choice(["nan", "-1", "0", "[]", '{"prediction_type": 5}', "9" * 400, "[" * 5000])
+        key = choose.choice([*header[name], "sd_training.vae_scaling_factor", "sd_training.scheduler"])
+        odd = ["nan", "-1", "0", "[]", '{"prediction_type": 5}', "9" * 400, "[" * 5000]
+        odd.append(header[name].get(key, "").replace(": ", choose.choice([": -", ": 9", ": [", ": "]), 1))
+        header[name][key] = choose.choice(odd)
         return
     entry = header[name]
     kind = choose.randrange(7)
