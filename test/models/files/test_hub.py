@@ -18,6 +18,7 @@ from test.models.files.hub_server import Hub
 SCRIPT = """
 import sys, time, urllib.error, urllib.request
 from library.errors import InputError
+from library.families import SDXL
 from library.models.files.read import load_model
 
 def attempt(*arguments, **options):
