@@ -1,11 +1,12 @@
 """What the training scripts share. Imports go one way: scripts, training, generation, data and models, options,
-diffusion, ground; a layer knows those behind it alone.
+diffusion, then the modules without a folder; a layer imports only those behind it.
 
     script              a script: flags, patches, signals, logging and exit statuses, written once
     options/            flags and configuration files, a module for each group of flags
     training/           the loop, and everything that a run consists of
     generation/         prompts of pictures
     data/               from shards and folders to micro-batches
+    families/           the families of Stable Diffusion as data
     models/             U-Net, text encoders, VAE, and the files they come from and go to
     diffusion/          noise schedules, prediction types, samplers
     processes/          several processes on one or several machines

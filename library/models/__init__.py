@@ -5,8 +5,6 @@ model               all parts of one model, in memory
 text                what captions become: token ids, then text states
 unet                the U-Net, its parameters named as Stability's checkpoint keys
 attention           scaled dot-product attention over interchangeable backends
-family              what tells the families apart
-text                token ids and text states by name
 prediction          what is trained to be predicted, by flags and by what the files say
 denoiser            the U-Net and its text encoders as the one module that trains
 text_encoders       captions to token ids, token ids to text states
