@@ -69,7 +69,11 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, on oneDNN where that is the faster: in fp32 on some CPUs, without autocast."""
+    """torch's linear layer, on oneDNN where that is the faster: in fp32 on some CPUs, without autocast.
+
+    This class and `Conv2d` have their bases' names and arguments: LyCORIS and sd-scripts' networks find the layers that
+    they extend by the names of classes, and make layers of the same class.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not (_ONEDNN and _plain_on_cpu(x, self.weight)) or torch.is_autocast_enabled(x.device.type):
@@ -110,20 +114,26 @@ def convolution_gradients(
     )
 
 
-class PointwiseConvolution(nn.Conv2d):
-    """torch's 1×1 convolution, which can be compiled for any number of rows and columns."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
+class Conv2d(nn.Conv2d):
+    """torch's convolution; a 1×1 convolution can be compiled for any number of rows and columns."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() or not self._is_pointwise():
             return super().forward(x_BCHW)
         kind = x_BCHW.device.type  # autograd functions see no autocast
         if device.has_autocast(kind):
             dtype = torch.get_autocast_dtype(kind)
             return _PointwiseConvolution.apply(x_BCHW.to(dtype), self.weight.to(dtype), _to(dtype, self.bias))
         return _PointwiseConvolution.apply(x_BCHW, self.weight, self.bias)
+
+    def _is_pointwise(self) -> bool:
+        """Whether each pixel of the output is a product with the same pixel of the input and no other."""
+        return (
+            self.kernel_size == (1, 1)
+            and self.stride == (1, 1)
+            and self.padding in ((0, 0), "valid", "same")
+            and self.groups == 1
+        )
 
 
 class _PointwiseConvolution(torch.autograd.Function):

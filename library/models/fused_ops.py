@@ -4,6 +4,9 @@ torch keeps the input of a norm, its output and each activation's after it for b
 inputs (the feed-forward its first product, too) and compute norms and activations again: a few per cent of a step's
 time for a third of its activations. Under autocast a norm is computed in fp32 and the product in half, as autocast has
 it; weights are cast anew for backward instead of being kept in half.
+
+Network modules of other packages (LoRA and its kin) replace a layer's `forward`, hook the layer, or put another layer
+in its place. Such layers are called as torch calls them, with what their fused function computes around them.
 Legend: B batch, C channels, H W latent rows and columns, L tokens, N K channels out of and into a linear layer.
 """
 
@@ -19,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from library import device
 from library.models.cpu_kernels import (
+    Conv2d,
+    Linear,
     bias_gradient,
     convolution,
     convolution_gradients,
@@ -30,23 +35,74 @@ from library.models.cpu_kernels import (
 _ATEN = torch.ops.aten
 
 
+PLAIN = (nn.Linear, Linear, nn.Conv2d, Conv2d, nn.LayerNorm, nn.GroupNorm)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module runs the `forward` of its class and nothing else.
+
+    Hooks that torch runs for every module of the process do not count: they only watch (torch's FLOP counter).
+    """
+    return not (
+        "forward" in vars(module)
+        or "_conv_forward" in vars(module)  # replaced by those who make textures without seams
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether the layers compute what their classes say from their own weights, so that they need not be called.
+
+    A parametrized layer has a class of its own.
+    """
+    return all(type(layer) in PLAIN and is_untouched(layer) for layer in layers)
+
+
 def normed_convolution(x_BCHW: Tensor, norm: nn.GroupNorm, convolution: nn.Conv2d) -> Tensor:
-    """convolution(silu(norm(x))), the convolution 3×3 and padded by one."""
+    """convolution(silu(norm(x))); fused where both layers are plain and the convolution is 3×3 and padded by one."""
+    if not (is_plain(norm, convolution) and _is_3x3(convolution)):
+        return convolution(F.silu(norm(x_BCHW)))
     return _NormedConvolution.apply(
         _precision(x_BCHW), norm.num_groups, norm.eps, x_BCHW, norm.weight, norm.bias, *_parameters(convolution)
     )
 
 
 def normed_linears(x_BLC: Tensor, norm: nn.LayerNorm, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Each layer's product with norm(x); the layers have no bias."""
+    """Each layer's product with norm(x); fused where all layers are plain and without bias.
+
+    One layer that is called keeps the norm's output anyway, so the others gain nothing by being fused.
+    """
+    if not is_plain(norm, *layers) or any(layer.bias is not None for layer in layers):
+        normed_BLC = norm(x_BLC)
+        return tuple(layer(normed_BLC) for layer in layers)
     weights = [layer.weight for layer in layers]
     return _NormedLinears.apply(_precision(x_BLC), norm.eps, x_BLC, norm.weight, norm.bias, *weights)
 
 
 def normed_feed_forward(x_BLC: Tensor, norm: nn.LayerNorm, inner: nn.Linear, outer: nn.Linear) -> Tensor:
-    """outer(value · gelu(gate)), where value and gate are the halves of inner(norm(x)) (Shazeer 2020, equation 6)."""
+    """outer(value · gelu(gate)), where value and gate are the halves of inner(norm(x)) (Shazeer 2020, equation 6).
+
+    Fused where all three layers are plain.
+    """
+    if not is_plain(norm, inner, outer):
+        value, gate = inner(norm(x_BLC)).chunk(2, dim=-1)
+        return outer(value * F.gelu(gate))
     return _NormedFeedForward.apply(
         _precision(x_BLC), norm.eps, x_BLC, norm.weight, norm.bias, *_parameters(inner), *_parameters(outer)
+    )
+
+
+def _is_3x3(convolution: nn.Conv2d) -> bool:
+    """Whether the convolution has nine weights a pair of channels, zeros around the image, and the image's size."""
+    ones = (1, 1)
+    return (
+        convolution.kernel_size == (3, 3)
+        and convolution.padding == convolution.stride == convolution.dilation == ones
+        and convolution.groups == 1
+        and convolution.padding_mode == "zeros"
     )
 
 

@@ -7,7 +7,7 @@ time embedding, V width of the vector conditions, X width of the text context.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from library.errors import InputError
 from library.models.attention import attention, check_name
-from library.models.cpu_kernels import Linear, PointwiseConvolution
-from library.models.fused_ops import normed_convolution, normed_feed_forward, normed_linears
+from library.models.cpu_kernels import Conv2d, Linear
+from library.models.fused_ops import PLAIN, is_untouched, normed_convolution, normed_feed_forward, normed_linears
 
 NORM_GROUPS = 32
 SIZE_EMBEDDING_DIM = 256  # SDXL embeds each of the six size conditions this wide: 2816 = 1280 + 6·256
@@ -138,7 +138,7 @@ class ResBlock(Block):
             _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = in_channels == out_channels
-        self.skip_connection = nn.Identity() if same else PointwiseConvolution(in_channels, out_channels)
+        self.skip_connection = nn.Identity() if same else Conv2d(in_channels, out_channels, 1)
 
     def compute(self, x_BCHW: Tensor, emb_BE: Tensor) -> Tensor:
         inner: Any = self.in_layers
@@ -339,7 +339,15 @@ class UNet(nn.Module):
         for number, block in enumerate(self.blocks()):
             block.checkpointing = number in chosen
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, context_BTX: Tensor, vector_BV: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        context_BTX: Tensor,
+        vector_BV: Tensor | None = None,
+        skip_residuals: Sequence[Tensor] = (),
+        middle_residual: Tensor | None = None,
+    ) -> Tensor:
         """The prediction, of the latents' shape.
 
         Args:
@@ -347,22 +355,63 @@ class UNet(nn.Module):
             t_B: timesteps, 0 to 999.
             context_BTX: states of the text encoders.
             vector_BV: pooled text and embedded sizes; None exactly if adm_in_channels is None.
+            skip_residuals, middle_residual: a ControlNet's, as in `decode`.
+        """
+        emb_BE = self.embed(t_B, vector_BV, x_BCHW.dtype)
+        h_BCHW, skips = self.encode(x_BCHW, emb_BE, context_BTX)
+        return self.decode(h_BCHW, skips, emb_BE, context_BTX, skip_residuals, middle_residual)
+
+    def embed(self, t_B: Tensor, vector_BV: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """(B, E): timesteps and vector conditions, as the residual blocks take them.
+
+        Args:
+            dtype: that of the latents. Without autocast it is that of all weights; under autocast the layers cast.
+
+        Raises:
+            ValueError: vector conditions are missing, or the network takes none.
         """
         if (vector_BV is None) != (self.config.adm_in_channels is None):
             raise ValueError(f"vector conditions: adm_in_channels is {self.config.adm_in_channels}")
-        dtype = next(self.time_embed.parameters()).dtype
         emb_BE = self.time_embed(sinusoidal_embedding(t_B, self.config.model_channels).to(dtype))
-        if vector_BV is not None:
-            emb_BE = emb_BE + self.label_emb(vector_BV.to(dtype))
+        return emb_BE if vector_BV is None else emb_BE + self.label_emb(vector_BV.to(dtype))
 
+    def encode(self, x_BCHW: Tensor, emb_BE: Tensor, context_BTX: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The middle block's output, and the outputs of all input blocks, the first one's first."""
         h_BCHW = x_BCHW
         skips: list[Tensor] = []
         for stage in self.input_blocks:
             h_BCHW = stage(h_BCHW, emb_BE, context_BTX, h_BCHW.shape[-2:])
             skips.append(h_BCHW)
-        h_BCHW = self.middle_block(h_BCHW, emb_BE, context_BTX, h_BCHW.shape[-2:])
+        return self.middle_block(h_BCHW, emb_BE, context_BTX, h_BCHW.shape[-2:]), skips
+
+    def decode(
+        self,
+        h_BCHW: Tensor,
+        skips: list[Tensor],
+        emb_BE: Tensor,
+        context_BTX: Tensor,
+        skip_residuals: Sequence[Tensor] = (),
+        middle_residual: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction, from what `encode` returned.
+
+        Args:
+            skips: it is emptied, so that what is not kept for backward goes as soon as it has been used.
+            skip_residuals: added to the skips, in their order; none, or one for each (Zhang et al. 2023, ControlNet).
+            middle_residual: added to the middle block's output.
+
+        Raises:
+            ValueError: there are residuals for some skips only.
+        """
+        if skip_residuals and len(skip_residuals) != len(skips):
+            raise ValueError(f"{len(skip_residuals)} residuals for {len(skips)} skip connections")
+        residuals = list(skip_residuals)
+        if middle_residual is not None:
+            h_BCHW = h_BCHW + middle_residual
         for stage in self.output_blocks:
-            h_BCHW = torch.cat([h_BCHW, skips.pop()], dim=1)
+            skip_BCHW = skips.pop() + residuals.pop() if residuals else skips.pop()
+            h_BCHW = torch.cat([h_BCHW, skip_BCHW], dim=1)
+            del skip_BCHW
             h_BCHW = stage(h_BCHW, emb_BE, context_BTX, skips[-1].shape[-2:] if skips else h_BCHW.shape[-2:])
         return self.out(h_BCHW)
 
@@ -378,10 +427,22 @@ def _zeroed(layer: nn.Module) -> nn.Module:
 
 
 def _run(block: Any, *inputs: Tensor) -> Tensor:
-    """The block's output, its inner activations dropped and recomputed if it says so. Nothing in it is random."""
+    """The block's output, its inner activations dropped and computed again in backward if it says so.
+
+    Nothing in this module draws random numbers. What others put into a block may (dropout): torch's generators are then
+    set back for the second computation, and only then, for that takes time.
+    """
     if block.checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=not _is_as_made(block))
     return block(*inputs)
+
+
+def _is_as_made(block: Block) -> bool:
+    """Whether every module in the block is of a class that is made here, and runs that class's `forward`."""
+    return all(type(module) in _CLASSES and is_untouched(module) for module in block.modules() if module is not block)
+
+
+_CLASSES = (*PLAIN, nn.SiLU, nn.Identity, nn.Sequential, Attention, FeedForward, GEGLU)
 
 
 def _tokens(x_BCHW: Tensor) -> Tensor:

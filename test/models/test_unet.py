@@ -6,53 +6,16 @@ import torch.nn.functional as F
 
 from library.errors import InputError
 from library.models import attention
-from library.models.files.diffusers_config import unet_config_to_diffusers
-from library.models.files.key_maps import rename, unet_to_diffusers
+from library.models.files.key_maps import unet_to_diffusers
 from library.models.unet import UNet, UNetConfig, size_embedding
-from test.models.weights import normal_weights
-
-POOLED = 40
-SDXL_LIKE = UNetConfig(
-    model_channels=32,
-    transformer_depth=(0, 1, 2),
-    transformer_depth_middle=2,
-    context_dim=48,
-    adm_in_channels=POOLED + 6 * 256,
-)
-SD1_LIKE = UNetConfig(
-    model_channels=32,
-    channel_mult=(1, 2, 2),
-    num_res_blocks=1,
-    transformer_depth=(1, 1, 0),
-    transformer_depth_middle=1,
-    context_dim=48,
-    adm_in_channels=None,
-    num_heads=4,
-    use_linear_in_transformer=False,
-)
-SD2_LIKE = UNetConfig(
-    model_channels=64,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    transformer_depth=(1, 0),
-    transformer_depth_middle=1,
-    context_dim=48,
-    adm_in_channels=None,
-)
-CONFIGS = {"sdxl": SDXL_LIKE, "sd1": SD1_LIKE, "sd2": SD2_LIKE}
+from test.models.unets import CONFIGS, POOLED, SD2_LIKE, SDXL_LIKE, diffusers_unet, our_unet, relative
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def pair(request):
     """Our network and diffusers', of the same weights, none of them zero."""
-    from diffusers import UNet2DConditionModel
-
-    config = CONFIGS[request.param]
-    torch.manual_seed(0)
-    ours = normal_weights(UNet(config))
-    theirs = UNet2DConditionModel.from_config(unet_config_to_diffusers(config))
-    theirs.load_state_dict(rename(ours.state_dict(), unet_to_diffusers(config)))
-    return ours, theirs
+    ours = our_unet(CONFIGS[request.param])
+    return ours, diffusers_unet(ours.config, ours)
 
 
 def conditions(config, rows, columns):
@@ -78,11 +41,6 @@ def ours_and_gradients(network, inputs, target):
 def gradients(out, wanted, target):
     found = torch.autograd.grad(F.mse_loss(out, target), list(wanted.values()))
     return dict(zip(wanted, found, strict=True))
-
-
-def relative(found, expected):
-    assert found.shape == expected.shape
-    return float((found.detach() - expected.detach()).norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(8, 8), (9, 13), (4, 10)])
