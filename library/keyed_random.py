@@ -31,6 +31,7 @@ class Stream(IntEnum):
     VALIDATION_NOISE = 14
     VALIDATION_VAE = 15
     ROUNDING = 16
+    DROPOUT = 17
 
 
 def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.models import attention
+from library.models import attention, keyed_dropout
 from library.models.unet import Block, UNet
 
 # Of one program: forward with gradients and without, each for the batch that trains and that of sample pictures; and
@@ -90,6 +90,7 @@ def plan(unet: UNet, backend: str) -> str:
 def settle() -> None:
     """Set what torch.compile does beyond one call of it, for the whole process."""
     attention.keep_out_of_graphs()
+    keyed_dropout.keep_out_of_graphs()
     # Else DistributedDataParallel would cut graphs at its buckets, which it cannot where there are autograd functions.
     # Blocks are small enough: their gradients travel while the blocks before them are in backward.
     torch._dynamo.config.optimize_ddp = False

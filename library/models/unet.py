@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from library.errors import InputError
+from library.models import keyed_dropout
 from library.models.attention import attention, check_name
 from library.models.cpu_kernels import Conv2d, Linear
 from library.models.fused_ops import PLAIN, is_untouched, normed_convolution, normed_feed_forward, normed_linears
@@ -430,11 +431,14 @@ def _run(block: Any, *inputs: Tensor) -> Tensor:
     """The block's output, its inner activations dropped and computed again in backward if it says so.
 
     Nothing in this module draws random numbers. What others put into a block may (dropout): torch's generators are then
-    set back for the second computation, and only then, for that takes time.
+    set back for the second computation, and only then, for that takes time. Keyed dropout needs no generator.
     """
-    if block.checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=not _is_as_made(block))
-    return block(*inputs)
+    if not (block.checkpointing and torch.is_grad_enabled()):
+        return block(*inputs)
+    others = not _is_as_made(block)
+    return checkpoint(
+        block, *inputs, use_reentrant=False, preserve_rng_state=others, context_fn=keyed_dropout.checkpoint_contexts
+    )
 
 
 def _is_as_made(block: Block) -> bool:
