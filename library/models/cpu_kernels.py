@@ -49,11 +49,12 @@ def bias_gradient(grad: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer; keeps its input and weight, as torch's."""
+    """A linear layer; keeps its input if the weight is trained, and its weight if the input has a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight_NK)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight_NK if for_x else None)
         return linear(x, weight_NK, bias_N)
 
     @staticmethod
@@ -141,14 +142,21 @@ class _PointwiseConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BCHW: Tensor, weight_OC11: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_BCHW, weight_OC11)
+        ctx.save_for_backward(x_BCHW if ctx.needs_input_grad[1] else None, weight_OC11)
         return F.conv2d(x_BCHW, weight_OC11, bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BOHW: Tensor) -> tuple[Tensor | None, ...]:
         x_BCHW, weight_OC11 = ctx.saved_tensors
-        return _opaque_gradients(grad_BOHW.contiguous(), x_BCHW.contiguous(), weight_OC11, ctx.needs_input_grad)
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        if for_weight:
+            return _opaque_gradients(grad_BOHW.contiguous(), x_BCHW.contiguous(), weight_OC11, ctx.needs_input_grad)
+        return (
+            F.conv2d(grad_BOHW, weight_OC11.transpose(0, 1)) if for_x else None,
+            None,
+            grad_BOHW.sum((0, 2, 3)) if for_bias else None,
+        )
 
 
 def _convolution_backward(

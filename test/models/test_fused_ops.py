@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.models import cpu_kernels as products
-from library.models.cpu_kernels import Linear
+from library.models.cpu_kernels import Conv2d, Linear
 from library.models.fused_ops import normed_convolution, normed_feed_forward, normed_linears
 
 
@@ -174,3 +174,60 @@ def test_a_linear_layer_is_torchs_with_onednn_and_without(monkeypatch, bias, one
     for x in (torch.randn(2, 7, 24), torch.randn(24, 7, 2).transpose(0, 2)):
         expected = output_and_gradients(lambda x, layer: layer(x), x, [theirs])
         assert_close(output_and_gradients(lambda x, layer: layer(x), x, [ours]), expected, 1e-5)
+
+
+def kept_beside_parameters(layer, x):
+    """Sizes of what a layer's forward keeps for backward, its own parameters apart; and the input's gradient."""
+    own, kept = {one.data_ptr() for one in layer.parameters()}, []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            kept.append(tensor.numel())
+        return tensor
+
+    x = x.clone().requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = layer(x)
+    out.square().sum().backward()
+    return kept, x.grad
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear on oneDNN", "pointwise convolution, compiled"])
+def test_a_frozen_layer_keeps_no_input_and_has_the_same_input_gradient(monkeypatch, kind):
+    """Its input is needed for its weight's gradient alone; a network of frozen layers with LoRA keeps half as much."""
+    torch.manual_seed(0)
+    if kind.startswith("linear"):
+        monkeypatch.setattr(products, "_ONEDNN", kind.endswith("oneDNN"))
+        layer, x = Linear(24, 40), torch.randn(2, 7, 24)
+    else:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        layer, x = Conv2d(24, 40, 1), torch.randn(2, 24, 5, 6)
+    kept, expected = kept_beside_parameters(layer, x)
+    assert x.numel() in kept
+    layer.requires_grad_(False)
+    kept, found = kept_beside_parameters(layer, x)
+    assert kept == []
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+    layer.zero_grad()
+    layer.bias.requires_grad_(True)
+    layer(x.requires_grad_(True)).sum().backward()
+    assert layer.weight.grad is None and layer.bias.grad.sum() == pytest.approx(layer(x).numel())
+
+
+def test_a_frozen_fused_function_keeps_its_norms_input_and_no_weights_product(case):
+    """The norm's input (and the feed-forward's inner product) lead to the input's gradient, frozen or not."""
+    x, made, _, lean = case
+    for layer in made:
+        layer.requires_grad_(False)
+    own = {parameter.data_ptr() for layer in made for parameter in layer.parameters()}
+    kept = []
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        lean(x.clone().requires_grad_(True), *made)
+    inner = [(2, 10, 256)] if lean is normed_feed_forward else []
+    assert kept == [tuple(x.shape), *inner]

@@ -1,9 +1,10 @@
 """Blocks whose weights live in the CPU's memory and are on the device only while they compute (--blocks_to_swap).
 
 A block's weights are copied to the device before it computes, in forward, in recomputation and in backward, the next
-swapped block's meanwhile on a stream beside; they are not copied back, for nothing there changes them. Its gradients
-are copied to the CPU as they are made. Between passes weights and gradients of these blocks are the CPU's, so whatever
-the optimizer keeps for them is, too, and so is its update, as in ZeRO-Offload (Ren et al. 2021, 2101.06840).
+swapped block's meanwhile on a stream beside; they are not copied back, for nothing there changes them. In backward they
+stay until all their gradients are made; where some are frozen, and never have one, until that of the block's input is.
+Gradients are copied to the CPU as they are made. Between passes weights and gradients of these blocks are the CPU's, so
+whatever the optimizer keeps for them is, too, and so is its update, as in ZeRO-Offload (Ren et al. 2021, 2101.06840).
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -32,6 +33,8 @@ class _Block:
     def __init__(self, module: nn.Module, streams: devices.CopyStream) -> None:
         self.module, self._streams = module, streams
         self.parameters = list(module.parameters())
+        self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        self.has_frozen = len(self.trained) < len(self.parameters)
         for parameter in self.parameters:
             parameter.data = parameter.data.pin_memory()
         self._home = [parameter.data for parameter in self.parameters]
@@ -39,6 +42,7 @@ class _Block:
         self._gradients: list[Tensor | None] = []
         self.is_here = True  # in the CPU's memory
         self.in_backward = False
+        self.backward_follows = False  # the last forward is part of a graph
         self.missing = 0  # gradients that backward has not made yet
         self.forward_context = ExitStack()
 
@@ -97,7 +101,8 @@ class HostBlocks:
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
         """
         Args:
-            modules: in the order in which they compute, once each a pass, with one tensor as output; still on the CPU.
+            modules: in the order in which they compute, once each a pass, with tensors as inputs and one as output;
+                each computes from what those before it made. Still on the CPU; what is frozen now stays frozen.
             device: what computes; not the CPU.
         """
         streams = devices.CopyStream(device)
@@ -109,7 +114,7 @@ class HostBlocks:
         for place, block in enumerate(self._blocks):
             block.module.register_forward_pre_hook(partial(self._before_forward, place))
             block.module.register_forward_hook(partial(self._after_forward, place), always_call=True)
-            for parameter in block.parameters:
+            for parameter in block.trained:
                 parameter.register_post_accumulate_grad_hook(partial(self._take_gradient, place))
 
     @property
@@ -127,10 +132,10 @@ class HostBlocks:
         """After a pass: all weights and gradients are in the CPU's memory."""
         for block in self._blocks:
             block.leave()
-            block.in_backward = False
+            block.in_backward = block.backward_follows = False
         self._receive()
 
-    def _before_forward(self, place: int, module: Any, _: Any) -> None:
+    def _before_forward(self, place: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
         block = self._blocks[place]
         block.arrive()
         if block.in_backward:  # computed again; it stays until its gradients are made
@@ -141,24 +146,30 @@ class HostBlocks:
         if torch.is_grad_enabled() and not module.checkpointing:
             block.forward_context.enter_context(torch.autograd.graph.saved_tensors_hooks(block.pack, block.unpack))
         self._fetch(next_wanted(place, len(self._blocks), False, torch.is_grad_enabled()))
+        if block.has_frozen and torch.is_grad_enabled() and inputs[0].requires_grad:
+            inputs[0].register_hook(lambda _: self._finish(block))
 
     def _after_forward(self, place: int, module: Any, _: Any, output: Any) -> None:
         block = self._blocks[place]
         if block.in_backward:
             return
         block.forward_context.close()
-        follows = isinstance(output, Tensor) and output.requires_grad
+        block.backward_follows = follows = isinstance(output, Tensor) and output.requires_grad
         if follows:
             output.register_hook(partial(self._start_backward, place))
         if next_wanted(place, len(self._blocks), False, follows) != place:
             block.leave()
 
     def _start_backward(self, place: int, _: Tensor) -> None:
+        if place + 1 < len(self._blocks):
+            self._finish(self._blocks[place + 1])  # what a block computes from has its gradient after the block
         block = self._blocks[place]
         block.in_backward = True
-        block.missing = sum(parameter.requires_grad for parameter in block.parameters)
+        block.missing = len(block.trained)
         block.arrive()
-        self._fetch(next_wanted(place, len(self._blocks), True))
+        coming = next_wanted(place, len(self._blocks), True)
+        if coming is not None and self._blocks[coming].backward_follows:  # not in front of all that trains
+            self._fetch(coming)
 
     def _fetch(self, place: int | None) -> None:
         if place is not None:
@@ -173,7 +184,12 @@ class HostBlocks:
         parameter.grad = None
         block = self._blocks[place]
         block.missing -= 1
-        if not block.missing:
+        if not block.missing and not block.has_frozen:
+            self._finish(block)
+
+    def _finish(self, block: _Block) -> None:
+        """Backward of the block is done: its weights go."""
+        if block.in_backward:
             self._receive(but=block)  # of blocks before; this one's are on their way
             block.in_backward = False
             block.leave()

@@ -20,6 +20,7 @@ from library.training.engine.sharding import shard
 from library.training.engine.swapped_backward import SwappedBlocks, SwappedFusedBackward
 from library.training.memory.estimate import estimate
 from library.training.memory.resident import Training
+from test.models.low_rank import put_low_rank_on
 
 NPU = torch.device("npu", 0)
 ADAMW, ADAFACTOR = ("AdamW", []), ("AdaFactor", ["relative_step=False", "scale_parameter=False"])
@@ -55,7 +56,9 @@ class Network(nn.Module):
         return (predicted.float() - made(2, 4, side, side)).square().mean()
 
 
-def parallel_of(network, swap, fused=False, optimizer=ADAMW, precision="no", max_grad_norm=0.05):
+def parallel_of(
+    network, swap, fused=False, optimizer=ADAMW, precision="no", max_grad_norm=0.05, parameters=nn.Module.parameters
+):
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(precision)
     network = copy.deepcopy(network)
@@ -63,7 +66,7 @@ def parallel_of(network, swap, fused=False, optimizer=ADAMW, precision="no", max
     blocks = HostBlocks(chosen, NPU) if swap else None
     move_all_but(network, NPU, blocks.parameters if blocks else ())
     rest = (
-        accelerator, network, [ParameterGroup("unet", list(network.parameters()), 1e-2)],
+        accelerator, network, [ParameterGroup("unet", list(parameters(network)), 1e-2)],
         lambda groups, **_: make_optimizer(optimizer[0], groups, optimizer[1]),
         lambda optimizer: make_lr_schedule("linear", optimizer, STEPS, 0, 1, 1.0),
     )  # fmt: skip
@@ -212,3 +215,77 @@ def test_the_device_holds_less_and_what_is_estimated(checkpointing, fused):
     assert at_rest[()] - at_rest[5, 6, 7] == pytest.approx(3 * moved, rel=0.01)
     assert peaks[()] - peaks[5, 6, 7] > (2 if fused else 3) * moved
     assert peaks[tuple(range(BLOCKS))] < peaks[5, 6, 7]
+
+
+class Branched(Network):
+    """The same network, all of it frozen, with low-rank branches on some of its layers, which train."""
+
+    def __init__(self, paths):
+        super().__init__()
+        self.branches = nn.ModuleList(put_low_rank_on(self.unet, paths).values())
+        for branch in self.branches:
+            nn.init.normal_(branch.up.weight, std=0.05)
+
+
+BRANCHES = {
+    "first block, middle and last": (
+        "input_blocks.1.0.in_layers.2", "middle_block.1.transformer_blocks.1.attn1.to_q",
+        "middle_block.1.transformer_blocks.1.ff.net.2", "output_blocks.3.0.emb_layers.1",
+    ),
+    "from the middle on": ("middle_block.1.transformer_blocks.0.attn2.to_k", "middle_block.2.out_layers.3"),
+    "time embedding": ("time_embed.2", "output_blocks.0.1.proj_in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("checkpointed", [(), range(BLOCKS)])
+def test_a_frozen_network_trains_its_branches_as_without_and_gives_its_blocks_back(monkeypatch, branches, checkpointed):
+    """A frozen weight never has a gradient: a block's weights go when the gradients of its inputs are made."""
+    on_device = []
+    start = HostBlocks._start_backward
+
+    def watched(self, place, gradient):
+        start(self, place, gradient)
+        on_device.append(sum(block._there is not None for block in self._blocks))
+
+    monkeypatch.setattr(HostBlocks, "_start_backward", watched)
+    network = Branched(BRANCHES[branches])
+    network.unet.checkpoint_blocks(checkpointed)
+    found = []
+    for swap in ((), range(BLOCKS)):
+        parallel = parallel_of(network, swap, parameters=lambda network: list(network.branches.parameters()))
+        found.append([*train(parallel, accumulation=2), *numbers(parallel)])
+        with torch.no_grad():
+            found[-1].append(float(parallel.module(NPU, 99)))
+    assert same(*found) and len(found[0]) > 10
+    assert 1 <= max(on_device) <= 2  # the one that computes and the next one
+    assert all(parameter.is_cpu and parameter.grad is None for parameter in parallel.host_blocks.parameters)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_of_which_some_are_frozen_stay_until_the_blocks_backward_is_done(fused):
+    """What trains lies behind what is frozen, so its gradient is made while the rest of the block is not done."""
+    network = Network()
+    network.unet.requires_grad_(False)
+    for block in network.unet.blocks():
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(name.startswith(("out_layers.3", "ff.net.2")))
+    wanted = lambda network: [one for one in network.parameters() if one.requires_grad]  # noqa: E731
+    plain, swapped = (parallel_of(network, swap, fused, parameters=wanted) for swap in ((), range(BLOCKS)))
+    assert same(train(plain), train(swapped)) and same(numbers(plain), numbers(swapped))
+
+
+def test_a_frozen_block_goes_before_blocks_that_are_not_swapped_have_their_backward():
+    network = Branched(BRANCHES["first block, middle and last"])
+    parallel = parallel_of(network, [7], parameters=lambda network: list(network.branches.parameters()))
+    (block,), at_home = parallel.host_blocks._blocks, []
+    first = parallel.bare_module.unet.input_blocks[1]
+
+    def watch(module, inputs, out):
+        out.register_hook(lambda _: at_home.append((block.is_here, block._there)))
+
+    first.register_forward_hook(watch)
+    loss = parallel.module(NPU)
+    assert not block.is_here  # it is the first one that backward needs
+    parallel.backward(loss)
+    assert at_home == [(True, None)]
