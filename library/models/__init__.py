@@ -14,5 +14,7 @@ vae                 pictures to scaled latents and back
 fused_ops           a norm and what follows it as one autograd function
 cpu_kernels         linear layers and convolutions by the faster of the CPU's kernels
 compiled            the U-Net's blocks compiled by torch.compile
+keyed_dropout       dropout masks as a function of seed, step, sample and module
+network_view        the networks' layers by the classes and paths under which LoRA and its kin look for them
 files/              reading and writing models
 """
