@@ -63,6 +63,7 @@ SD1 = Family(
     ),
     scheduler=SCHEDULER,
     vae_scaling_factor=0.18215,
+    latents_ending="_sd.npz",
     vector=None,
     default_px=dict.fromkeys(("epsilon", "v_prediction"), 512),
 )

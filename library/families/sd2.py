@@ -48,6 +48,7 @@ SD2 = Family(
     ),
     scheduler={**SCHEDULER, "_class_name": "DDIMScheduler"},
     vae_scaling_factor=0.18215,
+    latents_ending="_sd.npz",
     vector=None,
     default_px={"epsilon": 512, "v_prediction": 768},
 )

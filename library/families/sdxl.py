@@ -72,6 +72,7 @@ SDXL = Family(
         "use_karras_sigmas": False,
     },
     vae_scaling_factor=0.13025,
+    latents_ending="_sdxl.npz",
     vector=vector_conditions,
     default_px=dict.fromkeys(("epsilon", "v_prediction"), 1024),
 )

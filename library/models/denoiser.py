@@ -55,7 +55,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet = model.unet
         self.text_encoders = nn.ModuleList(model.text_encoders)
-        self.uses, self._vector = model.uses(clip_skip), model.family.vector
+        self.family, self.uses = model.family, model.uses(clip_skip)
         self.unet.requires_grad_(True)
         trains = train_text_encoders or [False] * len(self.text_encoders)
         for encoder, use, train in zip(self.text_encoders, self.uses, trains, strict=True):
@@ -106,11 +106,11 @@ class Denoiser(nn.Module):
             size_ids_B6: original height and width, crop top and left, target height and width, in px.
         """
         states = encode(self.text_encoders, text, self.uses) if isinstance(text, Tokens) else text
-        if self._vector is None:
+        if self.family.vector is None:
             return states.context_BTC, None
         if states.pooled_BP is None:
             raise ValueError("vector conditions need pooled text")
-        return states.context_BTC, self._vector(states.pooled_BP, size_ids_B6)
+        return states.context_BTC, self.family.vector(states.pooled_BP, size_ids_B6)
 
     def forward(self, noisy_BCHW: Tensor, t_B: Tensor, text: Tokens | TextStates, size_ids_B6: Tensor) -> Tensor:
         """The prediction for noised latents, (B, C, H, W); `text` and `size_ids_B6` as in `conditions`."""

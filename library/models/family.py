@@ -71,6 +71,7 @@ class Family:
         unet: the published U-Net; a single file with a U-Net of its widths has its attention heads.
         scheduler: the scheduler's configuration that the family was published with; single files carry none.
         vae_scaling_factor: what latents are multiplied by.
+        latents_ending: how sd-scripts ends the names of .npz files with latents for it.
         vector: from the pooled text (B, P) and six sizes in px (B, 6) to the U-Net's vector conditions (B, V);
             None: the U-Net has none.
         default_px: width and height of the pictures that it was trained on, by prediction type.
@@ -86,5 +87,6 @@ class Family:
     unet: "UNetConfig"
     scheduler: Mapping[str, Any]
     vae_scaling_factor: float
+    latents_ending: str
     vector: "Callable[[Tensor, Tensor], Tensor] | None"
     default_px: Mapping[str, int]

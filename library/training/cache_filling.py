@@ -70,6 +70,10 @@ class Encoders(Protocol):
         """Pixels a side that one latent stands for."""
 
     @property
+    def latents_ending(self) -> str:
+        """How the names of .npz files with latents end."""
+
+    @property
     def first_text_width(self) -> int:
         """How many channels of the text states are the first text encoder's."""
 
@@ -107,7 +111,8 @@ def make_caches(
         needed = _latent_bytes(data, encoders)
         on_disk, encoder = asked.cache_latents_to_disk, encoders.image_digest()
         mirrored = [entry.flip_aug for entry in images]
-        beside = partial(pictures_of, data.index, data.buckets, mirrored, encoders.latent_px)
+        ending, latent_px = encoders.latents_ending, encoders.latent_px
+        beside = partial(pictures_of, data.index, data.buckets, mirrored, ending, latent_px)
         shelves = work.shelves("latents", on_disk, needed, encoder, beside)
         latents = Cache(data.index, shelves, work.filled("latents", making, shelves))
     if asked.text:
@@ -118,10 +123,9 @@ def make_caches(
         empty = captions.empty()
         needed = len(data.index) * sum(tensor.nbytes for tensor in empty.tensors)
         on_disk = asked.cache_text_encoder_outputs_to_disk
-        states_TC, pooled_P = empty.tensors
         layout = TextLayout(
-            (tuple(states_TC.shape), tuple(pooled_P.shape)),
-            (states_TC.dtype, pooled_P.dtype),
+            tuple(tuple(tensor.shape) for tensor in empty.tensors),
+            tuple(tensor.dtype for tensor in empty.tensors),
             encoders.first_text_width,
         )
         outputs = partial(text_outputs_of, data.index, layout)

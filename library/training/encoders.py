@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class Encoders:
         return self._digest("image", lambda: _weights_digest(self.vae.encoder, getattr(self.vae, "quant_conv", None)))
 
     def caption_digest(self) -> str:
-        """Of tokenizers, text encoders, their precision and the number of chunks."""
+        """Of tokenizers, text encoders, what is used of them, their precision and the number of chunks."""
 
         def compute() -> str:
             # Its shape and numbers differ with the number of chunks, and with and without weighted captions.
@@ -90,7 +91,8 @@ class Encoders:
             example = [tensor.tolist() for tensor in (*tokens.ids, *tokens.weights)]
             words = [sorted(tokenizer.get_vocab().items()) for tokenizer in self._tokenizers]
             weights = _weights_digest(*self._module.text_encoders)
-            return hashlib.sha256(json.dumps([example, words, weights]).encode()).hexdigest()
+            uses = [asdict(use) for use in self._module.uses]
+            return hashlib.sha256(json.dumps([example, words, weights, uses]).encode()).hexdigest()
 
         return self._digest("caption", compute)
 
@@ -120,6 +122,11 @@ class Encoders:
     def latent_px(self) -> int:
         """Pixels a side that one latent stands for."""
         return downscale_factor(self.vae)
+
+    @property
+    def latents_ending(self) -> str:
+        """How the names of .npz files with latents end, as sd-scripts names them for the family."""
+        return self._module.family.latents_ending
 
     @property
     def first_text_width(self) -> int:

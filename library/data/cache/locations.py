@@ -64,12 +64,13 @@ def disk_shelf(
 
 
 def pictures_of(
-    index: Index, buckets: Buckets, mirrored: Sequence[bool], latent_px: int, number: int
+    index: Index, buckets: Buckets, mirrored: Sequence[bool], ending: str, latent_px: int, number: int
 ) -> Callable[[int], Picture]:
     """The .npz of the latents of a source's images, by place.
 
     Args:
         mirrored: of each subset, whether the latents of mirrored images are kept, too.
+        ending: of the files' names, by the model's family.
         latent_px: pixels a side that one latent stands for.
         number: of the source.
     """
@@ -80,7 +81,8 @@ def pictures_of(
         record = index.record(first + place)
         path = source.path / index.key(first + place)
         size = buckets.size(int(buckets_n[place]))
-        return Picture(path, (int(record["width"]), int(record["height"])), size, mirrored[source.subset], latent_px)
+        size_wh_px = (int(record["width"]), int(record["height"]))
+        return Picture(path, size_wh_px, size, ending, mirrored[source.subset], latent_px)
 
     return picture
 

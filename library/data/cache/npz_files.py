@@ -16,9 +16,10 @@ from library.data.cache.block_files import write_shared
 from library.data.cache.entries import DamagedEntryError, Entry, Found, Made
 from library.keyed_random import Stream, generator
 
-_LATENTS_ENDING = "_sdxl.npz"
 _TEXT_ENDING = "_te_outputs.npz"
-_TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")  # of CLIP-L, of OpenCLIP bigG, its pooled text
+# The states of the first text encoder; where there is a second one, its states; its pooled text. SDXL's, of which
+# sd-scripts keeps such files alone.
+_TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")
 # The keys of .npz files that are this project's own: of what they were made, and the moments of latents.
 _FACTS, _MOMENT = "made_of", "moment"
 
@@ -94,6 +95,7 @@ class Picture:
         path: the image's file.
         size_wh_px: the image's.
         bucket_wh_px: that it is cropped to.
+        ending: of the file's name after the image's size, by the model's family.
         mirrored: whether latents of the mirrored image are needed, too.
         latent_px: pixels a side that one latent stands for.
     """
@@ -101,6 +103,7 @@ class Picture:
     path: Path
     size_wh_px: tuple[int, int]
     bucket_wh_px: tuple[int, int]
+    ending: str
     mirrored: bool = False
     latent_px: int = 8
 
@@ -110,7 +113,7 @@ class Picture:
         width, height = self.size_wh_px
         stem = self.path.with_suffix("")
         return [
-            stem.with_name(f"{stem.name}_{width:04d}x{height:04d}{_LATENTS_ENDING}"),
+            stem.with_name(f"{stem.name}_{width:04d}x{height:04d}{self.ending}"),
             stem.with_name(f"{stem.name}.npz"),
         ]
 
@@ -165,15 +168,27 @@ class Picture:
 
 @dataclass(frozen=True)
 class TextLayout:
-    """What text states (T, C) and pooled text (P,) of one caption are.
+    """What text states (T, C) of one caption are and, where the family has it, pooled text (P,).
 
     Attributes:
         first_width: how many of the C channels are the first text encoder's.
     """
 
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
-    dtypes: tuple[torch.dtype, torch.dtype]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
     first_width: int
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """The arrays of an .npz by key, with their shapes."""
+        (tokens, channels), *pooled = self.shapes
+        second = channels - self.first_width
+        shapes = (
+            (tokens, self.first_width),
+            (tokens, second) if second else None,
+            tuple(pooled[0]) if pooled else None,
+        )
+        return {key: shape for key, shape in zip(_TEXT_KEYS, shapes, strict=True) if shape is not None}
 
 
 @dataclass(frozen=True)
@@ -195,11 +210,11 @@ class TextOutputs:
 
     def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
         """The numbers in sd-scripts' keys, and of what they were made in ours."""
-        states_TC, pooled_P = (_array(tensor) for tensor in entry.tensors)
+        states_TC, *pooled = (_array(tensor) for tensor in entry.tensors)
         first = self.layout.first_width
-        parts = (states_TC[:, :first], states_TC[:, first:], pooled_P)
+        parts = dict(zip(_TEXT_KEYS, (states_TC[:, :first], states_TC[:, first:], *pooled), strict=False))
         facts = np.array(json.dumps([entry.made.content, entry.made.settings]))
-        return {**dict(zip(_TEXT_KEYS, parts, strict=True)), _FACTS: facts}
+        return {**{key: parts[key] for key in self.layout.parts}, _FACTS: facts}
 
     def entry(self, file: Any) -> Entry:
         """An entry of this project or of another program, in the dtypes that are trained with.
@@ -207,15 +222,14 @@ class TextOutputs:
         Raises:
             KeyError: it holds no outputs of the layout's shapes.
         """
-        parts = states1_TC, states2_TC, pooled_P = [torch.from_numpy(file[key]) for key in _TEXT_KEYS]
-        (tokens, channels), pooled_shape = self.layout.shapes
-        widths = (self.layout.first_width, channels - self.layout.first_width)
-        if [tuple(part.shape) for part in parts] != [(tokens, widths[0]), (tokens, widths[1]), tuple(pooled_shape)]:
+        shapes = self.layout.parts
+        parts = {key: torch.from_numpy(file[key]) for key in shapes}
+        if {key: tuple(part.shape) for key, part in parts.items()} != shapes:
             raise KeyError(_TEXT_KEYS[0])
         made = Made(*json.loads(str(file[_FACTS]))) if _FACTS in file else Made("", "")
-        states_dtype, pooled_dtype = self.layout.dtypes
-        states_TC = torch.cat((states1_TC, states2_TC), dim=-1)
-        return Entry(made, (), (states_TC.to(states_dtype), pooled_P.to(pooled_dtype)))
+        states_TC = torch.cat([parts[key] for key in _TEXT_KEYS[:2] if key in parts], dim=-1)
+        tensors = (states_TC, *(parts[key] for key in _TEXT_KEYS[2:] if key in parts))
+        return Entry(made, (), tuple(one.to(dtype) for one, dtype in zip(tensors, self.layout.dtypes, strict=True)))
 
 
 def _array(tensor: Tensor) -> np.ndarray:

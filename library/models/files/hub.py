@@ -28,7 +28,7 @@ def pipeline_files(names: Iterable[str]) -> list[str]:
 
 def pipeline_tokenizer_files(names: Iterable[str]) -> list[str]:
     """Of a pipeline repository's files, those of its tokenizers, and those that tell its family."""
-    return [name for name in pipeline_files(names) if name.startswith("tokenizer") or name.endswith("config.json")]
+    return [name for name in pipeline_files(names) if name.startswith("tokenizer") or name.endswith(".json")]
 
 
 def vae_files(names: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from library.data.order.plan import Plan, repeated
 from library.data.sample.captions import CaptionOptions
 from library.data.sample.prepare import Treatment
 from library.errors import InputError
+from library.families import FAMILIES
 
 OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)
 TREATMENT = Treatment(CaptionOptions(caption_dropout_rate=0.3))
@@ -76,7 +77,7 @@ def npz_shelf(data):
             record = data.index.record(first + place)
             path = data.index.sources[source].path / data.index.key(first + place)
             size = int(record["width"]), int(record["height"])
-            return Picture(path, size, data.buckets.size(int(buckets[place])))
+            return Picture(path, size, data.buckets.size(int(buckets[place])), "_sdxl.npz")
 
         return NpzShelf(picture)
 
@@ -365,12 +366,30 @@ def test_text_outputs_of_another_length_are_not_taken_and_strange_ones_are_named
     assert "01_te_outputs.npz" in damaged
 
 
+def test_text_outputs_of_one_encoder_without_pooled_text_come_back(folder):
+    """As of SD 1.x and 2.x."""
+    layout = TextLayout(((5, 7),), (torch.float32,), 7)
+    captions = Captions(folder, layout=layout)
+    captions.making = CaptionMaking(captions._index, [TREATMENT], "clip", lambda texts: captions._encode(texts)[:1], 5)
+    assert captions.fill().computed == 12
+    with np.load(folder / "03_te_outputs.npz") as file:
+        assert sorted(file) == ["hidden_state1", "made_of"]
+    (context,) = captions.shelf.read(3).tensors
+    assert torch.equal(context, captions.making.encode(["number 3"])[0][0])
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_latents_have_the_names_of_sd_scripts_by_family(tmp_path, family):
+    first, *_ = Picture(tmp_path / "a.png", (40, 30), (40, 32), family.latents_ending).candidates
+    assert first.name == {"sdxl": "a_0040x0030_sdxl.npz"}.get(family.name, "a_0040x0030_sd.npz")
+
+
 def test_precisions_survive_the_disk(tmp_path):
     """bf16 has no place in numpy, and is kept exactly all the same."""
     tensors = tuple(torch.randn(3, 4, 5).to(dtype) for dtype in (torch.bfloat16, torch.float32))
     entry = Entry(Made("a", "b"), (30, 40, 0, 1, 32, 40), tensors)
     block = BlockShelf(tmp_path / "block")
-    npz = NpzShelf(lambda place: Picture(tmp_path / "image.png", (40, 30), (40, 32)))
+    npz = NpzShelf(lambda place: Picture(tmp_path / "image.png", (40, 30), (40, 32), "_sdxl.npz"))
     for shelf in (block, npz):
         shelf.write({0: entry})
         again = shelf.read(0)

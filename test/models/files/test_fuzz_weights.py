@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from library.errors import InputError
-from library.families import SDXL
+from library.families import FAMILIES
 from library.models.files import read as checkpoint_read
 from library.models.files.read import load_model
 from library.models.files.weight_files import read_weights
@@ -30,7 +30,7 @@ ODD = [-1, 0, 1, 2**31, 2**63, 10**30, 1.5, "x", None, [], {}, True, [[]], float
 
 
 @pytest.fixture(scope="module")
-def tiny(sdxl, tmp_path_factory) -> dict[str, Path]:
+def tiny(sdxl, sd1, tmp_path_factory) -> dict[str, Path]:
     """A model of one level, 5 MB in half precision, in every form whose files are mutated."""
     folder = tmp_path_factory.mktemp("tiny")
     config = UNetConfig(
@@ -43,6 +43,7 @@ def tiny(sdxl, tmp_path_factory) -> dict[str, Path]:
     forms["legacy"] = folder / "legacy.ckpt"
     content = {"state_dict": dict(tensors), "metadata": metadata}
     torch.save(content, forms["legacy"], _use_new_zipfile_serialization=False)
+    forms["sd1"] = save_model(sd1, folder / "sd1", "safetensors", torch.float16)
     return forms
 
 
@@ -150,6 +151,7 @@ def _opcodes(part: bytes, choose: random.Random) -> bytes:
 
 MUTATIONS: dict[str, list[Callable[[bytes, random.Random], bytes]]] = {
     "safetensors": [_header, _header, _header, lambda c, r: _flip(c, r, 4000), _flip, _cut, _splice],
+    "sd1": [_header],
     "ckpt": [_pickle_part, _pickle_part, lambda c, r: _flip(c, r, 4000), _flip, _cut, _splice],
     "legacy": [lambda c, r: _flip(c, r, 4000), lambda c, r: _opcodes(c, r), _flip, _cut, _splice],
 }
@@ -161,8 +163,10 @@ MUTATIONS: dict[str, list[Callable[[bytes, random.Random], bytes]]] = {
 def _read_all(tiny: dict[str, Path], pair: tuple, folder: Path, count: int, seed: int) -> str:
     """Read so many mutated files with bounded memory; '' or what was wrong."""
     contents = {form: path.read_bytes() for form, path in tiny.items()}
-    checkpoint_read._tokenizers = lambda *_: pair  # in this child alone; reading them takes longest
-    load_model(str(tiny["safetensors"]), SDXL)  # all imports are done before memory is counted
+    families = tuple(FAMILIES.values())
+    # In this child alone; reading them takes longest.
+    checkpoint_read._tokenizers = lambda family, *_: pair[: len(family.encoders)]
+    load_model(str(tiny["safetensors"]), families)  # all imports are done before memory is counted
     with Path("/proc/self/statm").open() as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY_BYTES, resource.RLIM_INFINITY))
@@ -171,11 +175,11 @@ def _read_all(tiny: dict[str, Path], pair: tuple, folder: Path, count: int, seed
     for number in range(count):
         choose = random.Random(f"{seed} {number}")
         form = choose.choice(list(MUTATIONS))
-        path = folder / ("x.safetensors" if form == "safetensors" else "x.ckpt")
+        path = folder / f"x{tiny[form].suffix}"
         path.write_bytes(choose.choice(MUTATIONS[form])(contents[form], choose))
         signal.alarm(60)  # ends the child: no file may keep a reader busy for long
         try:
-            load_model(str(path), SDXL)
+            load_model(str(path), families)
             outcomes["read"] += 1
         except InputError as error:
             outcomes["refused"] += 1

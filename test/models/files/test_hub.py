@@ -160,3 +160,20 @@ def test_a_pipelines_needed_files():
     }  # fmt: skip
     assert set(hub.pipeline_files(names)) == set(names) - unneeded
     assert set(hub.vae_files(names)) == {"vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors"}
+
+
+def test_of_a_pipeline_with_one_text_encoder_what_tells_its_family_comes_with_the_tokenizer():
+    names = [
+        "v1-5-pruned.ckpt", "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
+        "tokenizer/merges.txt", "unet/config.json", "unet/diffusion_pytorch_model.bin", "vae/config.json",
+        "vae/diffusion_pytorch_model.bin", "text_encoder/config.json", "text_encoder/pytorch_model.bin",
+        "safety_checker/config.json", "safety_checker/pytorch_model.bin", "feature_extractor/preprocessor_config.json",
+    ]  # fmt: skip
+    wanted = hub.pipeline_files(names)
+    assert set(names) - set(wanted) == {
+        "v1-5-pruned.ckpt", "safety_checker/config.json", "safety_checker/pytorch_model.bin",
+        "feature_extractor/preprocessor_config.json",
+    }  # fmt: skip
+    small = hub.pipeline_tokenizer_files(names)
+    assert {"tokenizer/vocab.json", "unet/config.json", "text_encoder/config.json", "model_index.json"} <= set(small)
+    assert not [name for name in small if name.endswith(".bin")]
