@@ -128,15 +128,14 @@ def test_compiled_blocks_train_as_plain_ones_with_fused_attention_between_their_
 def test_fp16_with_oss_goes_on_from_a_state_as_if_it_had_not_stopped(train):
     """Loss scale, schedule and each process's share of the moments come back: the same weights, bit for bit."""
     arguments = ["--mixed_precision=fp16", "--optimizer_type=oss", "--lr_scheduler=cosine"]
-    whole, lines, _ = train(environment(), *arguments, launcher=TORCHRUN)
-    out, _, _ = train(environment(), *arguments, "--save_state_every_n_steps=1", launcher=TORCHRUN)
+    out, lines, _ = train(environment(), *arguments, "--save_state_every_n_steps=1", launcher=TORCHRUN)
     for name in (f"at-step{STEPS:08d}-state", "last.safetensors"):
         (out / name).rename(out / f"gone.{name}")
     _, resumed, printed = train(environment(), *arguments, "--resume=auto", launcher=TORCHRUN, out=out)
     assert f"{STEPS - 1} steps are done" in printed
     assert [line["loss"] for line in resumed] == [line["loss"] for line in lines]
     assert [line["loss_scale"] for line in resumed] == [line["loss_scale"] for line in lines]
-    weights, expected = (load_file(folder / "last.safetensors") for folder in (out, whole))
+    weights, expected = (load_file(out / f"{prefix}last.safetensors") for prefix in ("", "gone."))
     assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from library.errors import InputError
 from library.options.optimizer import SHARDINGS
 from library.training.engine.sharding import KINDS, clip_gradients, sharding_kind, total_norm
+from test.models.small_sdxl import save_with_small_unet
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -62,7 +63,13 @@ def case(sharding, accumulation, clip, warmup, text_encoders, compiled=False):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_sdxl_folder, tmp_path_factory):
+def model_folder(sdxl, tmp_path_factory):
+    """Layers of every kind, few of each: a step on a CPU costs by the layer, and four processes take it one by one."""
+    return save_with_small_unet(sdxl, tmp_path_factory.mktemp("model") / "sdxl", 64, 32, (1, 2))
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, tmp_path_factory):
     """Trains cases on a number of processes, each once; returns the folder with what they wrote."""
     folders = {}
 
@@ -71,7 +78,7 @@ def trained(tiny_sdxl_folder, tmp_path_factory):
         missing = [one for one in cases if not (folder / f"{one['name']}.json").exists()]
         if missing:
             (folder / "cases.json").write_text(json.dumps(missing))
-            torchrun(processes, "sharding_child.py", tiny_sdxl_folder, folder / "cases.json", folder)
+            torchrun(processes, "sharding_child.py", model_folder, folder / "cases.json", folder)
         return folder
 
     return run
