@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,8 +39,9 @@ def stopped_after(step: int, undisturbed: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("step", [1, 3, STEPS - 1])
-def test_a_resumed_run_is_the_run_that_was_not_stopped(train, undisturbed, tmp_path, monkeypatch, step):
+@contextmanager
+def recorded():
+    """What each micro-batch shows, as (step, number, names, captions), in a list that fills while a run trains."""
     seen = []
     real = SDXLPretraining.loss
 
@@ -47,12 +49,25 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(train, undisturbed, tmp_p
         seen.append((batch.step, batch.micro, tuple(batch.names), tuple(batch.captions)))
         return real(self, module, batch)
 
-    monkeypatch.setattr(SDXLPretraining, "loss", loss)
-    assert train(tmp_path / "whole") == 0
-    whole, seen[:] = list(seen), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SDXLPretraining, "loss", loss)
+        yield seen
+
+
+@pytest.fixture(scope="module")
+def shown(train, tmp_path_factory):
+    """What a run to the end shows that saves no state."""
+    with recorded() as seen:
+        assert train(tmp_path_factory.mktemp("whole")) == 0
+    return seen
+
+
+@pytest.mark.parametrize("step", [1, 3, STEPS - 1])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(train, undisturbed, shown, tmp_path, step):
     out = stopped_after(step, undisturbed, tmp_path / "resumed")
-    assert train(out, "--resume=auto", "--save_state_on_train_end") == 0
-    assert seen == [one for one in whole if one[0] >= step]
+    with recorded() as seen:
+        assert train(out, "--resume=auto", "--save_state_on_train_end") == 0
+    assert seen == [one for one in shown if one[0] >= step]
     assert_same_weights(out, undisturbed)
     assert_same_weights(out, undisturbed, "last-ema.safetensors")
     assert lines(out) == lines(undisturbed)
@@ -247,10 +262,8 @@ def test_a_run_goes_on_on_any_number_of_processes_with_any_sharding(tiny_sdxl_fo
 def test_tensorboard_goes_on_in_its_folder_without_gap_or_double(train, undisturbed, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = tmp_path / "out"
-    assert train(out, "--save_state_every_n_steps=1", f"--logging_dir={out / 'logs'}", "--max_train_steps=5") == 0
-    shutil.rmtree(out / state_of(5))
-    shutil.rmtree(out / state_of(4))
+    out = stopped_after(3, undisturbed, tmp_path / "out")
+    shutil.copytree(undisturbed / "logs", out / "logs")  # to the last step
     assert train(out, "--resume=auto", f"--logging_dir={out / 'logs'}") == 0
     (board,) = (out / "logs").iterdir()
     events = EventAccumulator(str(board / "finetuning"))
