@@ -67,7 +67,11 @@ def scaled_crop(
     if step_xy_px == (1.0, 1.0):
         return pixels_HWC[top : top + height, left : left + width]
     wasteful = (left + width) * (top + height) > _MAX_WASTE * width * height
-    scale = _by_torch if _TORCH_IS_FAST and by in _TORCH_OPERATORS and not wasteful else _by_pillow
+    rows, columns = pixels_HWC.shape[:2]
+    # torch does not scale a side at all of which it is to give as many pixels as the source has, whatever the factor.
+    left_alone = (left + width == columns and step_xy_px[0] != 1) or (top + height == rows and step_xy_px[1] != 1)
+    by_torch = _TORCH_IS_FAST and by in _TORCH_OPERATORS and not wasteful and not left_alone
+    scale = _by_torch if by_torch else _by_pillow
     return scale(pixels_HWC, step_xy_px, crop_xy_px, crop_wh_px, by)
 
 

@@ -316,3 +316,14 @@ def test_reasons_are_the_same_each_time():
         (reason,) = reasons
         assert "0x" not in reason
         assert ".cpp" not in reason
+
+
+@pytest.mark.parametrize("by", [Filter.LANCZOS, Filter.BICUBIC, Filter.BILINEAR])
+def test_a_part_of_an_enlarged_image_as_long_as_the_image_itself_is_enlarged_too(by):
+    """32×20 enlarged to 44×27: torch scales no side of which the part has as many pixels as the source."""
+    picture = smooth(32, 20)
+    step, pixels = (32 / 44, 20 / 27), np.asarray(picture.convert("RGB"))
+    whole = scaled_crop(pixels, step, (0, 0), (44, 27), by).astype(int)
+    for left, top, width, height in [(0, 0, 29, 20), (3, 0, 29, 27), (0, 2, 32, 18), (2, 1, 30, 19)]:
+        part = scaled_crop(pixels, step, (left, top), (width, height), by).astype(int)
+        assert abs(part - whole[top : top + height, left : left + width]).max() <= 2
