@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-_MAGIC = b"SDXLROWS"
+_MAGIC = b"ROWTABLE"
 _ALIGNMENT = 64
 _FIRST_READ = 1 << 12  # bytes; holds the whole head of nearly every file
 _MAX_MAPPED = 64  # files kept mapped; Python keeps a descriptor for each, and the usual limit of a process is 1024
