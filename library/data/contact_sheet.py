@@ -13,6 +13,7 @@ from PIL import Image
 
 from library.atomic_write import write_file
 from library.data.micro_batch import MicroBatch
+from library.data.sample.extra_images import MASK
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,8 @@ def _sample(batch: MicroBatch, number: int, tokens: int, most_tokens: int) -> st
     }
     assert batch.images_BHWC is not None  # the sheet is made before there are caches
     pictures = _picture(batch.images_BHWC[number].numpy(), "as trained")
-    if batch.masks_BHW is not None:
-        pictures += _picture(batch.masks_BHW[number].numpy(), "mask: black does not count")
+    for extra, images in batch.extras.items():
+        pictures += _picture(images[number].numpy(), "mask: black does not count" if extra == MASK else extra)
     listed = "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in facts.items())
     return f"<article>{pictures}<dl>{listed}</dl></article>"
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from library.data.bad_samples import check_left_out
 from library.data.cache.entries import NO_CACHES, Caches
+from library.data.index.extras import Extra
 from library.data.index.hub import local_data
 from library.data.index.kept_tables import digest
 from library.data.index.sources import Subset
@@ -30,6 +31,7 @@ from library.data.order.regularisation import balanced, regularisation_lines
 from library.data.report import caption_line, data_report
 from library.data.sample.augmentation import ImageOptions, face_in
 from library.data.sample.captions import CaptionOptions
+from library.data.sample.extra_images import CONDITION, MASK
 from library.data.sample.prepare import Treatment
 from library.data.sample.scaling import FILTERS
 from library.data.stream.streamed_set import is_streamed, prepare_stream
@@ -61,7 +63,9 @@ class TrainingData:
         reg = regularisation_lines(images_SK, samples_SK, is_reg_S, self.options.prior_loss_weight)
         held = int(self.buckets.held_SK.sum())
         validation = [f"{held} validation images, held out from training (--validation_split)"] if held else []
-        return [first, second, *reg, *validation, *others]
+        extras = sorted({extra.name for subset in self.index.subsets for extra in subset.extras})
+        with_extras = [f"extra images of each sample: {', '.join(extras)}"] if extras else []
+        return [first, second, *with_extras, *reg, *validation, *others]
 
     def caption_lines(self, count_tokens: Callable[[Sequence[str]], list[int]], most_tokens: int) -> list[str]:
         """How many captions are cut off; see `library.data.report.caption_line`."""
@@ -152,7 +156,7 @@ class TrainingData:
 
     def treatments(self, run_steps: int) -> list[Treatment]:
         """How the samples of each subset are prepared in a run of that many steps."""
-        return [_treatment(subset, run_steps, self.options.prior_loss_weight) for subset in self.options.subsets]
+        return _treatments(self.options, run_steps)
 
     def validation(self, tokenize: Tokenize) -> tuple[ValidationPlan, Loader] | None:
         """The batches of the images that are held out, and this process's part of them; None if there are none.
@@ -164,7 +168,7 @@ class TrainingData:
         seed = _splits(self.options, self.plan.seed)[0].seed
         batch_size, ranks = self.share.batch_size, self.share.world_size
         plan = ValidationPlan(self.buckets.held_out, seed, batch_size, self.options.max_validation_steps)
-        treatments = [_validation_treatment(subset) for subset in self.options.subsets]
+        treatments = [_validation_treatment(treatment) for treatment in _treatments(self.options, 0)]
         own = Share(batch_size)
         dataset = MicroBatchDataset(self.index, self.buckets, plan, own, treatments, tokenize, self.caches)
         end = -(-plan.batches // ranks) * ranks  # as many for each process
@@ -184,10 +188,13 @@ def prepare_data(
     world_size: int,
     accumulation: int,
     between: Callable[[], None] = lambda: None,
+    extras: Sequence[str] = (),
 ) -> TrainingSet:
     """Find all samples, sort them into buckets and plan their order.
 
     Args:
+        extras: names of the extra images that each sample must have (library.data.index.extras); one named "mask" comes
+            from the image's own alpha channel where --alpha_mask is given.
         between: called between two pieces of the work, and while another process works; may raise, to end it.
 
     Raises:
@@ -197,11 +204,12 @@ def prepare_data(
     bucket_options = [_bucket_options(subset) for subset in options.subsets]
     share = Share(options.train_batch_size, rank, world_size, accumulation)
     if is_streamed(options):
-        return prepare_stream(options, bucket_options, partial(_treatments, options), seed, share)
+        names = [[extra.name for extra in _extras(subset, extras)] for subset in options.subsets]
+        return prepare_stream(options, bucket_options, partial(_treatments, options), seed, share, names)
     for entry in bucket_options:
         check_options(entry)
     logger.info("loading image sizes.")
-    subsets = [_subset(subset, options.dataset_config, between) for subset in options.subsets]
+    subsets = [_subset(subset, options.dataset_config, between, extras) for subset in options.subsets]
     index = build_index(subsets, progress=_index_bar, between=between)
     check_left_out(index.bad, len(index), options.max_bad_samples)
     _check_faces(index, options.subsets)
@@ -245,7 +253,25 @@ def _check_faces(index: Index, subsets: Sequence[SubsetOptions]) -> None:
         )
 
 
-def _subset(options: SubsetOptions, config: Path | None, between: Callable[[], None]) -> Subset:
+def _extras(options: SubsetOptions, names: Sequence[str]) -> tuple[Extra, ...]:
+    """The extra images of a subset. A second folder has the conditioning images, in a run without those the masks.
+
+    Raises:
+        InputError: there is such a folder, and nothing is trained with either.
+    """
+    wanted = [name for name in names if not (name == MASK and options.alpha_mask)]
+    folder, of_folder = options.conditioning_data_dir, CONDITION if CONDITION in wanted else MASK
+    if folder is not None and of_folder not in wanted:
+        raise InputError(
+            f"--conditioning_data_dir {folder} has nothing to act on: what is trained takes neither conditioning "
+            "images nor masks from a folder; leave it out."
+        )
+    return tuple(Extra(name, folder if name == of_folder else None) for name in wanted)
+
+
+def _subset(
+    options: SubsetOptions, config: Path | None, between: Callable[[], None], extras: Sequence[str] = ()
+) -> Subset:
     """In a configuration file repeats and class words have keys of their own, so folders' names mean nothing there."""
     assert isinstance(options.train_data_dir, Path)
     flag = f"{config}: image_dir" if config else "--reg_data_dir" if options.is_reg else "--train_data_dir"
@@ -257,6 +283,7 @@ def _subset(options: SubsetOptions, config: Path | None, between: Callable[[], N
         class_words=options.class_tokens,
         class_folders=config is None,
         flag=flag,
+        extras=_extras(options, extras),
     )
 
 
@@ -282,7 +309,10 @@ def _bucket_options(options: SubsetOptions) -> BucketOptions:
 
 def _treatments(options: DataOptions, run_steps: int) -> list[Treatment]:
     """How the samples of each subset are prepared in a run of that many steps."""
-    return [_treatment(subset, run_steps, options.prior_loss_weight) for subset in options.subsets]
+    masked = any(subset.alpha_mask for subset in options.subsets)
+    return [
+        replace(_treatment(subset, run_steps, options.prior_loss_weight), masked=masked) for subset in options.subsets
+    ]
 
 
 def _treatment(options: SubsetOptions, run_steps: int, prior_loss_weight: float) -> Treatment:
@@ -295,9 +325,8 @@ def _treatment(options: SubsetOptions, run_steps: int, prior_loss_weight: float)
     return Treatment(captions, prior_loss_weight if options.is_reg else 1.0, images=images)
 
 
-def _validation_treatment(options: SubsetOptions) -> Treatment:
-    """As in training, but nothing is shuffled, left out, held back or augmented."""
-    trained = _treatment(options, 0, 1.0)
+def _validation_treatment(trained: Treatment) -> Treatment:
+    """As in training, but nothing is shuffled, left out, held back, weighed or augmented."""
     captions = replace(
         trained.captions,
         shuffle_caption=False,
@@ -307,7 +336,7 @@ def _validation_treatment(options: SubsetOptions) -> Treatment:
         caption_tag_dropout_rate=0.0,
     )
     images = replace(trained.images, flip_aug=False, color_aug=False, random_crop=False, face_crop_aug_range=None)
-    return Treatment(captions, images=images)
+    return replace(trained, captions=captions, images=images, loss_weight=1.0)
 
 
 def _index_bar(subset: Subset) -> Callable[[int, int], None]:

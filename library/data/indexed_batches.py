@@ -65,7 +65,6 @@ class MicroBatchDataset(Dataset):
             at = Place(self._plan.seed, step, place, batch.epoch)
             samples.append(self._readable(row, batch.bucket, at, quarantined))
             replaced += len(quarantined) > listed
-        masked = any(treatment.images.alpha_mask for treatment in self._treatments)
         made = micro_batch(
             samples,
             step,
@@ -74,7 +73,6 @@ class MicroBatchDataset(Dataset):
             None if self._caches.text is not None else self._tokenize,
             quarantined,
             replaced,
-            masked,
         )
         made.moments = _stacked([sample.moments for sample in samples])
         text = _stacked([sample.text for sample in samples])
@@ -121,13 +119,14 @@ class MicroBatchDataset(Dataset):
         """
         text = self._reader.caption(row)
         treatment = self._treatments[self._index.source(row).subset]
-        name = self._index.name(row)
+        name, size = self._index.name(row), self._buckets.size(bucket)
+        fit = partial(row_fit, self._index, self._buckets, row, bucket)
+        extras = self._reader.extras(row)
         if self._caches.latents is None:
-            fit = partial(row_fit, self._index, self._buckets, row, bucket)
-            image = self._reader.image(row)
-            sample = prepare_sample(name, image, text, treatment, self._buckets.size(bucket), fit, at)
+            sample = prepare_sample(name, self._reader.image(row), text, treatment, size, fit, at, extras)
         else:
-            sample = prepare_cached(name, self._caches.latents.read(row).variant, text, treatment, at)
+            encoded = self._caches.latents.read(row).variant
+            sample = prepare_cached(name, encoded, text, treatment, size, fit, at, extras)
         if self._caches.text is not None:
             sample = replace(sample, text=self._caches.text.read(row, empty=not sample.caption).tensors)
         return sample

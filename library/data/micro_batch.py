@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from library.data.sample.extra_images import MASK
 from library.data.sample.prepare import Sample
 from library.models.text import TextStates, Tokens
 
@@ -38,7 +39,8 @@ class MicroBatch:
         replaced: places where another sample than the planned one stands; of a stream, samples lost on the way.
         loss_weights_B: float32, what the samples' losses are multiplied by; without it 1.
         mirrored: of each sample, whether left and right are exchanged.
-        masks_BHW: uint8 weights of the loss; None: all of it counts.
+        extras: uint8 images that lie over the pixels, by name: (B, H, W, 3), of masks (B, H, W); whatever extra images
+            the samples were prepared with.
         moments: of cached latents: mean and standard deviation, each (B, channels, rows, columns).
         text: what the text encoders made of the captions, where that is cached.
         reader: of a stream: the number of the reader that it comes from, and where that is after it.
@@ -57,7 +59,7 @@ class MicroBatch:
     replaced: int = 0
     loss_weights_B: Tensor = field(default_factory=lambda: torch.ones(()))
     mirrored: list[bool] = field(default_factory=list)
-    masks_BHW: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
     moments: tuple[Tensor, ...] | None = None
     text: TextStates | None = None
     reader: tuple[int, Any] | None = None
@@ -65,6 +67,11 @@ class MicroBatch:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def masks_BHW(self) -> Tensor | None:
+        """uint8 weights of the loss; None: all of it counts."""
+        return self.extras.get(MASK)
 
 
 @dataclass(frozen=True)
@@ -101,21 +108,19 @@ class Share:
 
 
 def _pixels(samples: Sequence[Sample]) -> Tensor | None:
-    """(B, rows, columns, 3) uint8, in that order in memory whatever that of the decoders' arrays; None of latents."""
+    """(B, rows, columns, 3) uint8; None of latents."""
     images = [sample.pixels_HWC for sample in samples if sample.pixels_HWC is not None]
-    if not images:
-        return None
+    return _stacked(images) if images else None
+
+
+def _extras(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """The samples' extra images, batch first, in that order in memory; all samples have the same names."""
+    return {name: _stacked([sample.extras[name] for sample in samples]) for name in samples[0].extras}
+
+
+def _stacked(images: Sequence[np.ndarray]) -> Tensor:
+    """(B, …) uint8 in that order in memory whatever that of the decoders' arrays."""
     return torch.from_numpy(np.stack(images, out=np.empty((len(images), *images[0].shape), np.uint8)))
-
-
-def _masks(samples: Sequence[Sample]) -> Tensor:
-    """(B, rows, columns) uint8; all of a sample without a mask counts."""
-    _, _, _, _, height, width = samples[0].size_ids
-    masks_BHW = np.full((len(samples), int(height), int(width)), 255, np.uint8)
-    for number, sample in enumerate(samples):
-        if sample.mask_HW is not None:
-            masks_BHW[number] = sample.mask_HW
-    return torch.from_numpy(masks_BHW)
 
 
 def micro_batch(
@@ -126,13 +131,8 @@ def micro_batch(
     tokenize: Tokenize | None,
     quarantined: list[tuple[str, str]],
     replaced: int,
-    masked: bool,
 ) -> MicroBatch:
-    """Samples of one bucket put together, wherever they come from; the arguments are as MicroBatch has them.
-
-    Args:
-        masked: some treatment of the run makes masks.
-    """
+    """Samples of one bucket put together, wherever they come from; the arguments are as MicroBatch has them."""
     captions = [sample.caption for sample in samples]
     return MicroBatch(
         _pixels(samples),
@@ -147,5 +147,5 @@ def micro_batch(
         replaced,
         torch.tensor([sample.loss_weight for sample in samples], dtype=torch.float32),
         [sample.mirrored for sample in samples],
-        _masks(samples) if masked else None,
+        _extras(samples),
     )

@@ -51,6 +51,7 @@ class SubsetOptions(HeldOutOptions, ImageOptions, CaptionOptions, BucketOptions,
     """Where some samples are, which buckets they go to and how they are prepared."""
 
     dataset: int = 0  # number of the data set that it belongs to
+    conditioning_data_dir: Path | None = None  # a second folder of the images' stems; no flag where nothing uses it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def written(tmp_path, batches, most=5):
 def test_each_sample_is_shown_with_what_it_is_trained_with(tmp_path):
     masks = torch.full((2, 32, 48), 255, dtype=torch.uint8)
     masks[1, :, :24] = 0
-    batch = batch_of(2, 4, ["one two three", "a b c d e f g"], masks_BHW=masks)
+    batch = batch_of(2, 4, ["one two three", "a b c d e f g"], extras={"mask": masks})
     shown, text = written(tmp_path, [batch])
     page = Page(text)
     assert shown == 2

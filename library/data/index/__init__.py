@@ -2,10 +2,11 @@
 
 sources             what there is to index: shards and folders, found by names and file states alone
 table               the index: rows of all sources, memory-mapped
+extras              extra images of a sample by name, and where a source has them
 rows                one row an image, as scanning a source makes them
 shards              rows of one LAION shard: tar and parquet
 folders             rows of a folder of images with caption files
-metadata            captions from a metadata JSON (--in_json)
+metadata            what a metadata JSON (--in_json) says of images
 tar_headers         where a tar's members are, by one pass over its headers
 kept_tables         tables that are made once and kept on disk while their sources are unchanged
 mapped_file         arrays and notes in one file that processes map into memory

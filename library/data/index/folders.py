@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 
 from library.data.bad_samples import SampleError
 from library.data.image_header import HEADER_BYTES, MAX_BYTES, upright_size
+from library.data.index.extras import FolderExtras, extra_arrays, places_in_folder
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
     MAX_CAPTION_BYTES,
@@ -17,7 +18,12 @@ from library.data.index.rows import (
 from library.data.index.sources import FileState, Source, is_image
 
 
-def scan_folder(source: Source, files: Sequence[FileState], captions: Mapping[str, str] | None = None) -> Part:
+def scan_folder(
+    source: Source,
+    files: Sequence[FileState],
+    captions: Mapping[str, str] | None = None,
+    extras: FolderExtras | None = None,
+) -> Part:
     """Rows of the images among a folder's files, in their order; sizes come from the images' headers.
 
     The caption file has the image's stem and the source's caption extension; an image without one, or with an empty
@@ -25,12 +31,13 @@ def scan_folder(source: Source, files: Sequence[FileState], captions: Mapping[st
 
     Args:
         captions: by name, from metadata; they come before caption files.
+        extras: the files of extra images; an image that lacks one that the source wants is bad.
     """
     captions = captions or {}
     sizes = {file.name: file.size for file in files}
     pool = TextPool()
     part = Part(row_array([]), pool.array())
-    rows = []
+    rows, places = [], []
     for name in filter(is_image, sizes):
         stem = PurePath(name).stem
         try:
@@ -40,6 +47,7 @@ def scan_folder(source: Source, files: Sequence[FileState], captions: Mapping[st
             if caption_bytes > MAX_CAPTION_BYTES:
                 raise SampleError(f"a caption of {caption_bytes} bytes, {MAX_CAPTION_BYTES} are the most")
             width_height = _size_from_image(source.path / name)
+            own_extras = places_in_folder(source.extras, extras or {}, name, pool)
         except SampleError as error:
             part.bad.append((name, str(error)))
             continue
@@ -52,10 +60,12 @@ def scan_folder(source: Source, files: Sequence[FileState], captions: Mapping[st
         else:
             caption = (CaptionKind.ABSENT, 0, 0)
         rows.append((0, sizes[name], *caption, *pool.add(name), *width_height))
+        places.append(own_extras)
         part.other_captions.update(
             other for other in COMMON_CAPTION_EXTENSIONS if other != source.caption_extension and stem + other in sizes
         )
     part.rows, part.text = row_array(rows), pool.array()
+    part.extras = extra_arrays(source.extras, places)
     return part
 
 

@@ -55,6 +55,7 @@ class Part:
         without_image: samples that have no image.
         strange_extensions: what those samples have, with counts.
         other_captions: images that have a caption file, but with another extension than asked for, by extension.
+        extras: arrays of where the rows' extra images are, by the arrays' names (library.data.index.extras).
     """
 
     rows: np.ndarray
@@ -64,6 +65,7 @@ class Part:
     without_image: int = 0
     strange_extensions: Counter[str] = field(default_factory=Counter)
     other_captions: Counter[str] = field(default_factory=Counter)
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Summary:
 
     Attributes:
         count: rows.
-        digest: of rows and text.
+        digest: of rows, text and extras.
         without_caption: how many rows have none.
         named_without_caption: keys of the first of those.
         bad, warnings, without_image, strange_extensions, other_captions: as in Part.
@@ -94,6 +96,8 @@ class Summary:
         absent = np.flatnonzero(part.rows["caption_kind"] == CaptionKind.ABSENT)
         content = hashlib.sha256(part.rows.tobytes())
         content.update(part.text.tobytes())
+        for name, array in part.extras.items():
+            content.update(name.encode() + array.tobytes())
         return cls(
             len(part.rows),
             content.hexdigest(),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from library.data.bad_samples import SampleError
 from library.data.image_header import HEADER_BYTES, MAX_BYTES, upright_size
+from library.data.index.extras import extra_arrays, places_in_shard
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -45,8 +46,8 @@ def scan_shard(source: Source) -> Part:
 
     The caption is the member with the source's caption extension, else the JSON member's "caption", else the parquet's,
     else the class words. The size is the parquet's, else the JSON's, else from the image's header. A tar that is cut
-    short gives its whole samples and a warning. What has no image, two of them or a name that leads out of the tar, and
-    what only the parquet knows of, is bad.
+    short gives its whole samples and a warning. What has no image, two of them, not each extra image that the source
+    wants, or a name that leads out of the tar, and what only the parquet knows of, is bad.
 
     Raises:
         OSError: the shard cannot be opened.
@@ -57,7 +58,7 @@ def scan_shard(source: Source) -> Part:
         sidecar, warnings = _read_sidecar(source.path.with_suffix(".parquet"))
         pool = TextPool()
         part = Part(row_array([]), pool.array())
-        rows = []
+        rows, places = [], []
         for key, sample in samples.items():
             if sample.image is None:
                 part.without_image += 1
@@ -67,7 +68,9 @@ def scan_shard(source: Source) -> Part:
             facts = sidecar.get(key.rpartition("/")[2])
             try:
                 _check(key, sample)
+                extras = places_in_shard(source.extras, sample.others)
                 rows.append(_row(fd, key, sample.image, sample.others, facts, source, pool))
+                places.append(extras)
             except SampleError as error:
                 part.bad.append((key, str(error)))
                 continue
@@ -81,6 +84,7 @@ def scan_shard(source: Source) -> Part:
     if torn:
         warnings.append(f"{torn}; the {len(rows)} whole samples before that are used. Fetch this shard again.")
     part.rows, part.text, part.warnings = row_array(rows), pool.array(), warnings
+    part.extras = extra_arrays(source.extras, places)
     return part
 
 

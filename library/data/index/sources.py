@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
+from library.data.index.extras import Extra, ExtraFile, FolderExtras, check_extras, file_of_metadata, files_by_stem
 from library.data.index.metadata import read_metadata
 from library.data.index.rows import IMAGE_EXTENSIONS, NAMED, printable
 from library.data.index.tar_headers import looks_like_tar
@@ -30,6 +31,7 @@ class Subset:
         class_words: caption of the images without one ("": none).
         class_folders: sub-directories named `N_class words` have their meaning.
         flag: what messages call the option that names it.
+        extras: extra images that its samples must have.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class Subset:
     class_words: str = ""
     class_folders: bool = True
     flag: str = "--train_data_dir"
+    extras: tuple[Extra, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
@@ -56,6 +59,7 @@ class Source:
         class_words: caption of the images without one ("": none).
         subset: number of the subset that it belongs to.
         share: (which, of how many): of a large folder's files.
+        extras: as its subset's.
     """
 
     path: Path
@@ -65,6 +69,7 @@ class Source:
     class_words: str = ""
     subset: int = 0
     share: tuple[int, int] = (0, 1)
+    extras: tuple[Extra, ...] = ()
 
     def name(self, key: str) -> str:
         """What messages call its image of that key."""
@@ -86,11 +91,13 @@ class Listed:
 
     Attributes:
         captions: of images by name, where metadata gives them; None without metadata.
+        extras: of a folder: the files of extra images.
     """
 
     source: Source
     files: tuple[FileState, ...]
     captions: dict[str, str] | None = None
+    extras: FolderExtras = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -111,6 +118,7 @@ class _Folder:
     path: Path
     files: tuple[os.DirEntry[str], ...]
     captions: dict[str, str] | None = None
+    extra_paths: dict[str, dict[str, str]] = field(default_factory=dict)  # of the metadata, by image and extra
 
     @property
     def images(self) -> int:
@@ -133,7 +141,9 @@ def find_sources(subset: Subset, number: int = 0) -> Found:
         OSError: a folder cannot be read.
     """
     data = subset.path
-    plain = Source(data, True, subset.caption_extension, subset.repeats, subset.class_words, number)
+    plain = Source(
+        data, True, subset.caption_extension, subset.repeats, subset.class_words, number, extras=subset.extras
+    )
     if data.is_file():
         if not looks_like_tar(data):
             raise InputError(f"{subset} is a file, but not a tar. Name a folder of shards or images, or a tar.")
@@ -149,14 +159,18 @@ def find_sources(subset: Subset, number: int = 0) -> Found:
             f"{subset}: 0 images found. Looked there, at any depth, for shards (*.tar) and images "
             f"({image_extensions()}). {' '.join(found.warnings)}".rstrip()
         )
+    check_extras(subset.extras, str(subset), all(entry.source.is_shard for entry in found.listed))
     return found
 
 
 def _find_in_folder(subset: Subset, plain: Source) -> Found:
     data, found = subset.path, Found()
-    folders = list(_walk(data))
+    apart = [extra.folder.resolve() for extra in subset.extras if extra.folder is not None]
+    folders = [
+        folder for folder in _walk(data) if not any(folder.path.resolve().is_relative_to(other) for other in apart)
+    ]
     if subset.metadata is not None:
-        folders = _with_captions(folders, data, subset.metadata, found.warnings)
+        folders = _with_metadata(folders, subset, subset.metadata, found.warnings)
     classes: dict[Path, tuple[int, str]] = {}
     if subset.class_folders:
         classes = {folder.path: named for folder in folders if (named := _class_folder(folder.path, data))}
@@ -170,7 +184,7 @@ def _find_in_folder(subset: Subset, plain: Source) -> Found:
         if repeats:
             found.listed += _shards(folder, source)
         if repeats and (not shown or top in shown):
-            images += _folder(folder, replace(source, is_shard=False))
+            images += _folder(folder, replace(source, is_shard=False), data)
         elif folder.images:
             unused[top] = unused.get(top, 0) + folder.images
     found.listed += images
@@ -183,22 +197,24 @@ def _find_in_folder(subset: Subset, plain: Source) -> Found:
     return found
 
 
-def _with_captions(folders: list[_Folder], data: Path, file: Path, warnings: list[str]) -> list[_Folder]:
-    """The folders with the captions that the metadata has, and without the images that it does not name."""
-    metadata = read_metadata(file)
+def _with_metadata(folders: list[_Folder], subset: Subset, file: Path, warnings: list[str]) -> list[_Folder]:
+    """The folders with what the metadata has of their images, and without the images that it does not name."""
+    data = subset.path
+    metadata = read_metadata(file, {extra.name: extra.folder is None for extra in subset.extras})
     captioned, unnamed = [], 0
     for folder in folders:
         found: dict[str, str] = {}
+        extra_paths: dict[str, dict[str, str]] = {}
         files = []
         for entry in folder.files:
             if is_image(entry.name):
-                caption = metadata.caption(folder.path / entry.name, data)
-                if caption is None:
+                named = metadata.find(folder.path / entry.name, data)
+                if named is None:
                     unnamed += 1
                     continue
-                found[entry.name] = caption
+                found[entry.name], extra_paths[entry.name] = named.caption, named.extras
             files.append(entry)
-        captioned.append(replace(folder, files=tuple(files), captions=found))
+        captioned.append(replace(folder, files=tuple(files), captions=found, extra_paths=extra_paths))
     if unnamed:
         warnings.append(f"{unnamed} images in {data} are not used, because {file} does not name them.")
     if unused := metadata.unused:
@@ -280,8 +296,8 @@ def _shard(source: Source, files: dict[str, Path] | dict[str, os.DirEntry[str]])
     return Listed(source, tuple(states))
 
 
-def _folder(folder: _Folder, source: Source) -> list[Listed]:
-    """The images directly in a folder, as one source or several."""
+def _folder(folder: _Folder, source: Source, data: Path) -> list[Listed]:
+    """The images directly in a folder of the data's, as one source or several."""
     images = folder.images
     if not images:
         return []
@@ -295,10 +311,31 @@ def _folder(folder: _Folder, source: Source) -> list[Listed]:
         share = zlib.crc32(stem.encode("utf-8", "surrogateescape")) % shares
         files[share].append(FileState(entry.name, stat.st_size, stat.st_mtime_ns))
     listed = []
+    by_stem = {
+        extra.name: files_by_stem(extra.folder, folder.path.relative_to(data))
+        for extra in source.extras
+        if extra.folder is not None
+    }
     for number, part in enumerate(files):
         captions = None
         if folder.captions is not None:
             captions = {file.name: folder.captions[file.name] for file in part if file.name in folder.captions}
         if part:
-            listed.append(Listed(replace(source, share=(number, shares)), tuple(part), captions))
+            extras = _extras(folder, source, data, by_stem, [file.name for file in part if is_image(file.name)])
+            listed.append(Listed(replace(source, share=(number, shares)), tuple(part), captions, extras))
     return listed
+
+
+def _extras(
+    folder: _Folder, source: Source, data: Path, by_stem: dict[str, dict[str, list[ExtraFile]]], images: list[str]
+) -> FolderExtras:
+    """The files of the extra images of some images of a folder."""
+    found: dict[str, dict[str, list[ExtraFile]]] = {}
+    for extra in source.extras:
+        own = found[extra.name] = {}
+        for image in images:
+            if extra.folder is not None:
+                own[image] = by_stem[extra.name].get(PurePath(image).stem, [])
+            elif (path := folder.extra_paths.get(image, {}).get(extra.name)) is not None:
+                own[image] = file_of_metadata(data, path)
+    return found

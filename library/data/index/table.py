@@ -9,11 +9,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 
 import numpy as np
 
+from library.data.index.extras import Extra
 from library.data.index.folders import scan_folder
 from library.data.index.kept_tables import Arrays, Job, Notes, Table, cache_folder, kept_name, opened, tables
 from library.data.index.mapped_file import Opened
@@ -89,6 +90,14 @@ class Index:
         record = arrays["rows"][place]
         return stored_text(arrays["text"], int(record["caption_offset"]), int(record["caption_bytes"]))
 
+    def extra(self, row: int, extra: Extra) -> tuple[int, int, str]:
+        """Offset and bytes of an extra image of a row in its shard; in a folder its path, "" in a shard."""
+        number, place = self.place(row)
+        arrays = self._opened[number]
+        record = arrays[extra.array()][place]
+        path = stored_text(arrays["text"], int(record["path_offset"]), int(record["path_bytes"]))
+        return int(record["offset"]), int(record["bytes"]), path
+
     @property
     def repeats_S(self) -> np.ndarray:
         """(sources,) int64: how often an epoch shows each row of a source."""
@@ -154,8 +163,17 @@ def _jobs(subset: Subset, listed: Sequence[Listed], use_cache: bool) -> list[Job
         source, file = entry.source, None
         if folder is not None:
             name = str(source.path.relative_to(subset.path)) if source.path != subset.path else source.path.name
-            made_from = [_VERSION, source.caption_extension, source.class_words, source.share]
-            state = [[(state.name, state.size, state.mtime_ns) for state in entry.files], entry.captions]
+            made_from: list[object] = [_VERSION, source.caption_extension, source.class_words, source.share]
+            state: list[object] = [[(state.name, state.size, state.mtime_ns) for state in entry.files], entry.captions]
+            if source.extras:
+                made_from.append([extra.name for extra in source.extras])
+                state.append(
+                    [
+                        [name, image, [astuple(file) for file in files]]
+                        for name, of_images in entry.extras.items()
+                        for image, files in of_images.items()
+                    ]
+                )
             file = folder / f"{kept_name(name, made_from, state)}.rows"
         jobs.append(Job(file, partial(_scan, entry), max(1, entry.images)))
     return jobs
@@ -164,8 +182,10 @@ def _jobs(subset: Subset, listed: Sequence[Listed], use_cache: bool) -> list[Job
 def _scan(entry: Listed) -> tuple[Arrays, Notes]:
     """The table of one source; runs in any process."""
     source = entry.source
-    part: Part = scan_shard(source) if source.is_shard else scan_folder(source, entry.files, entry.captions)
-    return {"rows": part.rows, "text": part.text}, asdict(Summary.of(part))
+    part: Part = (
+        scan_shard(source) if source.is_shard else scan_folder(source, entry.files, entry.captions, entry.extras)
+    )
+    return {"rows": part.rows, "text": part.text, **part.extras}, asdict(Summary.of(part))
 
 
 def _fingerprint(subsets: Sequence[Subset], sources: Sequence[Source], summaries: Sequence[Summary]) -> str:

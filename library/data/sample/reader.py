@@ -1,4 +1,4 @@
-"""Bytes of images and captions of an index, read where they are."""
+"""Bytes of images, of extra images and of captions of an index, read where they are."""
 
 import json
 import os
@@ -31,6 +31,23 @@ class Reader:
             return self._file(source.path / self.index.key(row), MAX_BYTES)
         record = self.index.record(row)
         return self._range(source.path, int(record["image_offset"]), int(record["image_bytes"]))
+
+    def extras(self, row: int) -> dict[str, bytes]:
+        """The encoded extra images that the row's subset wants, by name.
+
+        Raises:
+            SampleError: one cannot be read any more.
+        """
+        source = self.index.source(row)
+        found = {}
+        for extra in source.extras:
+            offset, size, path = self.index.extra(row, extra)
+            if source.is_shard:
+                found[extra.name] = self._range(source.path, offset, size)
+            else:
+                root = self.index.subsets[source.subset].path if extra.folder is None else extra.folder
+                found[extra.name] = self._file(root / path, MAX_BYTES)
+        return found
 
     def caption(self, row: int) -> str:
         """The caption as the data set gives it, "" where there is none.

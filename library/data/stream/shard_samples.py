@@ -1,9 +1,9 @@
 """The samples of one shard that comes as a stream of bytes, in its order, each with its number there."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from library.address import shown
 from library.data.bad_samples import SampleError
@@ -23,10 +23,12 @@ class StreamSubset:
     Attributes:
         caption_extension: with its dot, ".txt".
         class_words: caption of the images without one ("": none).
+        extras: names of the extra images that each sample must have, as members KEY.NAME.EXT.
     """
 
     caption_extension: str
     class_words: str = ""
+    extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class StreamSample:
         bad: why it cannot be used; "" if it can.
         size_px: upright width and height.
         others: extensions of its members besides the image.
+        extras: its extra images by name, still encoded.
     """
 
     number: int
@@ -48,6 +51,7 @@ class StreamSample:
     size_px: tuple[int, int] = (0, 0)
     caption: str = ""
     others: frozenset[str] = frozenset()
+    extras: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def shard_samples(address: str, subset: StreamSubset, patience: Patience) -> Iterator[StreamSample]:
@@ -139,7 +143,19 @@ def _sample(number: int, name: str, key: str, members: dict[str, bytes | None], 
     if image is None:
         raise SampleError(f"an image file of more than {MAX_BYTES} bytes")
     size_px = upright_size(image)
-    return StreamSample(number, name, "", image, size_px, _caption(by_extension, subset), others)
+    extras = {extra: _extra(by_extension, extra) for extra in subset.extras}
+    return StreamSample(number, name, "", image, size_px, _caption(by_extension, subset), others, extras)
+
+
+def _extra(by_extension: dict[str, bytes | None], name: str) -> bytes:
+    """The only member KEY.NAME.EXT."""
+    found = [f".{name}{ending}" for ending in sorted(IMAGE_EXTENSIONS) if f".{name}{ending}" in by_extension]
+    if len(found) != 1:
+        raise SampleError(f"it has {len(found) or 'no'} extra image{'s' * (len(found) > 1)} '{name}'")
+    content = by_extension[found[0]]
+    if content is None:
+        raise SampleError(f"an extra image '{name}' of more than {MAX_BYTES} bytes")
+    return content
 
 
 def _caption(by_extension: dict[str, bytes | None], subset: StreamSubset) -> str:

@@ -186,7 +186,6 @@ class _StreamDataset(Dataset):
     ) -> None:
         self._layout, self._share, self._treatments, self._tokenize = layout, share, treatments, tokenize
         self._positions = positions
-        self._masked = any(treatment.images.alpha_mask for treatment in treatments)
         self._readers: dict[int, StreamReader] = {}
 
     def __getitem__(self, item: int) -> MicroBatch:
@@ -209,10 +208,12 @@ class _StreamDataset(Dataset):
             options = self._layout.bucket_options[subset]
             fit_of_size = partial(_fit, bucket=bucket, options=options)
             treatment = self._treatments[subset]
-            return prepare_sample(sample.name, sample.image, sample.caption, treatment, bucket.size_px, fit_of_size, at)
+            return prepare_sample(
+                sample.name, sample.image, sample.caption, treatment, bucket.size_px, fit_of_size, at, sample.extras
+            )
 
         batch = reader.next_batch(prepare)
-        made = micro_batch(batch.samples, step, micro, places, self._tokenize, batch.bad, batch.lost, self._masked)
+        made = micro_batch(batch.samples, step, micro, places, self._tokenize, batch.bad, batch.lost)
         made.reader, made.epoch = (number, reader.position), batch.epoch
         return made
 
@@ -242,11 +243,13 @@ def prepare_stream(
     treatments: Callable[[int], Sequence[Treatment]],
     seed: int,
     share: Share,
+    extras: Sequence[Sequence[str]] = (),
 ) -> StreamedData:
     """Expand the addresses, look into the first shard of each and for the numbers of samples.
 
     Args:
         treatments: of each subset, in a run of so many steps.
+        extras: of each subset, the names of the extra images that its samples must have.
 
     Raises:
         InputError: an option needs an index; a first shard cannot be read, or has no image or no caption.
@@ -259,7 +262,8 @@ def prepare_stream(
         check_options(bucket_options[number])
         assert isinstance(subset.train_data_dir, Address)
         addresses = subset.train_data_dir.shards(flag)
-        subsets.append(StreamSubset(subset.caption_extension, subset.class_tokens))
+        wanted = tuple(extras[number]) if extras else ()
+        subsets.append(StreamSubset(subset.caption_extension, subset.class_tokens, wanted))
         probe(addresses[0], subsets[-1], flag)
         shards += [Shard(address, number) for address in addresses]
     if options.shuffle_window_shards:
@@ -292,6 +296,11 @@ def _check_subset(options: SubsetOptions, flag: str) -> None:
             "its buckets follow from the sizes of all images",
         ),
         ("--validation_split", options.validation_split > 0, "what is held out is chosen among all images"),
+        (
+            "--conditioning_data_dir",
+            options.conditioning_data_dir is not None,
+            "conditioning images come from the shards",
+        ),
     ]
     for option, given, why in needs:
         if given:

@@ -255,8 +255,8 @@ class TestAlphaMask:
             found = sample(options, step, picture=self.picture())
             opaque = found.pixels_HWC[..., 0] >= 123  # the colour of what is right of the middle, scaled by 2.5
             transparent = found.pixels_HWC[..., 0] <= 116
-            assert (found.mask_HW[opaque] > 250).all()
-            assert (found.mask_HW[transparent] < 5).all()
+            assert (found.extras["mask"][opaque] > 250).all()
+            assert (found.extras["mask"][transparent] < 5).all()
             shown.add(found.mirrored)
             plain = sample(ImageOptions(random_crop=True, flip_aug=True), step, picture=coordinates())
             assert np.abs(found.pixels_HWC - plain.pixels_HWC.astype(int)).max() <= 1  # not white, not weighed by alpha
@@ -264,14 +264,14 @@ class TestAlphaMask:
 
     def test_without_it_white_is_under_transparency(self):
         found = sample(ImageOptions(), picture=self.picture())
-        assert found.mask_HW is None
+        assert "mask" not in found.extras
         assert (found.pixels_HWC[:, :24] == 255).all()
 
     @pytest.mark.parametrize("kind", ["RGB", "L", "P", "16"])
     def test_all_counts_of_an_image_without_alpha(self, kind):
         image = Image.new("I;16", (64, 64), 40_000) if kind == "16" else Image.new("RGB", (64, 64), "red").convert(kind)
         found = sample(ImageOptions(alpha_mask=True), picture=image)
-        assert (found.mask_HW == 255).all()
+        assert (found.extras["mask"] == 255).all()
         assert found.pixels_HWC.shape == (64, 64, 3)
         assert (found.pixels_HWC == sample(ImageOptions(), picture=image).pixels_HWC).all()
 
