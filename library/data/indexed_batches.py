@@ -84,10 +84,8 @@ class MicroBatchDataset(Dataset):
 
         Those come in an order keyed by step and place.
         """
-        subset = self._index.source(row).subset
-        others = self._plan.rows_of_bucket(bucket, self._index.sources_of(subset))
         failed: list[tuple[str, str]] = []
-        for candidate in self._candidates(row, others, at):
+        for candidate in self._candidates(row, bucket, at):
             try:
                 sample = self._sample(candidate, bucket, at)
             except SampleError as error:
@@ -97,16 +95,22 @@ class MicroBatchDataset(Dataset):
             return sample
         width, height = self._buckets.size(bucket)
         listed = "; ".join(f"{name}: {reason}" for name, reason in failed[:3])
-        no_others = " (there are no others)" if len(failed) >= len(others) else ""
+        subset = self._index.subsets[self._index.source(row).subset]
+        no_others = " (there are no others)" if len(failed) >= len(self._alike(row, bucket)) else ""
         raise InputError(
-            f"{self._index.subsets[subset]}: {len(failed)} samples of bucket {width}×{height}, tried one after the "
+            f"{subset}: {len(failed)} samples of bucket {width}×{height}, tried one after the "
             f"other for step {at.step}{no_others}, cannot be read, so this data set is damaged or gone; images of "
             f"another one do not stand for its. The first: {listed}"
         )
 
-    def _candidates(self, row: int, rows: BucketImages, at: Place) -> Iterator[int]:
-        """The planned row, then others of some; those are only thought up when asked for."""
+    def _alike(self, row: int, bucket: int) -> BucketImages:
+        """All rows of the same subset in a bucket."""
+        return self._plan.rows_of_bucket(bucket, self._index.sources_of(self._index.source(row).subset))
+
+    def _candidates(self, row: int, bucket: int, at: Place) -> Iterator[int]:
+        """The planned row, then others like it; those are only looked for when they are asked for."""
         yield row
+        rows = self._alike(row, bucket)
         keys = generator(at.seed, Stream.REPLACEMENT, at.step, at.place).integers(0, 2**64, ROUNDS, np.uint64)
         order = permute(np.arange(min(MAX_REPLACEMENTS, len(rows))), len(rows), keys)
         yield from (int(other) for other in rows[order] if other != row)
