@@ -13,6 +13,22 @@ from library.script import run_main
 from library.signals import DUPLICATE_S, Signals, leave_signals_to_parent
 
 
+def _fork(work) -> int:
+    """A child that does this work, which is told how to say that it is ready; returns the child's pid once it has."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            work(lambda: os.close(write))
+        finally:
+            os._exit(99)
+    os.close(write)
+    with os.fdopen(read, "rb") as file:
+        file.read()
+    return child
+
+
 def _status(work) -> int:
     """How a child ends that does this work: exit status, or minus the signal's number."""
     child = os.fork()
@@ -59,14 +75,17 @@ def test_a_second_one_ends_the_process_at_once(first, second):
 
 def test_a_second_one_ends_a_process_whose_main_thread_never_comes_back():
     """As one that waits in a collective operation for a process that is gone: no Python code runs there."""
-    child = os.fork()
-    if child == 0:
+
+    def work(ready):
         with Signals():
             c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
             c.pthread_mutex_lock(mutex)
+            ready()
             c.pthread_mutex_lock(mutex)
         os._exit(5)
-    time.sleep(0.3)
+
+    child = _fork(work)
+    time.sleep(0.3)  # until the thread waits in C
     for _ in range(2):
         os.kill(child, signal.SIGTERM)
         time.sleep(1.1 * DUPLICATE_S)
@@ -101,13 +120,13 @@ def test_an_exception_says_its_status():
 
 
 def _worker() -> int:
-    child = os.fork()
-    if child == 0:
+    def work(ready):
         leave_signals_to_parent()
+        ready()
         time.sleep(60)
         os._exit(7)
-    time.sleep(0.3)
-    return child
+
+    return _fork(work)
 
 
 def test_a_worker_passes_over_signals_to_the_group_and_obeys_its_parent():

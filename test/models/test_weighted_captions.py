@@ -63,7 +63,7 @@ def _tokens(both):
 
 
 def test_no_caption_keeps_a_worker_busy_for_long():
-    began = time.perf_counter()
+    began = time.process_time()
     for text in (
         "(" * 1_000_000,
         "([" * 300_000 + ")]" * 200_000,
@@ -72,7 +72,7 @@ def test_no_caption_keeps_a_worker_busy_for_long():
         "a(" * 500_000,
     ):
         parse_weights(text)
-    assert time.perf_counter() - began < 15
+    assert time.process_time() - began < 15
 
 
 def test_states_are_weighed_and_their_mean_restored():

@@ -185,10 +185,10 @@ def test_any_step_of_a_long_run_is_reached_at_once():
         Rows(np.arange(1000) % 7, np.arange(1000) // 10), 3, seed=1, batch_size=4, micro_batches=4, window_sources=4
     )
     step = 10**12
-    began = time.perf_counter()
+    began = time.process_time()
     assert plan.batch(step).shape == (16,)
     assert plan.steps_before_epoch(plan.epoch_of_step(step)) <= step
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 class Billions:

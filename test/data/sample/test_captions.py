@@ -161,10 +161,10 @@ def test_wildcards(text, results):
 
 
 def test_no_caption_keeps_a_worker_busy_for_long():
-    began = time.perf_counter()
+    began = time.process_time()
     for text in ("{a|" * 300_000, "{" * 1_000_001, "{a|b}" * 200_000, "{a" * 100_000 + "}" * 100_000):
         process(text, enable_wildcard=True, shuffle_caption=True)
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 NAMES = st.text("abcdefg ", min_size=1, max_size=6).map(str.strip).filter(bool)
