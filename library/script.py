@@ -47,7 +47,7 @@ class Script:
     @property
     def name(self) -> str:
         """The script's file name, as messages and --help have it."""
-        return Path(sys.modules[self.options_type.__module__].__file__ or "script").name
+        return Path(getattr(sys.modules[self.options_type.__module__], "__file__", None) or "script").name
 
     @cached_property
     def flags(self) -> Flags:

@@ -46,7 +46,10 @@ def data_options(data_type: type[DataOptions], values: Mapping[str, Any]) -> Dat
         InputError: no data is named, or it is named twice; or as read_dataset_config.
     """
     nested = nested_group(data_type)
-    assert nested is not None and issubclass(nested[1], SubsetOptions)
+    if nested is None or not issubclass(nested[1], SubsetOptions):
+        raise TypeError(
+            f"{data_type.__name__} must say what a subset's options are: subsets: tuple[SubsetOptions, ...]"
+        )
     subset_type = nested[1]
     base = {name: values[name] for name in flag_names(subset_type)}
     of_run = {name: values[name] for name in flag_names(data_type)}

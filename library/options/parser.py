@@ -20,12 +20,15 @@ class StrictParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown.group(1), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-            message = f"{message}: this script does not take it; {hint}"
+        if message.startswith("unrecognized arguments: "):
+            shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+            known = [option for action in shown for option in action.option_strings]
+            unknown = re.findall(r"(?<!\S)--[\w-]+", message)
+            near = {flag: difflib.get_close_matches(flag, known, n=1) for flag in unknown}
+            meant = [(flag, found[0]) for flag, found in near.items() if found]
+            hints = [f"did you mean {one}{f' by {flag}' if len(unknown) > 1 else ''}?" for flag, one in meant]
+            them = "it" if len(unknown) == 1 else "them"
+            message = f"{message}: this script does not take {them}; {' '.join(hints) or '--help lists the flags'}"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

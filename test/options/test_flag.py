@@ -117,6 +117,14 @@ class TestAddedFlag:
         first, second = describe_options(then), describe_options(now)
         assert {name for name in first if first[name] != second[name]} == {"--glow", "--network_dim"}
 
+    def test_a_state_that_is_older_than_it_goes_on_without_a_word(self, caplog):
+        then = {name: value for name, value in plain_values(glowing()).items() if name != "glow"}
+        saved = types.SimpleNamespace(options=then, versions=versions())
+        log_changed_options(saved, plain_values(glowing()), defaults=GLOWING.flags.defaults())
+        assert not caplog.records
+        log_changed_options(saved, plain_values(glowing("--glow=1")), defaults=GLOWING.flags.defaults())
+        assert "option glow, None -> 1" in caplog.text
+
     def test_it_is_in_the_configuration_that_a_run_leaves(self):
         assert "\nglow = 7\n" in config_text(glowing("--glow=7"), seed=1)
 
@@ -151,6 +159,19 @@ class TestTwoScripts:
     def test_the_recipe_is_not_asked_where_options_cannot_go_together(self, capsys):
         assert GLOWING.main([*REQUIRED, *DATA, "--network_alpha=2"]) == 2
         assert capsys.readouterr().err.startswith("error: --network_alpha has nothing to act on")
+
+
+def test_ranks_agree_on_the_model_s_flags_but_not_on_where_it_lies():
+    script = sdxl_pretrain.SCRIPT
+    one = describe_options(script.options([*REQUIRED, *DATA, "--vae=here"]))
+    other = script.options(
+        ["--pretrained_model_name_or_path=copy", "--output_dir=copy", *DATA, "--vae=there", "--v_parameterization",
+         "--max_token_length=225", "--max_data_loader_n_workers=1", "--train_data_dir=copy"]
+    )  # fmt: skip
+    differing = {name for name, value in describe_options(other).items() if one.get(name) != value}
+    assert differing == {"--v_parameterization", "--max_token_length"}
+    without = describe_options(script.options([*REQUIRED, *DATA]))
+    assert {name for name, value in one.items() if without[name] != value} == {"--vae"}
 
 
 def test_what_cannot_be_a_listing_is_an_error_of_its_author():

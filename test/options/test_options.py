@@ -64,6 +64,11 @@ def test_an_extension_without_its_dot_gets_one():
     [
         (["--resolutoin=64"], "--resolutoin.*did you mean --resolution"),
         (["--resolut=64"], "unrecognized arguments"),
+        (
+            ["--resolutoin=64", "--sead=1", "--xyz"],
+            r"--resolutoin=64 --sead=1 --xyz: .*mean --resolution by --resolutoin\? .*mean --seed by --sead\?$",
+        ),
+        (["--sdp"], r"unrecognized arguments: --sdp: this script does not take it; (?!did you mean --sdpa)"),
         (["--network_module=networks.lora"], "unrecognized arguments: --network_module"),
         (["--resolution=64x64"], "--resolution.*width,height"),
         (["--resolution=0,64"], "--resolution.*width,height"),

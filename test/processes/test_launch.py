@@ -193,13 +193,15 @@ def test_different_data_on_two_machines_is_named_on_both(machines, tiny_sdxl_fol
     other = tmp_path / "copy" / pictures.name
     shutil.copytree(pictures, other, ignore=shutil.ignore_patterns(".image_index"))
     (other / "7.png").unlink()
-    for machine, data in ((1, other), (0, pictures)):
-        machines.start(*train_arguments(tiny_sdxl_folder, data, tmp_path / "out", 1), machine=machine, machines=2)
+    for machine, data, more in ((1, other, ["--v_parameterization"]), (0, pictures, [])):
+        arguments = train_arguments(tiny_sdxl_folder, data, tmp_path / "out", 1)
+        machines.start(*arguments, *more, machine=machine, machines=2)
     for status, printed in machines.end():
         assert status == 2, printed[-3000:]
         report = last_report(printed)
         assert "rank 1 (on " in report and "differs from rank 0" in report
         assert "the number of samples (8 and 7)" in report and f"{pictures.name} (8 samples" in report
+        assert "--v_parameterization (False and True)" in report
         assert "--train_data_dir" not in report  # where the data lies may differ
 
 

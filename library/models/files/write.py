@@ -22,11 +22,10 @@ from library.models.files.modelspec import (
     IMPLEMENTATION_STABILITY,
 )
 from library.models.model import Model
+from library.options.saving import SAVE_FORMS
 from library.tensor_file import tensor_file
 
 LATENT_PX = 8  # pixels a side that a latent of the published VAEs stands for
-
-SAVE_FORMS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
 
 
 def save_model(

@@ -16,7 +16,7 @@ from torch import nn
 
 from library.data.training_set import TrainingSet
 from library.errors import InputError
-from library.options.flag import Flags
+from library.options.flag import Flag, Flags
 from library.options.values import run_values, subset_values
 from library.processes.versions import differences, software
 
@@ -66,14 +66,27 @@ def describe_data(data: TrainingSet) -> Description:
 
 
 def describe_options(options: Any) -> Description:
-    """Every option that all machines must have the same of, as its flag; a path is a machine's own."""
-    same = {flag.name for flag in Flags(type(options)) if flag.same_on_ranks}
+    """The options that all machines must have the same of, as their flags.
+
+    Of a path or a model's name only counts whether it is given: machines may have the same in different places.
+    """
+    flags = {flag.name: flag for flag in Flags(type(options))}
     subsets = subset_values(options)
-    described = {f"--{name}": value for name, value in run_values(options).items() if name in same}
+    named = [(name, "", value) for name, value in run_values(options).items()]
     for number, values in enumerate(subsets, start=1):
         of = f" of subset {number}" if len(subsets) > 1 else ""
-        described |= {f"--{name}{of}": value for name, value in values.items() if name in same}
-    return {name: str(value) for name, value in described.items() if not isinstance(value, Path)}
+        named += [(name, of, value) for name, value in values.items() if name in flags]
+    described = {f"--{name}{of}": _described(flags[name], value) for name, of, value in named}
+    return {flag: value for flag, value in described.items() if value is not None}
+
+
+def _described(flag: Flag, value: Any) -> str | None:
+    """What must be the same of a flag's value; None for nothing."""
+    if value is None and flag.kind.is_text:
+        return "not given"
+    if flag.same_on_ranks and not isinstance(value, Path):
+        return str(value)
+    return "given" if flag.kind.is_text else None
 
 
 def _weights_digest(module: nn.Module) -> str:

@@ -124,7 +124,9 @@ def check_weights_precision(saved: StateInfo, full_bf16: bool, folder: Path) -> 
         )
 
 
-def log_changed_options(saved: StateInfo, now: Mapping[str, Any], untold: Collection[str] = ()) -> None:
+def log_changed_options(
+    saved: StateInfo, now: Mapping[str, Any], untold: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+) -> None:
     """A line of the log for each option and package version that is another one than it was.
 
     An option that came after the state was saved, and is not given, changes nothing.
@@ -132,11 +134,12 @@ def log_changed_options(saved: StateInfo, now: Mapping[str, Any], untold: Collec
     Args:
         now: the options by their names, as `plain_values` has them.
         untold: names of those that say nothing about the training itself.
+        defaults: of the options, by their names.
     """
     for what, then, present in (("option", saved.options, now), ("version of", saved.versions, versions())):
         for name in sorted(then.keys() | present.keys()):
             before, after = then.get(name), present.get(name)
-            new_and_off = name not in then and after in (None, False)
+            new_and_off = name not in then and (after in (None, False) or after == (defaults or {}).get(name))
             if before != after and name not in untold and not new_and_off:
                 logger.warning("changed since the state: %s %s, %s -> %s", what, name, before, after)
 
@@ -159,8 +162,9 @@ def check_resumed(resumed: Resumed, options: TrainingOptions, data: TrainingSet,
     check_weights_precision(info, options.precision.full_bf16, resumed.folder)
     check_length(resumed.step, steps, resumed.folder)
     data.go_on_from(data_positions(resumed.state), options.states.resume_anyway)
-    untold = [flag.name for flag in Flags(type(options)) if not flag.told_on_resume]
-    log_changed_options(info, plain_values(options), untold)
+    flags = Flags(type(options))
+    untold = [flag.name for flag in flags if not flag.told_on_resume]
+    log_changed_options(info, plain_values(options), untold, flags.defaults())
 
 
 def check_parameters(resumed: Resumed, names: Collection[str]) -> None:
