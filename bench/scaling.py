@@ -303,7 +303,7 @@ def step_flops(model: Model, resolution_px: int = 1024) -> StepFlops:
     return StepFlops(forward - text, text, vae, vae + both, vae + recomputed)
 
 
-# Published figures (the mission's): images/s of 8 devices, batch 4, fp16, 1024 px
+# The earlier system's published figures: images/s of 8 devices, batch 4, fp16, 1024 px
 PUBLISHED = {"8 × NPU-910": 10.4, "8 × A100-class": 20.2}
 # fp16 TFLOP/s that a maker or a maker's file gives; sources in docs/scaling.md
 PEAKS = {
