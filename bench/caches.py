@@ -84,11 +84,11 @@ class Reading:
         """The names by which the .npz of a source's images are found."""
         buckets, first = self.buckets.buckets_of(source), int(self.index.starts_S[source])
 
-        def of(place: int) -> Picture:
-            record = self.index.record(first + place)
-            path = self.index.sources[source].path / self.index.key(first + place)
+        def of(index: int) -> Picture:
+            record = self.index.record(first + index)
+            path = self.index.sources[source].path / self.index.key(first + index)
             size = (int(record["width"]), int(record["height"]))
-            return Picture(path, size, self.buckets.size(int(buckets[place])))
+            return Picture(path, size, self.buckets.size(int(buckets[index])))
 
         return of
 

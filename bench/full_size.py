@@ -80,15 +80,15 @@ def random_model(size: str, folder: Path) -> Model:
     torch.manual_seed(0)
     shape = SIZES[size]
     tokenizers, encoders = [], []
-    for place, (width, layers, heads, inner) in enumerate(shape["encoders"]):
-        write_tokenizer(folder / f"tokenizer{place}", ["a", "picture", "of"], "!" if place else "<|endoftext|>")
-        tokenizers.append(CLIPTokenizer.from_pretrained(folder / f"tokenizer{place}", local_files_only=True))
+    for number, (width, layers, heads, inner) in enumerate(shape["encoders"]):
+        write_tokenizer(folder / f"tokenizer{number}", ["a", "picture", "of"], "!" if number else "<|endoftext|>")
+        tokenizers.append(CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}", local_files_only=True))
         config = CLIPTextConfig(
             vocab_size=49408, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=inner, projection_dim=width, hidden_act="gelu" if place else "quick_gelu",
+            intermediate_size=inner, projection_dim=width, hidden_act="gelu" if number else "quick_gelu",
             bos_token_id=0, eos_token_id=2, pad_token_id=1,
         )  # fmt: skip
-        network = CLIPTextModelWithProjection if place else CLIPTextModel
+        network = CLIPTextModelWithProjection if number else CLIPTextModel
         encoders.append(materialised(lambda network=network, config=config: network(config)))
     levels = len(shape["vae"])
     vae = materialised(

@@ -83,13 +83,13 @@ class Counting(TorchDispatchMode):
 def _is_view(func: Any) -> bool:
     """True if the operator returns memory of an argument without writing to it: nothing is computed."""
     returns = func._schema.returns
-    return bool(returns) and all(one.alias_info is not None and not one.alias_info.is_write for one in returns)
+    return bool(returns) and all(result.alias_info is not None and not result.alias_info.is_write for result in returns)
 
 
 def _does_not_block(func: Any, args: Any, keywords: Any) -> bool:
     """True for a copy that was requested as non-blocking (the simulated NPU blocks unless memory is pinned)."""
-    place = {"aten::copy_": 2}.get(func._schema.name)
-    return bool(keywords.get("non_blocking", place is not None and len(args) > place and args[place]))
+    position = {"aten::copy_": 2}.get(func._schema.name)
+    return bool(keywords.get("non_blocking", position is not None and len(args) > position and args[position]))
 
 
 def count_networks() -> dict[str, dict[str, dict[str, int]]]:

@@ -52,8 +52,8 @@ def ticks(low: float, high: float) -> list[float]:
         for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
         for factor in (1, 2, 5)
     ]
-    first = max(place for place, value in enumerate(candidates) if value <= low * (1 + 1e-9))
-    last = min(place for place, value in enumerate(candidates) if value >= high * (1 - 1e-9))
+    first = max(index for index, value in enumerate(candidates) if value <= low * (1 + 1e-9))
+    last = min(index for index, value in enumerate(candidates) if value >= high * (1 - 1e-9))
     return candidates[first : max(last, first + 1) + 1]
 
 
@@ -90,14 +90,14 @@ def log_plot(title: str, x_label: str, y_label: str, series: Sequence[Series]) -
         _text((LEFT + WIDTH - RIGHT) / 2, floor + 42, x_label, "middle"),
         _text(0, 0, y_label, "middle", f'transform="translate(20 {(TOP + floor) / 2}) rotate(-90)"'),
     ]
-    for place, line in enumerate(series):
-        colour, law = COLOURS[place % len(COLOURS)], fit(line.points)
+    for index, line in enumerate(series):
+        colour, law = COLOURS[index % len(COLOURS)], fit(line.points)
         first, last = min(x for x, _ in line.points), max(x for x, _ in line.points)
         ends = [(x_axis(x), min(max(y_axis(law(x)), TOP), floor)) for x in (first, last)]
         parts.append(_line(*ends[0], *ends[1], colour, 'stroke-dasharray="6 4"'))
         parts += [f'<circle cx="{x_axis(x)}" cy="{y_axis(y)}" r="4.5" fill="{colour}"/>' for x, y in line.points]
         caption = f"{line.name}: fitted exponent {law.exponent:.2f}"
-        parts.append(_text(LEFT, HEIGHT + CAPTION_LINE * place, caption, "start", f'fill="{colour}"'))
+        parts.append(_text(LEFT, HEIGHT + CAPTION_LINE * index, caption, "start", f'fill="{colour}"'))
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -87,23 +87,23 @@ def configurations() -> list[Configuration]:
     return rows + [Configuration(side, "no", **factored, fused=True) for side in (256, 512)]
 
 
-def predict(model: Model, one: Configuration) -> MemoryEstimate:
+def predict(model: Model, configuration: Configuration) -> MemoryEstimate:
     """The estimate of a configuration; only the model's shapes are used."""
-    return estimate(*parts_of(model, one))
+    return estimate(*parts_of(model, configuration))
 
 
-def parts_of(model: Model, one: Configuration) -> tuple[Any, ...]:
+def parts_of(model: Model, configuration: Configuration) -> tuple[Any, ...]:
     """The estimator's arguments for a configuration."""
-    half, batch = DTYPES[one.precision], 1
+    half, batch = DTYPES[configuration.precision], 1
     module = Denoiser(model)
-    module.unet.enable_gradient_checkpointing(one.checkpointing)
-    for place, encoder in enumerate(module.text_encoders):
-        module.text_encoders[place] = without_data(encoder, half)
-    if one.update:
+    module.unet.enable_gradient_checkpointing(configuration.checkpointing)
+    for index, encoder in enumerate(module.text_encoders):
+        module.text_encoders[index] = without_data(encoder, half)
+    if configuration.update:
         module.unet = without_data(module.unet, half)
-    noisy_BCHW = torch.empty(batch, 4, one.side_px // 8, one.side_px // 8, device="meta")
+    noisy_BCHW = torch.empty(batch, 4, configuration.side_px // 8, configuration.side_px // 8, device="meta")
     ids_BK77 = torch.zeros(batch, 1, 77, dtype=torch.int64, device="meta")
-    images_BHWC = torch.empty(batch, one.side_px, one.side_px, 3, dtype=torch.uint8, device="meta")
+    images_BHWC = torch.empty(batch, configuration.side_px, configuration.side_px, 3, dtype=torch.uint8, device="meta")
 
     def step(shapes: Any) -> Tensor:
         t_B, size_ids_B6 = torch.zeros(batch, device="meta"), torch.zeros(batch, 6, device="meta")
@@ -112,19 +112,21 @@ def parts_of(model: Model, one: Configuration) -> tuple[Any, ...]:
     def encode(shapes: nn.Module) -> Tensor:
         return encode_images(shapes, images_BHWC)
 
-    bf16 = Bf16Update(one.update, 0) if one.update else None
-    make = partial(make_optimizer, one.optimizer, arguments=one.arguments, bf16=bf16)
+    bf16 = Bf16Update(configuration.update, 0) if configuration.update else None
+    make = partial(make_optimizer, configuration.optimizer, arguments=configuration.arguments, bf16=bf16)
     blocks = module.unet.blocks()
     sizes = [sum(weight.nbytes for weight in block.parameters()) for block in blocks]
-    swapped = [list(blocks[number].parameters()) for number in choose_blocks(sizes, one.swap)]
-    training = Training(make, one.sharding, one.processes, one.fused, one.average, swapped)
+    swapped = [list(blocks[number].parameters()) for number in choose_blocks(sizes, configuration.swap)]
+    training = Training(
+        make, configuration.sharding, configuration.processes, configuration.fused, configuration.average, swapped
+    )
     return module, without_data(model.vae, half), half, step, encode, training
 
 
-def row(one: Configuration, predicted: MemoryEstimate) -> str:
+def row(configuration: Configuration, predicted: MemoryEstimate) -> str:
     """A row of the table."""
     sizes = (*asdict(predicted).values(), predicted.total)
-    return f"| {one.name} | {' | '.join(f'{size / 1e9:.2f}' for size in sizes)} |"
+    return f"| {configuration.name} | {' | '.join(f'{size / 1e9:.2f}' for size in sizes)} |"
 
 
 def main() -> None:
@@ -132,10 +134,10 @@ def main() -> None:
     columns = [*(name.name for name in fields(MemoryEstimate)), "peak of a step"]
     print(f"| batch 1 a device | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}")
     found = {}
-    for one in configurations():
-        predicted = predict(model, one)
-        found[one.name] = {**asdict(predicted), "total": predicted.total}
-        print(row(one, predicted), flush=True)
+    for configuration in configurations():
+        predicted = predict(model, configuration)
+        found[configuration.name] = {**asdict(predicted), "total": predicted.total}
+        print(row(configuration, predicted), flush=True)
     print(json.dumps({"bench": "memory", "torch": torch.__version__, "bytes": found}))
 
 

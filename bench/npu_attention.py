@@ -118,9 +118,10 @@ def measure(
 def print_table(measured: Sequence[Measured], pair: tuple[str, str]) -> None:
     names = [f"{backend}, ms" for backend in pair]
     print(f"{'query x key (heads x size)':30}{names[0]:>12}{names[1]:>12}{'ratio':>8}{'difference':>12}")
-    for one in measured:
-        times = "".join(f"{one.ms[backend]:12.3f}" for backend in pair)
-        print(f"{one.shape!s:30}{times}{one.ratio:8.2f}{one.difference:12.1e}{'  loses' if one.ratio > 1 else ''}")
+    for result in measured:
+        times = "".join(f"{result.ms[backend]:12.3f}" for backend in pair)
+        mark = "  loses" if result.ratio > 1 else ""
+        print(f"{result.shape!s:30}{times}{result.ratio:8.2f}{result.difference:12.1e}{mark}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -159,10 +160,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "resolution": options.resolution,
         "steps": options.steps,
         "shapes": len(measured),
-        "median_ratio": statistics.median(one.ratio for one in measured),
-        "largest_difference": max(one.difference for one in measured),
-        "loses": {str(one.shape): round(one.ratio, 3) for one in measured if one.ratio > 1},
-        "ms": {str(one.shape): {name: round(value, 4) for name, value in one.ms.items()} for one in measured},
+        "median_ratio": statistics.median(result.ratio for result in measured),
+        "largest_difference": max(result.difference for result in measured),
+        "loses": {str(result.shape): round(result.ratio, 3) for result in measured if result.ratio > 1},
+        "ms": {str(result.shape): {name: round(value, 4) for name, value in result.ms.items()} for result in measured},
     }
     print(json.dumps(result))
 

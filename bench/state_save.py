@@ -54,7 +54,7 @@ def measure(folder: Path, gigabytes: float, saves: int) -> dict:
     """Save, and time what the training waits for and what it does not."""
     numbers = int(gigabytes * 1e9 / 4 / 3 / TENSORS)
     objects = {
-        name: {str(place): torch.randn(numbers) for place in range(TENSORS)}
+        name: {str(index): torch.randn(numbers) for index in range(TENSORS)}
         for name in ("unet", "exp_avg", "exp_avg_sq")
     }
     info = StateInfo(0, 0, "", {}, {}, {}, new_lineage(None, 0, []))

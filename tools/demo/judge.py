@@ -105,8 +105,8 @@ def find_sets(folder: Path, count: int) -> tuple[SampleSet | None, SampleSet]:
             f"--samples {folder}: no complete set of {count} sampled pictures; train with --sample_prompts of the "
             "demo's prompts.txt and sample at the end"
         )
-    sets.sort(key=lambda one: (one.time, one.number))
-    first = [one for one in sets[:-1] if one.number == 0]
+    sets.sort(key=lambda sample_set: (sample_set.time, sample_set.number))
+    first = [sample_set for sample_set in sets[:-1] if sample_set.number == 0]
     return (first[-1] if first else None), sets[-1]
 
 
@@ -126,7 +126,9 @@ def judge(pictures: Mapping[int, Path], expected: Mapping[str, Any]) -> list[See
 
 def count_right(seen: Sequence[Seen], expected: Mapping[str, Any], what: str = "colour") -> int:
     """How many pictures show the asked `what`: colour or background."""
-    return sum(getattr(one, what) == prompt[what] for one, prompt in zip(seen, expected["prompts"], strict=True))
+    return sum(
+        getattr(reading, what) == prompt[what] for reading, prompt in zip(seen, expected["prompts"], strict=True)
+    )
 
 
 def draw_grid(
@@ -146,8 +148,8 @@ def draw_grid(
     grid = Image.new("RGB", (columns * cell_width, rows * cell_height + gap), (255, 255, 255))
     draw = ImageDraw.Draw(grid)
     font = ImageFont.load_default()
-    for place, (prompt, shown) in enumerate(zip(prompts, seen, strict=True)):
-        left, top = place % columns * cell_width + gap, place // columns * cell_height + gap
+    for index, (prompt, shown) in enumerate(zip(prompts, seen, strict=True)):
+        left, top = index % columns * cell_width + gap, index // columns * cell_height + gap
         for column, pictures in enumerate((before, after)):
             box = (left + column * (side + gap), top)
             draw.rectangle((*box, box[0] + side - 1, box[1] + side - 1), fill=(230, 230, 235))
@@ -194,9 +196,9 @@ def run(expected_path: Path, samples: Path, grid: Path | None, at_least: int) ->
         right = count_right(judge(before.pictures, expected), expected)
         print(f"before training: {right} of {count} show the colour asked for")
     seen = judge(after.pictures, expected)
-    for prompt, one in zip(expected["prompts"], seen, strict=True):
-        mark = "right" if one.colour == prompt["colour"] else "WRONG"
-        print(f"{mark}  {prompt['prompt']}: {one.colour or 'no shape'} on {one.background}")
+    for prompt, reading in zip(expected["prompts"], seen, strict=True):
+        mark = "right" if reading.colour == prompt["colour"] else "WRONG"
+        print(f"{mark}  {prompt['prompt']}: {reading.colour or 'no shape'} on {reading.background}")
     right = count_right(seen, expected)
     print(f"{count_right(seen, expected, 'background')} of {count} show the background asked for")
     print(f"{right} of {count} show the colour asked for")

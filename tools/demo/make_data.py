@@ -63,7 +63,7 @@ def training_scenes(seed: int, count: int) -> list[Scene]:
     held_out = {scene.combination for scene in held_out_scenes(seed)}
     known = [combination for combination in combinations() if combination not in held_out]
     order = generator(seed, Stream.ORDER, 1).permutation(count)
-    drawn = [known[place % len(known)] for place in order]
+    drawn = [known[index % len(known)] for index in order]
     return [random_scene(generator(seed, Stream.AUGMENTATION, i), combination) for i, combination in enumerate(drawn)]
 
 

@@ -19,7 +19,7 @@ def byte_symbols() -> list[str]:
     """A printable character for each byte, in CLIP's (and GPT-2's) order, so that '!' is number 0."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + place) for place in range(len(others))]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:

@@ -66,8 +66,8 @@ def _start_encoder(encoder: Any) -> None:
         shortcut.weight[four] = 0
         shortcut.bias[four] = 0
         shortcut.weight[four, feature, 0, 0] = signs_F
-        for place, (_, sign) in enumerate(_SIGNS):
-            _add_rim(encoder.mid_block.resnets[-1], 4 * feature + place, sign * _STRENGTH)
+        for index, (_, sign) in enumerate(_SIGNS):
+            _add_rim(encoder.mid_block.resnets[-1], 4 * feature + index, sign * _STRENGTH)
     _read_features(encoder.conv_out)
     log_variance = encoder.conv_out.weight.shape[0] // 2
     encoder.conv_out.weight[log_variance:] = 0
@@ -130,5 +130,5 @@ def _read_features(convolution: Any) -> None:
     convolution.weight[:_COLOURS] = 0
     convolution.bias[:_COLOURS] = 0
     for feature in range(_COLOURS):
-        for place, (sign, _) in enumerate(_SIGNS):
-            convolution.weight[feature, 4 * feature + place, 1, 1] = sign * half_spread
+        for index, (sign, _) in enumerate(_SIGNS):
+            convolution.weight[feature, 4 * feature + index, 1, 1] = sign * half_spread
