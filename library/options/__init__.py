@@ -15,7 +15,7 @@ training            the groups that every training script has, together
 
 and the groups, each with its rules:
 
-model, text_encoders            which model; its encoders
+model, text_encoders, sd        which model; its encoders; what SD 1.x and 2.x have alone
 data                            where samples are and how they become batches; it has the next four
 buckets, captions, images       how samples are prepared
 validation                      what is held out, and when the loss on it is measured

@@ -14,7 +14,7 @@ class ObjectiveOptions(OptionGroup):
     page: ClassVar[str] = "training.md"
 
     v_parameterization: bool = flag(
-        False, "train v-prediction; without it the model's own scheduler settings decide (epsilon for a single file)"
+        False, "train v-prediction; without it what the model's files say decides, and epsilon where they say nothing"
     )
     zero_terminal_snr: bool = flag(
         False, "rescale the betas so that the last timestep is pure noise (needs v-prediction)"

@@ -66,8 +66,45 @@ class SDXLTextEncoderOptions(TextEncoderOptions):
                 raise InputError(
                     f"{flag_}={rate:g} trains nothing without --train_text_encoder; add that, or leave it out"
                 )
-        if options.caches.text and self.train_text_encoder:
+        _check_cached(self.train_text_encoder, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDTextEncoderOptions(TextEncoderOptions):
+    """The text encoder of SD 1.x or SD 2.x."""
+
+    tokenizer_path: str | None = flag(
+        None, "name or folder of the text encoder's tokenizer (default: the model's own)", same_on_ranks=False
+    )
+    train_text_encoder: bool = flag(False, "train the text encoder, too")
+    learning_rate_te: float | None = flag(
+        None, "of the text encoder (default: --learning_rate; 0: not trained)", least=0
+    )
+
+    @property
+    def tokenizers(self) -> tuple[str | None, ...]:
+        """The one encoder's."""
+        return (self.tokenizer_path,)
+
+    def rates(self, learning_rate: float) -> tuple[float, ...]:
+        """The one encoder's learning rate."""
+        if not self.train_text_encoder:
+            return (0.0,)
+        return (learning_rate if self.learning_rate_te is None else self.learning_rate_te,)
+
+    def check(self, options: "TrainingOptions") -> None:
+        """Raise InputError where the encoder trains and is cached, or has a rate and does not train."""
+        if self.learning_rate_te and not self.train_text_encoder:
             raise InputError(
-                f"{options.caches.text_flag} keeps what text encoders give that --train_text_encoder changes; "
-                "leave out one"
+                f"--learning_rate_te={self.learning_rate_te:g} trains nothing without --train_text_encoder; add that, "
+                "or leave it out"
             )
+        _check_cached(self.train_text_encoder, options)
+
+
+def _check_cached(trains: bool, options: "TrainingOptions") -> None:
+    """Raise InputError where a text encoder trains whose outputs are kept."""
+    if options.caches.text and trains:
+        raise InputError(
+            f"{options.caches.text_flag} keeps what text encoders give that --train_text_encoder changes; leave out one"
+        )

@@ -63,8 +63,8 @@ def load_model(
     for place, (tokenizer, encoder) in enumerate(zip(model.tokenizers, model.text_encoders, strict=True)):
         if len(tokenizer) > encoder.config.vocab_size:
             raise InputError(
-                f"{_tokenizer_flag(place)}: this tokenizer has {len(tokenizer)} tokens, the text encoder in {source} "
-                f"only {encoder.config.vocab_size}. Give the tokenizer that belongs to the model."
+                f"{_tokenizer_flag(model.family, place)}: this tokenizer has {len(tokenizer)} tokens, the text encoder "
+                f"in {source} only {encoder.config.vocab_size}. Give the tokenizer that belongs to the model."
             )
     model.vae.requires_grad_(False)
     return model
@@ -105,18 +105,18 @@ def _tokenizers(family: Family, given: Sequence[str | None], folder: Path | None
     encoders = family.encoders
     if any(given[len(encoders) :]):
         raise InputError(
-            f"{_tokenizer_flag(len(encoders))}: an {family.title} model has {len(encoders)} text encoder"
-            f"{'s' if len(encoders) > 1 else ''}; leave that flag out"
+            f"{len(given)} tokenizers are given, and an {family.title} model has {len(encoders)} text encoder"
+            f"{'s' if len(encoders) > 1 else ''}; leave out the others"
         )
     given = [*given[: len(encoders)], *[None] * (len(encoders) - len(given))]
     return tuple(
-        _tokenizer(spec, _tokenizer_flag(place), source, folder and folder / spec.tokenizer_folder)
+        _tokenizer(spec, _tokenizer_flag(family, place), source, folder and folder / spec.tokenizer_folder)
         for place, (spec, source) in enumerate(zip(family.encoders, given, strict=True))
     )
 
 
-def _tokenizer_flag(place: int) -> str:
-    return f"--tokenizer{place + 1}_path"
+def _tokenizer_flag(family: Family, place: int) -> str:
+    return f"--tokenizer{place + 1}_path" if len(family.encoders) > 1 else "--tokenizer_path"
 
 
 def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:

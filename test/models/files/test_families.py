@@ -288,7 +288,7 @@ def test_of_several_families_the_content_tells_which(written):
 
 def test_a_second_tokenizer_has_nothing_to_belong_to(written):
     folder = written["sd1", "diffusers_safetensors"]
-    with pytest.raises(InputError, match=r"--tokenizer2_path: an SD 1\.x model has 1 text encoder"):
+    with pytest.raises(InputError, match=r"2 tokenizers are given, and an SD 1\.x model has 1 text encoder"):
         load_model(str(folder), SD1, tokenizers=(None, str(folder / "tokenizer")))
 
 
