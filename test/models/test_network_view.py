@@ -5,22 +5,9 @@ import torch
 from torch import nn
 
 from library.models.network_view import text_encoder_view, unet_view
-from library.models.unet import UNet, UNetConfig
-from test.models.unets import CONFIGS, diffusers_unet, inputs, module_names, our_unet, relative
+from library.models.unet import UNet
+from test.models.unets import CONFIGS, PUBLISHED, diffusers_unet, inputs, module_names, our_unet, relative
 
-# Topologies of the published models, a tenth as wide.
-NARROW = {"model_channels": 32, "context_dim": 16, "num_head_channels": 32}
-PUBLISHED = {
-    "sd1": UNetConfig(
-        **{**NARROW, "num_heads": 8}, channel_mult=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0),
-        transformer_depth_middle=1, adm_in_channels=None, use_linear_in_transformer=False,
-    ),
-    "sd2": UNetConfig(
-        **NARROW, channel_mult=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0), transformer_depth_middle=1,
-        adm_in_channels=None,
-    ),
-    "sdxl": UNetConfig(**NARROW, adm_in_channels=32 + 6 * 256),
-}  # fmt: skip
 # sd-scripts' modules of the U-Net: by default, and with conv_dim.
 COUNTS = {"sd1": (192, 278), "sd2": (192, 278), "sdxl": (722, 788)}
 TRANSFORMERS, CONVOLUTIONS = {"Transformer2DModel"}, {"ResnetBlock2D", "Downsample2D", "Upsample2D"}

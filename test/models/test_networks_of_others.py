@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from library.models.network_view import text_encoder_view, unet_view
-from test.models.unets import CONFIGS, SD2_LIKE, diffusers_unet, inputs, module_names, our_unet, relative
+from library.models.unet import UNet
+from test.models.unets import CONFIGS, PUBLISHED, SD2_LIKE, diffusers_unet, inputs, module_names, our_unet, relative
 
 ALGORITHMS = {
     "lora": {},
@@ -78,6 +79,13 @@ def test_lycoris_chooses_all_layers_by_users_names_and_every_one_acts(kind, chec
     assert relative(out, plain) > 1e-2
     out.square().mean().backward()
     assert [name for name, one in network.named_parameters() if one.grad is None or not one.grad.any()] == []
+
+
+@pytest.mark.parametrize(("kind", "count"), [("sd1", 282), ("sd2", 282), ("sdxl", 788)])
+def test_lycoris_makes_as_many_modules_as_of_the_published_models(kind, count):
+    with torch.device("meta"):
+        network = lycoris_network(None, view_of(kind, UNet(PUBLISHED[kind])))
+    assert len({module.lora_name for module in network.unet_loras}) == len(network.unet_loras) == count
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -35,6 +35,19 @@ SD2_LIKE = UNetConfig(
     context_dim=48,
     adm_in_channels=None,
 )
+# Topologies of the published models, a tenth as wide.
+NARROW = {"model_channels": 32, "context_dim": 16, "num_head_channels": 32}
+PUBLISHED = {
+    "sd1": UNetConfig(
+        **{**NARROW, "num_heads": 8}, channel_mult=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0),
+        transformer_depth_middle=1, adm_in_channels=None, use_linear_in_transformer=False,
+    ),
+    "sd2": UNetConfig(
+        **NARROW, channel_mult=(1, 2, 4, 4), transformer_depth=(1, 1, 1, 0), transformer_depth_middle=1,
+        adm_in_channels=None,
+    ),
+    "sdxl": UNetConfig(**NARROW, adm_in_channels=32 + 6 * 256),
+}  # fmt: skip
 CONFIGS = {"sdxl": SDXL_LIKE, "sd1": SD1_LIKE, "sd2": SD2_LIKE}
 SIZES = torch.tensor([[480.0, 640, 0, 96, 512, 640], [1024, 1024, 13, 0, 1024, 1024]])
 

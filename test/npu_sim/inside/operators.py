@@ -8,6 +8,7 @@ import torch_npu
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from library.models import attention as attentions
+from library.models import keyed_dropout
 
 B, S, K, N, D = 2, 6, 9, 3, 16
 SCALE = 1 / math.sqrt(D)
@@ -182,3 +183,9 @@ def test_other_fused_operators():
     torch.testing.assert_close(normed.cpu(), torch.nn.functional.rms_norm(x, (8,), eps=1e-6))
     with pytest.raises(RuntimeError, match="npu"):
         torch_npu.npu_geglu(x)
+
+
+def test_dropout_masks_are_the_cpus():
+    with keyed_dropout.draws(3, 7, [0, 5]):
+        one, other = (keyed_dropout.keep_mask("x", 0.3, 4, (5, 7), torch.device(name)) for name in ("cpu", "npu:0"))
+    assert other.device.type == "npu" and torch.equal(one, other.cpu())
