@@ -70,6 +70,8 @@ def write_values(path: Path, flags: Flags, values: Mapping[str, Any]) -> None:
     Raises:
         InputError: there is a file of that name, or it cannot be written.
     """
+    if path.suffix.lower() != ".toml":
+        raise InputError(f"--output_config writes TOML, and --config_file {path} is named otherwise; name a .toml file")
     if path.exists():
         raise InputError(f"--output_config: {path} is there already; move it away, or name another file")
     written = {

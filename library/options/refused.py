@@ -25,7 +25,16 @@ class Refused:
             value: as it is written on the command line; true or false for a switch in a file.
         """
         off = self.switch and value.lower() == "false"
-        return None if off or value.lower() in self.taken else f"--{self.name} is not supported: {self.why}"
+        taken = any(value.lower() == one or _is_number(value, one) for one in self.taken)
+        return None if off or taken else f"--{self.name} is not supported: {self.why}"
+
+
+def _is_number(text: str, number: str) -> bool:
+    """Whether both are the same number, however it is written."""
+    try:
+        return float(text) == float(number)
+    except ValueError:
+        return False
 
 
 _NO_UPLOAD = "nothing is uploaded to the hub here; upload OUTPUT_DIR with `hf upload` afterwards, and leave it out"
@@ -90,17 +99,17 @@ _ALL = (
     Refused(
         "noise_offset",
         "noise has no offset here; for dark and bright pictures use --zero_terminal_snr with --v_parameterization",
-        taken=("0", "0.0"),
+        taken=("0",),
     ),
-    Refused("adaptive_noise_scale", "noise has no offset here; leave it out", taken=("0", "0.0")),
+    Refused("adaptive_noise_scale", "noise has no offset here; leave it out", taken=("0",)),
     Refused("multires_noise_iterations", "noise has one resolution here; leave it out", taken=("0",)),
     Refused("multires_noise_discount", "noise has one resolution here; leave it out", taken=("0.3",)),
-    Refused("ip_noise_gamma", "the input is not perturbed here; leave it out", taken=("0", "0.0")),
+    Refused("ip_noise_gamma", "the input is not perturbed here; leave it out", taken=("0",)),
     Refused("min_timestep", "timesteps are drawn from the whole schedule; leave it out", taken=("0",)),
     Refused("max_timestep", "timesteps are drawn from the whole schedule; leave it out", taken=("1000",)),
     Refused("min_snr_gamma", _ONE_WEIGHT),
     Refused("scale_v_pred_loss_like_noise_pred", _ONE_WEIGHT, switch=True),
-    Refused("v_pred_like_loss", _ONE_WEIGHT, taken=("0", "0.0")),
+    Refused("v_pred_like_loss", _ONE_WEIGHT, taken=("0",)),
     Refused("debiased_estimation_loss", _ONE_WEIGHT, switch=True),
 )
 

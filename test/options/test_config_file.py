@@ -125,6 +125,43 @@ def test_what_was_written_is_read_as_the_same_arguments(tmp_path, capsys, data):
     assert "is there already" in capsys.readouterr().err
 
 
+def example(flag):
+    """A value that is not the flag's default, as a word of the command line and on its own."""
+    written = {
+        "resolution": "96,64", "face_crop_aug_range": "1.5,3", "caption_extension": ".tags", "caption_separator": ";",
+    }  # fmt: skip
+    if flag.kind.many:
+        return ["a=1", "b=0.9,0.99"]
+    if flag.kind.choices:
+        return [str(next(value for value in reversed(flag.kind.choices) if value != flag.default))]
+    numbers = {"N": "3", "X": "0.25", "GIB": "7.5"}
+    return [written.get(flag.name) or numbers.get(flag.kind.metavar) or f'{flag.name} "ü" #1']
+
+
+@pytest.mark.parametrize(
+    "flag", [flag for flag in sdxl_pretrain.SCRIPT.flags if flag.on_command_line], ids=lambda f: f.name
+)
+def test_every_flag_that_is_written_is_read_as_it_was(tmp_path, flag):
+    if not flag.in_config_file:
+        return
+    words = [f"--{flag.name}"]
+    if not flag.kind.switch:
+        words = [*words, *example(flag)] if flag.kind.many else [f"--{flag.name}={example(flag)[0]}"]
+    required = [word for word in REQUIRED if not word.startswith(f"--{flag.name}=")]
+    with pytest.raises(SystemExit) as ended:
+        parsed(*required, *words, f"--config_file={tmp_path / 'run.toml'}", "--output_config")
+    assert ended.value.code == 0
+    given, read = vars(parsed(*required, *words)), vars(parsed(f"--config_file={tmp_path / 'run.toml'}"))
+    assert given[flag.name] not in (None, flag.default)
+    assert read | {"config_file": None} == given
+
+
+def test_only_toml_is_written(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parsed(*REQUIRED, f"--config_file={tmp_path / 'run.json'}", "--output_config")
+    assert "name a .toml file" in capsys.readouterr().err and not (tmp_path / "run.json").exists()
+
+
 def test_writing_needs_a_file(capsys):
     with pytest.raises(SystemExit) as ended:
         parsed(*REQUIRED, "--output_config")

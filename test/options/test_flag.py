@@ -237,7 +237,7 @@ def test_every_switch_can_be_off_in_a_file(tmp_path):
 
 class TestFlagsOfSdScripts:
     def test_what_asks_for_what_happens_anyway_is_taken(self, tmp_path):
-        words = ["--sdpa", "--log_with=tensorboard", "--noise_offset=0", "--persistent_data_loader_workers"]
+        words = ["--sdpa", "--log_with=tensorboard", "--noise_offset=0.00", "--persistent_data_loader_workers"]
         assert parsed(*words) == parsed()
         file = tmp_path / "run.toml"
         file.write_text('sdpa = true\nlog_with = "tensorboard"\nnoise_offset = 0.0\nxformers = false\n')
