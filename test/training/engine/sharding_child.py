@@ -22,6 +22,7 @@ from library.families import SDXL
 from library.models.compiled import compile_blocks
 from library.models.denoiser import Denoiser
 from library.models.files.read import load_model
+from library.models.text import Tokens
 from library.script import run_script
 from library.signals import Signals
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
@@ -46,14 +47,14 @@ class NoisePrediction:
         self.device, self.saved = parallel_device, {}
 
     def loss(self, module, batch):
-        predicted = module(*(part.to(self.device) for part in batch.inputs))
+        predicted = self._predict(module, batch.inputs)
         return nn.functional.mse_loss(predicted.float(), batch.target.to(self.device))
 
     def validation_losses(self, module, batch, seed, numbers):
         """Five samples of their own, in the batches that the plan makes of them."""
         whole = sample(seed)
         places = [*numbers, *[0] * (2 - len(numbers))]
-        predicted = module(*(part[places].to(self.device) for part in whole.inputs))
+        predicted = self._predict(module, [part[places] for part in whole.inputs])
         losses = (predicted.float() - whole.target[places].to(self.device)).square().mean(dim=(1, 2, 3))
         return losses[: len(numbers)]
 
@@ -64,7 +65,11 @@ class NoisePrediction:
     def preview(self, position, step, module):
         """Computes with the whole module on the main process alone, as a preview does."""
         with torch.no_grad():
-            self.saved[position] = module(*(part[:1].to(self.device) for part in sample(0).inputs)).float().cpu()
+            self.saved[position] = self._predict(module, [part[:1] for part in sample(0).inputs]).float().cpu()
+
+    def _predict(self, module, inputs):
+        noisy, t, *ids, sizes = (part.to(self.device) for part in inputs)
+        return module(noisy, t, Tokens(tuple(ids)), sizes)
 
 
 def sample(step):
