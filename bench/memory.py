@@ -30,11 +30,11 @@ from library.models.text import Tokens
 from library.models.vae import encode_images
 from library.options.precision import BF16_UPDATES
 from library.training.engine.bf16_update import Bf16Update
+from library.training.engine.meta_copy import without_data
 from library.training.engine.optimizers import make_optimizer
 from library.training.engine.precision import DTYPES
 from library.training.engine.swap_schedule import choose_blocks
 from library.training.memory.estimate import MemoryEstimate, estimate
-from library.training.memory.meta_run import without_data
 from library.training.memory.resident import Training
 
 ADAFACTOR = ["relative_step=False", "scale_parameter=False"]

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.training.state.files import StateInfo, verify
 from library.training.state.lineage import new_lineage
-from library.training.state.names import Retention, step_name
+from library.training.state.names import step_name
+from library.training.state.retention import Retention
 from library.training.state.writer import StateWriter
 
 TENSORS = 64  # of a third of the state each: weights, first and second moment

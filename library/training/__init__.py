@@ -8,6 +8,7 @@ cache_filling       VAE and text encoders run once over all samples, before trai
 validation          the loss on images that are held out
 preview             pictures sampled while training
 due                 what is due after a step: checkpoints, previews
+cadence             how often something is due
 rules               rules of options that hang on the device, on torch's optimizers or on the data
 output_folder       the output folder, looked at beforehand, and the figures at the end
 engine/             optimizers, precision, sharding, and how a step saves memory

@@ -7,9 +7,11 @@ from pathlib import Path
 from library.atomic_write import remove
 from library.data.training_set import TrainingSet
 from library.options.training import TrainingOptions
+from library.training.cadence import Cadence
 from library.training.loop import LoopOptions
 from library.training.state.choice import obsolete
-from library.training.state.names import Cadence, Retention, epoch_name, step_name
+from library.training.state.names import epoch_name, step_name
+from library.training.state.retention import Retention
 
 logger = logging.getLogger(__name__)
 

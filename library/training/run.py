@@ -32,6 +32,7 @@ from library.options.values import plain_values
 from library.signals import Signals
 from library.training import loop, validation
 from library.training.cache_filling import Encoders, make_caches
+from library.training.cadence import Cadence
 from library.training.due import loop_options
 from library.training.engine.bf16_update import bf16_update
 from library.training.engine.block_swap import HostBlocks
@@ -59,8 +60,9 @@ from library.training.state.branch import start_branch
 from library.training.state.choice import clear_left_behind
 from library.training.state.files import StateInfo
 from library.training.state.lineage import Lineage
-from library.training.state.names import Cadence, Retention, last_name, step_name
+from library.training.state.names import last_name, step_name
 from library.training.state.resume import check_parameters, check_resumed, files_in_use, resumed_state, versions
+from library.training.state.retention import Retention
 from library.training.state.run_lock import RunLock
 from library.training.state.states import Resumed, StateCadence, States, parts_by_process
 from library.training.state.writer import StateWriter

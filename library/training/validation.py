@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from library.data.micro_batch import MicroBatch
 from library.data.order.held_out import ValidationPlan
 from library.signals import Signals
+from library.training.cadence import Cadence
 from library.training.log.metrics import MetricsWriter, finite_or_none
 from library.training.ranks.rank_watch import sums_of_all
-from library.training.state.names import Cadence
 
 
 class Task(Protocol):

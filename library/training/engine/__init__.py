@@ -10,5 +10,6 @@ swap_schedule       which blocks are swapped, and which is wanted next
 ema                 moving averages of what trains
 bf16_update         weights, gradients and states in bf16 (--full_bf16)
 rounding            rounding fp32 to bf16 up or down at random
+meta_copy           copies of modules without data
 compiling           whether the backend of --torch_compile works on this machine
 """

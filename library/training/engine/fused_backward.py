@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from library.errors import TrainingError
 from library.training.engine.optimizers import ParameterGroup
 from library.training.engine.sharding import CLIP_EPSILON, MakeOptimizer, MakeSchedule, Replicated, below_limit
-from library.training.memory.resident import collected_bytes
+
+# Bytes of gradients that are collected for one update: at most so many, and at most that share of all gradients.
+COLLECTED_BYTES, COLLECTED_SHARE = 32 * 2**20, 0.01
 
 
 class FusedBackward(Replicated):
@@ -140,3 +142,8 @@ class FusedBackward(Replicated):
                 "then. Resume from the last training state with a lower learning rate, or without the flag, which "
                 "leaves such steps out"
             )
+
+
+def collected_bytes(whole: int) -> int:
+    """How many bytes of gradients, of so many in all, wait for their update in backward."""
+    return min(COLLECTED_BYTES, int(COLLECTED_SHARE * whole))

@@ -33,8 +33,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from library import device as devices
 from library.errors import InputError
 from library.training.engine.ema import Averages
+from library.training.engine.meta_copy import without_data
 from library.training.engine.optimizers import ParameterGroup, parameters_by_name
-from library.training.memory.meta_run import without_data
 from library.training.state.tensor_rows import (
     Part,
     by_name,

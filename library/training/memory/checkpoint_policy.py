@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import InputError
+from library.training.engine.meta_copy import without_data
 from library.training.memory.estimate import GIB, MemoryEstimate
-from library.training.memory.meta_run import Autocast, LiveShapes, fused_attention, without_data
+from library.training.memory.meta_run import Autocast, LiveShapes, fused_attention
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.training.memory.meta_run import Autocast, LiveShapes, fused_attention, without_data
+from library.training.engine.meta_copy import without_data
+from library.training.memory.meta_run import Autocast, LiveShapes, fused_attention
 from library.training.memory.resident import Held, Training, held_bytes
 
 GIB = 2**30

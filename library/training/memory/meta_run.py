@@ -5,44 +5,22 @@ writes attention out, and it has no autocast. Both are put in their places here.
 by a mode: modes do not reach into the recomputation of checkpoints.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from library.models.fused_ops import assume_autocast
 from library.training.memory.live_bytes import LiveBytes
 
-Module = TypeVar("Module", bound=nn.Module)
-
 # What autocast computes in half, its weights cast once a pass, and in fp32 (torch's page "Automatic Mixed Precision").
 _IN_HALF, _IN_FP32 = ("linear", "conv2d"), ("layer_norm", "group_norm")
-
-
-def without_data(
-    module: Module, dtype: torch.dtype | None = None, share: Callable[[Tensor], bool] = lambda tensor: False
-) -> Module:
-    """A copy of a module on the meta device, without its data.
-
-    Args:
-        dtype: of its floating-point tensors; None keeps each tensor's own.
-        share: which parameters and buffers the copy has in common with the module, data and all.
-    """
-
-    def shape_of(tensor: Tensor) -> Tensor:
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        empty = torch.empty_like(tensor, device="meta", dtype=kind)
-        return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor if share(tensor) else shape_of(tensor) for tensor in tensors})
 
 
 class _FusedShapes(torch.autograd.Function):

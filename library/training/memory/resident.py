@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.training.engine.fused_backward import collected_bytes
 from library.training.engine.optimizers import ParameterGroup
 from library.training.engine.swap_schedule import largest_together
 from library.training.memory.live_bytes import LiveBytes
 
 # third_patch/accelerate_patch: elements of each process's bucket of small gradients, and of all of them together.
 OSS_BUCKET, OSS_ALL_BUCKETS = 2**23, 2**26
-# With the optimizer in backward: bytes of gradients that are collected for one update, at most, and of all gradients.
-COLLECTED_BYTES, COLLECTED_SHARE = 32 * 2**20, 0.01
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,6 @@ def held_bytes(trained: Sequence[Tensor], units: Sequence[Sequence[Tensor]], tra
     room = trained[0].element_size() * elements
     buckets, alone = zip(*(_oss_buckets([sizes[place] for place in share], room) for share in shares), strict=True)
     return Held(whole, 0, optimizer, sum(buckets), sum(buckets) + max(alone), update, averages)
-
-
-def collected_bytes(whole: int) -> int:
-    """How many bytes of gradients, of so many in all, wait for their update in backward."""
-    return min(COLLECTED_BYTES, int(COLLECTED_SHARE * whole))
 
 
 def deal(numels: Sequence[int], processes: int) -> list[list[int]]:

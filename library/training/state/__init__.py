@@ -10,5 +10,6 @@ lineage             which start wrote something, and what that start goes on fro
 branch              an output folder holds one branch: what a start does not go on from is moved aside
 resume              whether a state fits the run that takes it up
 run_lock            one run at a time in an output folder
-names               what files are called, and how many are kept
+names               what files are called
+retention           how many earlier ones are kept
 """

@@ -8,7 +8,8 @@ from pathlib import Path
 from library.atomic_write import aside, remove
 from library.errors import InputError
 from library.training.state.files import MANIFEST, read_info, verify
-from library.training.state.names import STATE_SUFFIX, Retention, epoch_name, last_name, state_name, step_name
+from library.training.state.names import STATE_SUFFIX, epoch_name, last_name, state_name, step_name
+from library.training.state.retention import Retention
 from library.training.state.run_lock import RunLock
 
 logger = logging.getLogger(__name__)

@@ -4,14 +4,20 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from library.training.engine.sharding import Replicated
 from library.training.state.files import State, StateInfo
 from library.training.state.tensor_rows import Part
 from library.training.state.writer import StateWriter
 
 TRAINING, RUN, DATA = "training", "run", "data"  # state objects: each process's parts, what all share, a stream's
+
+
+class Parts(Protocol):
+    """What has weights and optimizer state: `library.training.engine.sharding.Replicated` is one."""
+
+    def own_parts(self) -> Mapping[str, Part]:
+        """What this process writes, by parameter; no copies."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class States:
     def __init__(
         self,
         writer: StateWriter,
-        parallel: Replicated,
+        parts: Parts,
         cadence: StateCadence,
         info: Callable[[int, Mapping[str, Any]], StateInfo],
         step_stem: Callable[[int], str],
@@ -41,7 +47,7 @@ class States:
             step_stem: a step's number to the name of what is saved at it.
             data_position: where this process's data is, as far as the step alone does not say it.
         """
-        self.writer, self.parallel, self.cadence = writer, parallel, cadence
+        self.writer, self.parts, self.cadence = writer, parts, cadence
         self._info, self._step_stem, self._data_position = info, step_stem, data_position
         self._saved_step: int | None = None
         self._last_save = time.monotonic()
@@ -59,7 +65,7 @@ class States:
         """After the first step, when the optimizer has its state: make memory for the states that are due later."""
         cadence = self.cadence
         if cadence.with_checkpoints or cadence.every_n_steps or cadence.every_n_minutes:
-            self.writer.reserve({TRAINING: self.parallel.own_parts()})
+            self.writer.reserve({TRAINING: self.parts.own_parts()})
 
     def save(
         self, steps_done: int, run: Mapping[str, Any], metrics: Mapping[str, Any], stem: str | None = None
@@ -77,7 +83,7 @@ class States:
         self.writer.snapshot(
             stem or self._step_stem(steps_done),
             self._info(steps_done, metrics),
-            {TRAINING: self.parallel.own_parts()} | ({} if position is None else {DATA: position}),
+            {TRAINING: self.parts.own_parts()} | ({} if position is None else {DATA: position}),
             {RUN: run} if is_main else None,
         )
         self._saved_step, self._last_save = steps_done, time.monotonic()

@@ -24,7 +24,8 @@ from library.disk_space import check_space
 from library.errors import TrainingError
 from library.training.state.choice import obsolete, remove_state
 from library.training.state.files import INFO, Entry, StateInfo, rank_prefix, write_json, write_manifest, write_tensors
-from library.training.state.names import Retention, state_name
+from library.training.state.names import state_name
+from library.training.state.retention import Retention
 from library.training.state.tree import pack
 
 logger = logging.getLogger(__name__)

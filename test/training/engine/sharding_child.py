@@ -25,12 +25,12 @@ from library.models.files.read import load_model
 from library.models.text import Tokens
 from library.script import run_script
 from library.signals import Signals
+from library.training.cadence import Cadence
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.engine.precision import make_accelerator
 from library.training.engine.sharding import shard
 from library.training.log.metrics import MetricsWriter
 from library.training.loop import LoopOptions, Trainer
-from library.training.state.names import Cadence
 from library.training.state.states import StateCadence, States
 from library.training.state.writer import StateWriter
 from library.training.validation import Validator

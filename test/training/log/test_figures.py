@@ -5,9 +5,10 @@ import math
 
 import pytest
 
+from library.training.cadence import Cadence
 from library.training.log.final_block import FinalFigures, write_case_log
 from library.training.log.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics
-from library.training.state.names import Cadence, epoch_name, last_name, sample_name, step_name
+from library.training.state.names import epoch_name, last_name, sample_name, step_name
 
 
 def test_speed_leaves_the_warm_up_out():

@@ -17,12 +17,12 @@ from library.models.unet import UNet, UNetConfig
 from library.models.vae import encode_images
 from library.training.engine.bf16_update import Bf16Update
 from library.training.engine.fused_backward import FusedBackward
+from library.training.engine.meta_copy import without_data
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.engine.precision import make_accelerator
 from library.training.engine.sharding import KINDS, shard
 from library.training.memory.estimate import estimate
 from library.training.memory.live_bytes import LiveBytes
-from library.training.memory.meta_run import without_data
 from library.training.memory.resident import Training, held_bytes
 
 BATCH = 4

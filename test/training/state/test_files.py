@@ -15,7 +15,8 @@ from library.errors import InputError
 from library.training.state.choice import clear_left_behind, newest_valid, obsolete, state_names
 from library.training.state.files import MANIFEST, StateInfo, read_info, read_state, verify, write_tensors
 from library.training.state.lineage import new_lineage
-from library.training.state.names import Retention, epoch_name, last_name, step_name
+from library.training.state.names import epoch_name, last_name, step_name
+from library.training.state.retention import Retention
 from library.training.state.run_lock import RunLock
 from library.training.state.tree import pack, unpack
 from library.training.state.writer import StateWriter

@@ -16,7 +16,8 @@ from library.training.state import writer as state_writer
 from library.training.state.choice import clear_left_behind, newest_valid
 from library.training.state.files import StateInfo, read_state
 from library.training.state.lineage import new_lineage
-from library.training.state.names import Retention, step_name
+from library.training.state.names import step_name
+from library.training.state.retention import Retention
 from library.training.state.run_lock import RunLock
 from library.training.state.writer import StateWriter
 from test.training.state.power_cut import run_until
