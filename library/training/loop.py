@@ -8,11 +8,11 @@ was stopped goes on as if it had not been.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,6 @@ from library.data.micro_batch import MicroBatch
 from library.data.training_set import Epochs
 from library.errors import Stopped, TrainingError
 from library.signals import Signals
-from library.training.engine.optimizers import set_schedule
 from library.training.engine.sharding import Replicated
 from library.training.log.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
 from library.training.log.quarantine import Quarantine
@@ -40,7 +39,7 @@ from library.training.ranks.rank_watch import (
     sums_of_all,
 )
 from library.training.state.names import AVERAGE_SUFFIX
-from library.training.state.states import RUN, Resumed, States
+from library.training.state.states import States
 from library.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -78,6 +77,28 @@ class LoopOptions:
     checkpoints_due: Callable[[int, int | None], Sequence[str]] = lambda steps_done, epochs_done: ()
     previews_due: Callable[[int, int | None], Sequence[str]] = lambda steps_done, epochs_done: ()
     forget_checkpoints: Callable[[Path, str], None] = lambda saved, stem: None  # removes those that it makes obsolete
+
+
+@dataclass
+class Counters:
+    """What the loop has counted since the run began, through all its starts; a named object of training states."""
+
+    average: MovingAverage = field(default_factory=MovingAverage)  # of the loss
+    overflows: int = 0
+    not_updated: int = 0  # steps
+    not_finite_running: int = 0  # steps that were the last ones
+    quarantined: int = 0  # samples, over all processes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**vars(self), "average": self.average.values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        for loss in state["average"]:
+            self.average.add(loss)
+        self.overflows, self.not_updated = state["overflows"], state["not_updated"]
+        self.not_finite_running, self.quarantined = state["not_finite_running"], state["quarantined"]
 
 
 @dataclass(frozen=True)
@@ -137,38 +158,26 @@ class Trainer:
         signals: Signals,
         progress: Progress | None = None,
         validator: Validator | None = None,
+        counters: Counters | None = None,
+        start_step: int = 0,
     ) -> None:
         """
         Args:
             parallel: what `library.training.engine.sharding.shard` made: module, optimizer and schedule.
             progress: where the other processes see how far this one is.
+            counters: of the run so far, an object of its states.
+            start_step: optimizer steps done before.
         """
         self.task, self.accelerator, self.parallel = task, accelerator, parallel
         self.optimizer, self.schedule = parallel.optimizer, parallel.schedule
         self.epochs, self.options, self.writer = epochs, options, writer
         self.states, self.signals, self.progress = states, signals, progress or Progress()
         self.validator = validator
-        self.start_step = 0
-        self.speed, self.average = SpeedMeter(), MovingAverage()
-        self.overflows = self.not_updated = self.not_finite_running = 0
+        self.start_step, self.speed, self.counters = start_step, SpeedMeter(), counters or Counters()
         self.quarantine = Quarantine(
             accelerator, options.output_dir, writer.write_text, options.epoch_samples, options.max_bad_samples
         )
-
-    def resume(self, resumed: Resumed) -> None:
-        """Take up what a training state holds besides weights and optimizer; `train` then begins after its step."""
-        run = resumed.state.whole[RUN]
-        if self.parallel.averages is not None:
-            self.parallel.averages.updates = run.get("average_updates", 0)
-        set_schedule(self.schedule.scheduler, run["schedule_steps"])
-        if self.accelerator.scaler is not None and run["scaler"]:
-            self.accelerator.scaler.load_state_dict(run["scaler"])
-        for loss in run["last_losses"]:
-            self.average.add(loss)
-        self.overflows, self.not_updated = run["overflows"], run["not_updated"]
-        self.not_finite_running = run["not_finite_running"]
-        self.quarantine.count = run["quarantined"]
-        self.start_step = resumed.step
+        self.quarantine.count = self.counters.quarantined
 
     def train(self, batches: Iterator[MicroBatch]) -> RunReport:
         """Train from the first step, or the one after a state that was taken up, to `max_train_steps`.
@@ -199,10 +208,10 @@ class Trainer:
             self._after_step(step + 1, result.numbers.requests)
         return RunReport(
             self.speed.images_per_second,
-            self.average.value,
+            self.counters.average.value,
             self.options.max_train_steps,
-            self.overflows,
-            self.not_updated,
+            self.counters.overflows,
+            self.counters.not_updated,
             self.quarantine.count,
         )
 
@@ -258,7 +267,7 @@ class Trainer:
 
     def _update(self) -> bool:
         """Step optimizer and schedule; False if an overflow skipped both (then the loss scale has fallen)."""
-        self.optimizer.step()
+        self.parallel.step()
         self.schedule.step()
         self.parallel.zero_grad()
         updated = not self.accelerator.optimizer_step_was_skipped
@@ -269,17 +278,18 @@ class Trainer:
     def _log(self, step: int, batches: Sequence[MicroBatch], result: StepResult, waited: float, seconds: float) -> None:
         images = self.options.global_batch
         self.speed.add(images, seconds)
-        self.average.add(result.loss)
-        self.overflows += result.overflows
-        self.not_updated += not result.updated
+        self.counters.average.add(result.loss)
+        self.counters.overflows += result.overflows
+        self.counters.not_updated += not result.updated
         self.quarantine.add(step, batches, result.numbers.replaced)
+        self.counters.quarantined = self.quarantine.count
         scaler = self.accelerator.scaler
         self.writer.write(
             StepMetrics(
                 step=step + 1,
                 epoch=self.epochs.epoch_of_step(step) + 1,
                 loss=finite_or_none(result.loss),
-                average_loss=finite_or_none(self.average.value),
+                average_loss=finite_or_none(self.counters.average.value),
                 lr=result.lr,
                 grad_norm=finite_or_none(result.grad_norm),
                 loss_scale=scaler.get_scale() if scaler is not None else None,
@@ -295,12 +305,12 @@ class Trainer:
 
     def _stop_if_not_finite(self, step: int, batches: Sequence[MicroBatch], result: StepResult) -> None:
         if result.updated:
-            self.not_finite_running = 0
+            self.counters.not_finite_running = 0
             return
-        self.not_finite_running += 1
+        self.counters.not_finite_running += 1
         what = "loss" if not math.isfinite(result.loss) else "gradient"
         names = self._names(batches)
-        if self.not_finite_running < MAX_NOT_FINITE:
+        if self.counters.not_finite_running < MAX_NOT_FINITE:
             self.writer.write_text(f"step {step + 1}: {what} not finite, weights left alone; samples: {names}")
             return
         raise TrainingError(
@@ -325,7 +335,9 @@ class Trainer:
         if self.validator is not None:  # before a state is saved, which says that this step is done with
             self.progress.phase = VALIDATING
             ends = epochs_done is not None
-            took_long |= self.validator.run_if_due(self.parallel.module, steps_done, epoch, ends, self.average.value)
+            took_long |= self.validator.run_if_due(
+                self.parallel.module, steps_done, epoch, ends, self.counters.average.value
+            )
         checkpoints = self.options.checkpoints_due(steps_done, epochs_done)
         for stem in checkpoints:
             self.save(stem)
@@ -367,23 +379,13 @@ class Trainer:
     def save_state(self, steps_done: int, stem: str | None = None) -> None:
         """Save a training state. Every process calls; it is written in the background."""
         self.writer.sync()
-        run = {
-            "schedule_steps": self.schedule.scheduler.last_epoch,
-            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
-            "last_losses": self.average.values,
-            "overflows": self.overflows,
-            "not_updated": self.not_updated,
-            "not_finite_running": self.not_finite_running,
-            "quarantined": self.quarantine.count,
-        }
-        if self.parallel.averages is not None:
-            run["average_updates"] = self.parallel.averages.updates
         metrics = {"global_batch": self.options.global_batch, "board_folder": self.writer.board_folder}
-        self.states.save(steps_done, run, metrics, stem)
+        self.states.save(steps_done, metrics, stem)
 
     def save(self, stem: str) -> None:
         """Write a checkpoint of that name, and one of the averages. Every process calls; the others wait."""
-        self._save(stem, stem)
+        with self.parallel.evaluated():
+            self._save(stem, stem)
         if self.parallel.averages is not None:
             with self.parallel.averages_in_place():
                 self._save(stem, f"{stem}{AVERAGE_SUFFIX}")
@@ -400,7 +402,7 @@ class Trainer:
     def _preview(self, positions: Sequence[str], step: int) -> None:
         if not positions:
             return
-        with self.parallel.averages_in_place(), self.parallel.whole_module() as module:
+        with self.parallel.evaluated(), self.parallel.averages_in_place(), self.parallel.whole_module() as module:
             if self.accelerator.is_main_process:
                 self.progress.phase = SAMPLING
                 with suppress(Stopped):  # the signal is still there for all to agree on

@@ -48,6 +48,7 @@ from library.training.engine.optimizers import (
 from library.training.engine.precision import make_accelerator
 from library.training.engine.sharding import MakeOptimizer, Replicated, shard, sharding_kind
 from library.training.engine.swapped_backward import SwappedBlocks, SwappedFusedBackward
+from library.training.engine.trials import check_exactness
 from library.training.log.metrics import MetricsWriter
 from library.training.log.shown_data import caption_lines, show_data
 from library.training.log.startup import plan_lines
@@ -64,7 +65,7 @@ from library.training.state.names import last_name, step_name
 from library.training.state.resume import check_parameters, check_resumed, files_in_use, resumed_state, versions
 from library.training.state.retention import Retention
 from library.training.state.run_lock import RunLock
-from library.training.state.states import Resumed, StateCadence, States, parts_by_process
+from library.training.state.states import Resumed, StateCadence, Stateful, States, take_up
 from library.training.state.writer import StateWriter
 from library.training.validation import Validator
 
@@ -194,6 +195,7 @@ def run(
         groups = task.parameter_groups()
         if resumed is not None:
             check_parameters(resumed, parameters_by_name(task.module, groups))
+        _try_optimizer(options, groups, surroundings)
         logger.info("seed: %d", surroundings.seed)
         resolved = plan_lines(options, data, steps, epochs, groups, accelerator, _sharding(options))
         for line in (
@@ -266,8 +268,14 @@ def _train(
     if options.ema.use_ema:
         where = torch.device("cpu") if options.ema.offload_ema else None
         parallel.keep_averages(options.ema.ema_decay, where)
+    counters = loop.Counters()
+    objects: dict[str, Stateful] = {"loop": counters, **parallel.state_objects()}
+    recipe: Any = getattr(task, "recipe", None)
+    if hasattr(recipe, "state_dict"):  # what a recipe keeps besides what trains; most keep nothing
+        objects["recipe"] = recipe
     if resumed is not None:
-        parallel.read_parts(parts_by_process(resumed.state))
+        take_up(resumed.state, parallel, objects)
+        resumed.let_go()
     lineage = on_main_process(
         accelerator,
         lambda: start_branch(
@@ -290,7 +298,7 @@ def _train(
     )
     with ExitStack() as stack:
         stack.callback(writer.close)
-        states = _states(options, parallel, data, surroundings, lineage)
+        states = _states(options, parallel, objects, data, surroundings, lineage)
         stack.enter_context(states.writer)
         stack.enter_context(logging_redirect_tqdm())
         trainer = loop.Trainer(
@@ -303,11 +311,11 @@ def _train(
             states,
             surroundings.signals,
             surroundings.progress,
-            _validator(task, data, surroundings, writer),
+            _validator(task, data, surroundings, writer, parallel),
+            counters,
+            resumed.step if resumed else 0,
         )
         if resumed is not None:
-            trainer.resume(resumed)
-            resumed.let_go()
             logger.info("resumed from %s: %d steps are done", resumed.folder, resumed.step)
         logger.info(
             "run %s, attempt %d%s",
@@ -326,7 +334,9 @@ def _train(
     return report
 
 
-def _validator(task: Task, data: TrainingSet, surroundings: Surroundings, writer: MetricsWriter) -> Validator | None:
+def _validator(
+    task: Task, data: TrainingSet, surroundings: Surroundings, writer: MetricsWriter, parallel: Replicated
+) -> Validator | None:
     """What measures the loss on the images that are held out, if there are any."""
     if not isinstance(data, TrainingData):
         return None  # a stream, of which nothing is held out
@@ -335,11 +345,16 @@ def _validator(task: Task, data: TrainingSet, surroundings: Surroundings, writer
         return None
     steps, epochs = data.options.validate_every_n_steps, data.options.validate_every_n_epochs
     cadence = Cadence(steps, epochs if steps or epochs else 1)
-    return Validator(task, surroundings.accelerator, *found, cadence, writer, surroundings.signals)
+    return Validator(task, surroundings.accelerator, *found, cadence, writer, surroundings.signals, parallel.evaluated)
 
 
 def _states(
-    options: TrainingOptions, parallel: Replicated, data: TrainingSet, surroundings: Surroundings, lineage: Lineage
+    options: TrainingOptions,
+    parallel: Replicated,
+    objects: Mapping[str, Stateful],
+    data: TrainingSet,
+    surroundings: Surroundings,
+    lineage: Lineage,
 ) -> States:
     """What saves training states, as the flags have it."""
     saving, asked, accelerator = options.saving, options.states, surroundings.accelerator
@@ -360,7 +375,7 @@ def _states(
     def info(step: int, metrics: Mapping[str, Any]) -> StateInfo:
         return StateInfo(step, surroundings.seed, plan, plain, software, metrics, lineage)
 
-    return States(writer, parallel, cadence, info, partial(step_name, saving.output_name), data.position)
+    return States(writer, parallel, objects, cadence, info, partial(step_name, saving.output_name), data.position)
 
 
 def _sharding(options: TrainingOptions) -> str:
@@ -392,6 +407,22 @@ def _length(options: RunOptions, data: TrainingSet) -> tuple[int, int]:
                 "train more epochs, or with a smaller --train_batch_size"
             )
     return steps, data.epochs.epoch_of_step(steps - 1) + 1
+
+
+def _try_optimizer(options: TrainingOptions, groups: Sequence[ParameterGroup], surroundings: Surroundings) -> None:
+    """Raise InputError where the optimizer cannot do exactly what the flags ask of it."""
+    chosen, processes = options.optimizer, surroundings.accelerator.num_processes
+    check_exactness(
+        _make_optimizer(options, surroundings.seed),
+        partial(make_optimizer, chosen.optimizer_type, arguments=chosen.optimizer_args),
+        groups,
+        chosen.optimizer_type,
+        in_backward=options.memory.fused_backward_pass,
+        in_pieces=options.precision.full_bf16,
+        sharding=_sharding(options) if processes > 1 else "none",
+        averages=options.ema.use_ema,
+        device=surroundings.device,
+    )
 
 
 def _make_optimizer(options: TrainingOptions, seed: int) -> MakeOptimizer:

@@ -1,7 +1,8 @@
 """The loss on images that are held out from training, at fixed timesteps with keyed noise, so that moments compare."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +32,7 @@ class Validator:
     Attributes:
         batches: this process's, the same number on each.
         cadence: without one, after each epoch.
+        evaluated: has the weights to use in their places, for optimizers that train others.
     """
 
     task: Task
@@ -40,6 +42,7 @@ class Validator:
     cadence: Cadence
     writer: MetricsWriter
     signals: Signals
+    evaluated: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def run_if_due(self, module: nn.Module, steps_done: int, epoch: int, epoch_ends: bool, train_loss: float) -> bool:
         """Measure and write down, if this step or this end of an epoch asks for it.
@@ -56,7 +59,8 @@ class Validator:
             due.append("epoch")
         if not due:
             return False
-        loss = self._measure(module)
+        with self.evaluated():
+            loss = self._measure(module)
         if loss is None:
             return True
         values = {}

@@ -90,7 +90,7 @@ def train(
     )  # fmt: skip
     loop_options = LoopOptions(steps, accumulation, accumulation * batch, max_grad_norm, tmp_path, **options)
     writer = MetricsWriter(tmp_path, None, steps)
-    states = States(StateWriter(tmp_path), parallel, StateCadence(), lambda step, metrics: None, str)
+    states = States(StateWriter(tmp_path), parallel, {}, StateCadence(), lambda step, metrics: None, str)
     trainer = Trainer(
         task or Regression(), accelerator, parallel, FixedEpochs(), loop_options, writer, states, Signals()
     )

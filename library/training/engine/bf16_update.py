@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from library.options.precision import BF16_UPDATES, PrecisionOptions
+from library.training.engine.group_entries import entries, restore
 from library.training.engine.rounding import RoundingBits, check_integers, places_from, rounding_key, stochastic
 
 PIECE_ELEMENTS = 2**22  # 16 MiB of fp32, of which an AdamW takes some nine at a time
@@ -99,8 +100,10 @@ def with_bf16_update(
                     wanted = [one for one in parameters if one.grad is not None]
                     self.param_groups = [group]
                     new = {one for one in wanted if not self.state.get(one)}
+                    before = entries(group)
                     try:
                         for piece in list(pieces(wanted, self.state, by_element)):
+                            restore(group, before)  # all pieces are of one step
                             self._step_piece(group, piece, piece[0].parameter in new)
                     finally:
                         group["params"] = parameters

@@ -52,6 +52,14 @@ class Averages:
         for averages, weights in together.values():
             average_in(averages, weights, self.updates)
 
+    def state_dict(self) -> dict[str, int]:
+        """What a training state holds besides the averages, which are with their parameters."""
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting."""
+        self.updates = state["updates"]
+
     @torch.no_grad()
     def exchange(self) -> None:
         """Put the averages where the weights are and the weights where the averages were; twice is as before.

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.errors import TrainingError
+from library.training.engine.group_entries import PartialSteps
 from library.training.engine.optimizers import ParameterGroup
 from library.training.engine.sharding import CLIP_EPSILON, MakeOptimizer, MakeSchedule, Replicated, below_limit
 
@@ -54,6 +55,7 @@ class FusedBackward(Replicated):
         schedule = make_schedule(self.bare_optimizer)
         self.optimizer = accelerator.prepare_optimizer(self.bare_optimizer)
         self.schedule = accelerator.prepare_scheduler(schedule)
+        self._steps = PartialSteps(self.bare_optimizer)
         self._watch(self.bare_optimizer.param_groups)
 
     def _place_module(self) -> nn.Module:
@@ -72,6 +74,7 @@ class FusedBackward(Replicated):
         finite = loss.detach().isfinite().float()
         if self.accelerator.num_processes > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        self._steps.begin()
         if finite:
             self.accelerator.backward(loss)
             self._update_collected()
@@ -116,17 +119,14 @@ class FusedBackward(Replicated):
 
     def _step(self, parameters: Mapping[int, Sequence[nn.Parameter]]) -> None:
         """The optimizer's step for some parameters, by the places of their groups, and the end of their gradients."""
-        optimizer: Any = self.bare_optimizer
-        groups = optimizer.param_groups
-        # One optimizer, so that schedule and states see all of it; for this call it has no other parameters.
-        optimizer.param_groups = [{**groups[place], "params": some} for place, some in parameters.items()]
-        try:
-            optimizer.step()
-        finally:
-            optimizer.param_groups = groups
+        self._steps.step(parameters)
         for some in parameters.values():
             for parameter in some:
                 parameter.grad = None
+
+    def step(self) -> None:
+        """The end of the updates that backward has done."""
+        self._steps.end()
 
     def clip(self, max_norm: float) -> Tensor:
         """The norm of all gradients together, before each was clipped by itself."""

@@ -3,8 +3,9 @@
 import ast
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from library.errors import InputError
 from library.options.optimizer import check_warmup
 from library.training.engine.bf16_update import Bf16Update, with_bf16_update
+from library.training.engine.by_element import updates_by_element
 
 # The field's names that are not torch.optim's own; oss is AdamW sharded by fairscale (see sharding.py).
 _PATHS = {
@@ -31,13 +33,8 @@ _FUSED = (torch.optim.Adam, torch.optim.AdamW)  # one kernel a tensor, on the CP
 _REFUSED = {
     "LBFGS": "it computes the loss several times a step",
     "SparseAdam": "it takes sparse gradients alone",
-    "DAdapt": "it keeps numbers beside each parameter's state, which a training state has no place for",
-    "Prodigy": "it keeps numbers beside each parameter's state, which a training state has no place for",
-    "ScheduleFree": "its weights must be exchanged for sampling and saving",
     "Paged": "its memory cannot be restored when resuming; AdamW8bit holds as little",
 }
-# Each number's update needs its own gradient and state alone, so the rows of a parameter may lie on several processes.
-_BY_ELEMENT = {"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "Lion", "NAdam", "RAdam", "RMSprop", "SGD"}
 
 # Makes an optimizer from parameter groups, the optimizer's class and its keyword arguments; a sharded one wraps it.
 Construct = Callable[..., torch.optim.Optimizer]
@@ -71,10 +68,15 @@ class OptimizerChoice:
     kind: type[torch.optim.Optimizer]
     keywords: dict[str, Any]
 
-    @property
+    @cached_property
     def by_element(self) -> bool:
         """Whether the rows of one parameter may be updated apart from each other."""
-        return self.kind.__name__ in _BY_ELEMENT
+        return updates_by_element(lambda parameters: self.kind(parameters, **self.keywords_at(0.01)))
+
+    def keywords_at(self, learning_rate: float) -> dict[str, Any]:
+        """What the optimizer is made with."""
+        keywords = {"lr": None if self.sets_its_own_rates else learning_rate, **self.keywords}
+        return {**keywords, "fused": True} if self.kind in _FUSED else keywords
 
     @property
     def sets_its_own_rates(self) -> bool:
@@ -184,11 +186,7 @@ def make_optimizer(
     """
     choice = choose_optimizer(optimizer_type, arguments)
     parameters = [{"params": list(group.parameters), "lr": group.learning_rate, "name": group.name} for group in groups]
-    keywords: dict[str, Any] = {"lr": groups[0].learning_rate, **choice.keywords}
-    if choice.kind in _FUSED:
-        keywords["fused"] = True
-    if choice.sets_its_own_rates:
-        keywords["lr"] = None
+    keywords = choice.keywords_at(groups[0].learning_rate)
     kind = choice.kind
     if bf16 is not None:
         kind = with_bf16_update(kind, choice.by_element, bf16, _places(groups))
@@ -211,6 +209,21 @@ def _places(groups: Sequence[ParameterGroup]) -> dict[nn.Parameter, int]:
             found[parameter] = following if group.places is None else group.places[number]
             following += parameter.numel()
     return found
+
+
+class ScheduleState:
+    """Where a schedule is, as a named object of training states: its rates are functions of its steps alone."""
+
+    def __init__(self, schedule: LambdaLR) -> None:
+        self._schedule = schedule
+
+    def state_dict(self) -> dict[str, int]:
+        """The steps of the schedule that are done."""
+        return {"steps": self._schedule.last_epoch}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Put it where it was."""
+        set_schedule(self._schedule, state["steps"])
 
 
 def set_schedule(schedule: LambdaLR, steps: int) -> None:

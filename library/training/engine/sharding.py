@@ -33,8 +33,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from library import device as devices
 from library.errors import InputError
 from library.training.engine.ema import Averages
+from library.training.engine.group_entries import GroupState, exchanges_weights, train_mode
 from library.training.engine.meta_copy import without_data
-from library.training.engine.optimizers import ParameterGroup, parameters_by_name
+from library.training.engine.optimizers import ParameterGroup, ScheduleState, parameters_by_name
 from library.training.state.tensor_rows import (
     Part,
     by_name,
@@ -88,6 +89,8 @@ class Replicated:
         self.averages: Averages | None = None
         self.named = parameters_by_name(module, groups)
         self._prepare(groups, make_optimizer, make_schedule)
+        self.group_state = GroupState([self.bare_optimizer, self.own_optimizer])
+        train_mode(self.bare_optimizer)
 
     def _prepare(
         self, groups: Sequence[ParameterGroup], make_optimizer: MakeOptimizer, make_schedule: MakeSchedule
@@ -131,6 +134,10 @@ class Replicated:
     def _norm(self) -> Tensor:
         return total_norm(self.parameters)
 
+    def step(self) -> None:
+        """The optimizer's step."""
+        self.optimizer.step()
+
     def check_norm(self, norm: float) -> None:
         """Raise TrainingError where the gradients of that norm have made the weights worthless."""
 
@@ -170,6 +177,30 @@ class Replicated:
     def _exchange(self, averages: Averages) -> None:
         """Exchange weights and averages, so that the main process has all of either."""
         averages.exchange()
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """The weights to use stand where the weights train, for optimizers that know others, then those again."""
+        optimizer: Any = self.bare_optimizer
+        if not exchanges_weights(optimizer):
+            yield
+            return
+        # Exchanging them twice would round: they are kept, in the CPU's memory.
+        kept = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            for parameter, weight in zip(self.parameters, kept, strict=True):
+                parameter.detach().copy_(weight)
+
+    def state_objects(self) -> dict[str, Any]:
+        """What belongs to a training state besides the parts of parameters, by name, each with a state_dict."""
+        scaler, averages = self.accelerator.scaler, self.averages
+        objects = {"optimizer": self.group_state, "schedule": ScheduleState(self.schedule.scheduler)}
+        objects |= {} if scaler is None else {"scaler": scaler}
+        return objects if averages is None else {**objects, "averages": averages}
 
     def own_parts(self) -> dict[str, dict[str, Any]]:
         """What this process writes into a training state (`state.tensor_rows`), by parameter; no copies."""

@@ -1,7 +1,7 @@
 """The training states of a run: when one is due, what goes into it, and taking one up again."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,17 @@ from library.training.state.files import State, StateInfo
 from library.training.state.tensor_rows import Part
 from library.training.state.writer import StateWriter
 
-TRAINING, RUN, DATA = "training", "run", "data"  # state objects: each process's parts, what all share, a stream's
+TRAINING, DATA = "training", "data"  # each process's own objects: its parts, and where a stream is
+
+
+class Stateful(Protocol):
+    """Something that a training state holds under a name, the same in all processes."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Trees of tensors and plain values."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Take up what `state_dict` gave, in this run or an earlier one."""
 
 
 class Parts(Protocol):
@@ -18,6 +28,9 @@ class Parts(Protocol):
 
     def own_parts(self) -> Mapping[str, Part]:
         """What this process writes, by parameter; no copies."""
+
+    def read_parts(self, ranks: Sequence[Mapping[str, Part]]) -> None:
+        """Take up what the processes of some run have written."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class States:
         self,
         writer: StateWriter,
         parts: Parts,
+        objects: Mapping[str, Stateful],
         cadence: StateCadence,
         info: Callable[[int, Mapping[str, Any]], StateInfo],
         step_stem: Callable[[int], str],
@@ -43,11 +57,13 @@ class States:
     ) -> None:
         """
         Args:
+            parts: what each process writes and reads of its own.
+            objects: by name, what all share.
             info: makes the state's description of the steps done and of what metrics go on from.
             step_stem: a step's number to the name of what is saved at it.
             data_position: where this process's data is, as far as the step alone does not say it.
         """
-        self.writer, self.parts, self.cadence = writer, parts, cadence
+        self.writer, self.parts, self.objects, self.cadence = writer, parts, objects, cadence
         self._info, self._step_stem, self._data_position = info, step_stem, data_position
         self._saved_step: int | None = None
         self._last_save = time.monotonic()
@@ -67,13 +83,10 @@ class States:
         if cadence.with_checkpoints or cadence.every_n_steps or cadence.every_n_minutes:
             self.writer.reserve({TRAINING: self.parts.own_parts()})
 
-    def save(
-        self, steps_done: int, run: Mapping[str, Any], metrics: Mapping[str, Any], stem: str | None = None
-    ) -> None:
+    def save(self, steps_done: int, metrics: Mapping[str, Any], stem: str | None = None) -> None:
         """Copy the state now and write it in the background; nothing to do where this step has one already.
 
         Args:
-            run: what all processes share of the loop's own state.
             stem: its name; that of the step if not given.
         """
         if self._saved_step == steps_done and stem is None:
@@ -84,7 +97,7 @@ class States:
             stem or self._step_stem(steps_done),
             self._info(steps_done, metrics),
             {TRAINING: self.parts.own_parts()} | ({} if position is None else {DATA: position}),
-            {RUN: run} if is_main else None,
+            {name: one.state_dict() for name, one in self.objects.items()} if is_main else None,
         )
         self._saved_step, self._last_save = steps_done, time.monotonic()
 
@@ -95,6 +108,18 @@ class States:
             TrainingError: it could not be written.
         """
         self.writer.wait()
+
+
+def take_up(state: State, parts: Parts, objects: Mapping[str, Stateful]) -> None:
+    """Give parameters and named objects what a state holds of them; those that it does not know stay as they are.
+
+    Raises:
+        InputError: the state is of other parameters.
+    """
+    parts.read_parts(parts_by_process(state))
+    for name, one in objects.items():
+        if name in state.whole:
+            one.load_state_dict(state.whole[name])
 
 
 def parts_by_process(state: State) -> list[Mapping[str, Part]]:

@@ -58,7 +58,7 @@ def read_state(
     state: dict[str, Any] = {}
     for key, first in parts[0]["state"].items():
         if not isinstance(first, Tensor):
-            state[key] = first
+            state[key] = _copied(first, parameter.device)
         elif first.dim() == 0:  # the same in every part
             state[key] = first.to(counter_device if key == "step" else parameter.device, copy=True)
         elif whole and first.shape != parameter.shape:  # sums of rows and columns, scales of blocks
@@ -97,6 +97,17 @@ def _counter_device(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -
     """Where torch's optimizers count steps: a fused one beside the parameter, others on the CPU, to read it at once."""
     group = next((group for group in optimizer.param_groups if any(one is parameter for one in group["params"])), {})
     return parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """A state that is no tensor, with copies of the tensors in it."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(inner, device) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(inner, device) for inner in value)
+    return value
 
 
 def _fill(what: str, into: Tensor, saved: Sequence[tuple[int, Tensor]], start: int) -> None:

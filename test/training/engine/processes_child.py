@@ -80,12 +80,13 @@ def rows(step, rank, processes):
 
 def train(
     kind, precision="no", patches=PATCHES, max_grad_norm=0.05, steps=8, overflow_on=None, start=0, end=None, parts=(),
-    take=None, averages=None, optimizer=("AdamW", ()), bf16=None,
+    take=None, averages=None, optimizer=("AdamW", ()), bf16=None, kept=None,
 ):  # fmt: skip
     """(whole weights as each process computes with them, metrics) after some steps on both processes.
 
     kind "fused" is no sharding, with the optimizer in backward.
     start, parts: go on from there. end, take: stop before the schedule's end and put every process's parts into `take`.
+    kept: what the optimizer's groups have kept; taken up with `parts`, or put into it with `take`.
     averages: where the main process puts the moving averages.
     bf16: how bf16 weights are updated; each process then has the whole batch, so that the mean gradient is exact.
     """
@@ -113,6 +114,7 @@ def train(
         if parts:
             parallel.read_parts(parts)
             parallel.averages.updates = start
+            parallel.group_state.load_state_dict(kept or {})
             set_schedule(parallel.schedule.scheduler, start)
             trainer.start_step = start
         share = (0, 1) if bf16 else (RANK, accelerator.num_processes)
@@ -122,6 +124,8 @@ def train(
                 averages += [one.detach().cpu().clone() for one in whole.parameters()] if RANK == 0 else []
         if take is not None:
             take += gather_object([copy.deepcopy(parallel.own_parts())])
+            if kept is not None:
+                kept |= copy.deepcopy(parallel.group_state.state_dict())
         writer.close()
         if kind == "fsdp":
             weights = [one.detach().full_tensor() for one in module.parameters()]
@@ -311,6 +315,22 @@ def check_adafactor_is_shared_by_whole_parameters_and_goes_on_from_the_parts_of_
             weights, _ = train(after, max_grad_norm=0, optimizer=ADAFACTOR, start=steps, parts=parts)
             assert equal(weights, undisturbed["none"]), (before, after)
             assert after != before or all(map(torch.equal, weights, undisturbed[after])), after
+
+
+def check_optimizers_that_count_in_their_groups_are_shared_and_go_on_from_any_other():
+    for name in ("AdaBelief", "Lamb"):
+        optimizer = (f"pytorch_optimizer.{name}", ())
+        kinds = ("none", "oss", "zero1", "fused")
+        undisturbed = {kind: train(kind, max_grad_norm=0, optimizer=optimizer)[0] for kind in kinds}
+        for before, after in zip(kinds, [*kinds[1:], kinds[0]], strict=True):
+            parts, groups = [], {}
+            train(before, max_grad_norm=0, optimizer=optimizer, end=4, take=parts, kept=groups)
+            assert groups["unet"]["step"] == 4, (before, groups)
+            for kind in (before, after):
+                given = copy.deepcopy(groups)
+                weights, _ = train(kind, max_grad_norm=0, optimizer=optimizer, start=4, parts=parts, kept=given)
+                assert equal(weights, undisturbed["none"]), (name, before, kind)
+                assert kind != before or all(map(torch.equal, weights, undisturbed[kind])), (name, kind)
 
 
 def check_the_optimizer_in_backward_updates_by_the_gradients_of_both_processes():

@@ -128,7 +128,7 @@ class OneEpoch:
 
 def quiet_states(parallel, folder):
     """States of a run that saves none."""
-    return States(StateWriter(folder), parallel, StateCadence(), lambda step, metrics: None, str)
+    return States(StateWriter(folder), parallel, {}, StateCadence(), lambda step, metrics: None, str)
 
 
 def state_bytes(parallel):

@@ -75,7 +75,7 @@ def made(sdxl, fused, optimizer=KINDS[0], max_grad_norm=0.0):
 def train(parallel, tmp_path, task=None, max_grad_norm=0.0, start=0, end=STEPS):
     results = []
     writer = MetricsWriter(tmp_path, None, STEPS)
-    states = States(StateWriter(tmp_path), parallel, StateCadence(), lambda step, metrics: None, str)
+    states = States(StateWriter(tmp_path), parallel, {}, StateCadence(), lambda step, metrics: None, str)
     options = LoopOptions(STEPS, 1, 2, max_grad_norm, tmp_path)
     trainer = Trainer(
         task or Noise(), parallel.accelerator, parallel, OneEpoch(), options, writer, states, Signals()

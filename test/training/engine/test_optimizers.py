@@ -55,7 +55,6 @@ def test_adamw_steps_as_torchs_plain_one(optimizer_type):
         ("torch.nn.Linear", [], "torch.nn.Linear is no optimizer"),
         ("torch.optim.NoSuch", [], "torch.optim.NoSuch is no optimizer"),
         ("LBFGS", [], "'LBFGS' is not supported: it computes the loss several times"),
-        ("prodigyopt.Prodigy", [], "'prodigyopt.Prodigy' is not supported"),
         ("PagedAdamW8bit", [], "'PagedAdamW8bit' is not supported.*AdamW8bit"),
         ("Muon", [], "--optimizer_args: Muon refuses them"),  # it takes matrices alone
         ("AdamW", ["weight_decay"], "--optimizer_args 'weight_decay' is not NAME=VALUE"),
