@@ -75,9 +75,10 @@ def _assert_equal(first: Model, second: Model) -> None:
     for ours, theirs in zip(
         (first.unet, first.vae, *first.text_encoders), (second.unet, second.vae, *second.text_encoders), strict=True
     ):
-        assert ours.state_dict().keys() == theirs.state_dict().keys()
-        for key, tensor in ours.state_dict().items():
-            assert torch.equal(tensor, theirs.state_dict()[key]), key
+        found, expected = ours.state_dict(), theirs.state_dict()
+        assert found.keys() == expected.keys()
+        for key, tensor in found.items():
+            assert torch.equal(tensor, expected[key]), key
     assert [one.pad_token_id for one in first.tokenizers] == [one.pad_token_id for one in second.tokenizers]
     assert first.prediction_type == second.prediction_type
 

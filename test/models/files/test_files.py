@@ -178,7 +178,11 @@ def test_what_older_files_carry_besides_the_networks_is_passed_over(sdxl, single
         "model_ema.decay": torch.tensor(0.9),
     }
     save_file({**load_file(single), **more}, tmp_path / "old.safetensors", read_metadata(single))
-    _assert_equal(load_model(str(tmp_path / "old.safetensors"), SDXL, **_tokenizers(folder)), sdxl)
+    old = load_model(str(tmp_path / "old.safetensors"), SDXL, **_tokenizers(folder))
+    _assert_equal(old, sdxl)
+    again = load_file(save_model(old, tmp_path / "again", "safetensors"))
+    assert again["conditioner.embedders.1.model.logit_scale"] == torch.tensor(4.6)  # belongs to the encoder's file
+    assert again.keys() == {*load_file(single), "conditioner.embedders.1.model.logit_scale"}
     shutil.copytree(folder, tmp_path / "old")
     weights = tmp_path / "old" / "text_encoder" / "model.safetensors"
     state = {**load_file(weights), "text_model.embeddings.position_ids": torch.arange(77)[None]}
