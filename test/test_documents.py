@@ -159,8 +159,8 @@ def read(name):
 
 
 def script_flags():
-    actions = [action for action in sdxl_pretrain.SCRIPT.parser()._actions if action.help != argparse.SUPPRESS]
-    return {flag for action in actions for flag in action.option_strings}
+    actions = [action for script in SCRIPTS.values() for action in script.parser()._actions]
+    return {flag for action in actions if action.help != argparse.SUPPRESS for flag in action.option_strings}
 
 
 def launcher_defaults(launcher):
@@ -377,9 +377,9 @@ def test_commands_are_right(name):
         scripts = [word for word in words if word.endswith((".sh", ".py"))]
         absent = [word for word in scripts if not (ROOT / word).exists()]
         assert not absent, f"{name}: no such script in: {line}"
-        if "sdxl_pretrain.py" in words:
-            parser.parse_args(words[words.index("sdxl_pretrain.py") + 1 :])  # exits with status 2 at an unknown flag
-        elif words and words[0] == "...":  # flags that are added to a command
+        for script in SCRIPTS.keys() & set(words):
+            SCRIPTS[script].parser().parse_args(words[words.index(script) + 1 :])  # ends with status 2 at unknown flags
+        if words and words[0] == "...":  # flags that are added to a command
             parser.parse_args([*words[1:], "--pretrained_model_name_or_path=model", "--output_dir=output"])
         end = words.index("--") if "--" in words else len(words)
         if words[end:]:  # flags that a launcher passes on to the script
