@@ -26,7 +26,7 @@ from library.models.text import Tokens
 from library.models.token_counts import TokenCounter
 from library.options.optimizer import OptimizerOptions
 from library.options.run import RunOptions
-from library.options.saved_config import write_config
+from library.options.saved_config import config_path, write_config
 from library.options.training import TrainingOptions
 from library.options.values import plain_values
 from library.signals import Signals
@@ -284,6 +284,7 @@ def _train(
             (resumed.folder, resumed.state.info) if resumed else None,
             data.epochs.steps_before_epoch,
             files_in_use(options),
+            config_path(options).name,
         ),
     )
     on_main_process(accelerator, partial(write_config, options, surroundings.seed))

@@ -36,6 +36,7 @@ def start_branch(
     resumed: tuple[Path, StateInfo] | None,
     step_of_epoch: Callable[[int], int],
     in_use: Collection[Path] = (),
+    configuration: str = "",
 ) -> Lineage:
     """Move aside what a start does not go on from. On the main process, before anything is written.
 
@@ -44,6 +45,7 @@ def start_branch(
         resumed: the folder of the state that the start goes on from, and what it says; None where it begins anew.
         step_of_epoch: the number of an epoch to the steps done at its end, for checkpoints that are named after epochs.
         in_use: files and folders that the run reads, which stay where they are.
+        configuration: the name of a file that says how all of it was made; it goes with what is moved.
 
     Raises:
         InputError: the file system refuses.
@@ -61,6 +63,8 @@ def start_branch(
         off = branch.move_states(infos)
         branch.move_checkpoints(names, runs, step_of_epoch, last_is_on=state_name(last_name(output_name)) not in off)
         branch.split_lists(names)
+        if configuration in names and branch.moved:
+            branch.move_file(configuration)
         if resumed:
             branch.bring_back(resumed[0])
     except OSError as error:
@@ -163,6 +167,11 @@ class _Branch:
             return False
         step, run = found
         return step <= self.lineage.step and (run is None or self.lineage.includes(run, step))
+
+    def move_file(self, name: str) -> None:
+        """Move a file, unless the run reads it."""
+        if (self.folder / name).resolve() not in self.in_use:
+            self._move(name)
 
     def _move_checkpoint(self, name: str) -> None:
         path = self.folder / name
