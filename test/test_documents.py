@@ -123,7 +123,7 @@ def flag_tables(text):
     """The tables of flags, in order: each a list of (flags, default cell, meaning cell)."""
     tables, last = [], None
     for number, cells in table_rows(text):
-        if len(cells) == 3 and cells[0].startswith("`--") and len(code_spans(cells[0])[0]) > len("--ss"):
+        if len(cells) == 3 and cells[0].startswith("`--") and code_spans(cells[0])[0] not in PROMPT_OPTIONS:
             if last is None or number != last + 1:
                 tables.append([])
             tables[-1].append((code_spans(cells[0]), cells[1], cells[2]))
