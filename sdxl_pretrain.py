@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from library.options.text_encoders import SDXLTextEncoderOptions
 from library.options.training import TrainingOptions
-from library.script import Script, run_script
+from library.script import Script
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Options(TrainingOptions):
     text_encoders: SDXLTextEncoderOptions
 
 
-SCRIPT = Script(__doc__, Options, families=("sdxl",), recipe="library.training.task:pretrain")
+SCRIPT = Script(__doc__, Options, families=("sdxl",), recipe="library.training.recipes.full:Full")
 main = SCRIPT.main
 
 if __name__ == "__main__":
-    run_script(main)
+    SCRIPT.run()

@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import scaling
 
+from library.exit_status import run_script
 from library.models.unet import UNet, UNetConfig
-from library.script import run_script
 
 CONFIG = UNetConfig(
     model_channels=64, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(0, 1), transformer_depth_middle=1,

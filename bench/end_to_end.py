@@ -109,15 +109,14 @@ class Clock:
 def run_timed(started: float, arguments: Sequence[str]) -> dict[str, Any]:
     """Run sdxl_pretrain.py here with timers around its stages; returns what they show."""
     import sdxl_pretrain
-    from library.training import loop
-    from library.training import run as assembly
-    from library.training import task as sdxl
+    from library.training import loop, run
+    from library.training.task import Task
 
     clock = Clock(started)
     clock.end("imports")
-    assembly.prepare_data = clock.ending(assembly.prepare_data, "data")
-    sdxl.SDXLPretraining.__init__ = clock.ending(sdxl.SDXLPretraining.__init__, "model")
-    sdxl.SDXLPretraining.loss = clock.part(sdxl.SDXLPretraining.loss, "loss")
+    run.prepare_data = clock.ending(run.prepare_data, "data")
+    run.build_parts = clock.ending(run.build_parts, "model")
+    Task.loss = clock.part(Task.loss, "loss")
     train = loop.Trainer.train
 
     def train_timed(self: loop.Trainer, batches: Iterator[Any]) -> Any:

@@ -130,7 +130,8 @@ def differing_tensors(path: Path, model: Model) -> list[str]:
 
 def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) -> dict[str, Any]:
     """Train for so many steps and save; everything is written into `folder`."""
-    from library.training import task as sdxl
+    from library.training import build
+    from library.training.task import Task
 
     began = time.perf_counter()
     model = random_model(size, folder)
@@ -138,8 +139,8 @@ def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) 
     write_pictures(folder / "pictures", side_px, count=8)
     before = {name: parameter.detach().flatten()[:4].clone() for name, parameter in model.unet.named_parameters()}
     saving = {}
-    load, save = sdxl.load_model, sdxl.SDXLPretraining.save
-    sdxl.load_model = lambda *_, **__: model  # type: ignore[assignment]
+    load, save = build.load_model, Task.save
+    build.load_model = lambda *_, **__: model  # type: ignore[assignment]
 
     def timed_save(task: Any, stem: str, module: nn.Module) -> Path:
         started = time.perf_counter()
@@ -147,7 +148,7 @@ def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) 
         saving["seconds"] = time.perf_counter() - started
         return saving["path"]
 
-    sdxl.SDXLPretraining.save = timed_save  # type: ignore[method-assign]
+    Task.save = timed_save  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stdout(sys.stderr):
             status = sdxl_pretrain.main(
@@ -160,7 +161,7 @@ def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) 
                 ]
             )  # fmt: skip
     finally:
-        sdxl.load_model, sdxl.SDXLPretraining.save = load, save  # type: ignore[method-assign]
+        build.load_model, Task.save = load, save  # type: ignore[method-assign]
     if status:
         raise SystemExit(status)
     saved_peak = _peak()

@@ -42,9 +42,9 @@ import scaling
 import timing
 import unet_steps
 
+from library.exit_status import run_script
 from library.models.unet import UNet, size_embedding
 from library.options.optimizer import SHARDINGS
-from library.script import run_script
 from library.training.engine import sharding
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.engine.precision import make_accelerator

@@ -1,10 +1,11 @@
 """What the training scripts share. Imports go one way: scripts, training, generation, data and models, options,
 diffusion, then the modules without a folder; a layer imports only those behind it.
 
-    script              a script: flags, patches, signals, logging and exit statuses, written once
+    script              a script: its flags, and the patches and signals around what it trains
     options/            flags and configuration files, a module for each group of flags
     training/           the loop, and everything that a run consists of
-    generation/         prompts of pictures
+    generation/         pictures: prompts, guidance, sampling
+    families/           Stable Diffusion's families, as data
     data/               from shards and folders to micro-batches
     families/           the families of Stable Diffusion as data
     models/             U-Net, text encoders, VAE, and the files they come from and go to
@@ -17,6 +18,7 @@ and the modules that every layer may import:
     address             URLs and pipes that data come from
     atomic_write        files and folders that appear whole or not at all
     disk_space          whether a file system can hold what is about to be written
+    exit_status         how a script ends: errors as one line, and statuses that a launcher can rely on
     errors              the exceptions that end a script with a message for the user
     hub                 downloads from the Hugging Face hub
     imports             imports that are deferred until their names are used

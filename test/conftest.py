@@ -12,7 +12,7 @@ from PIL import Image
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other, above all beside loader workers
 
 
-AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # library.script sets it, so that torch does not import torch_npu
+AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # library.exit_status sets it, so that torch does not import torch_npu
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ ASKED_OF_TENSORS = {f"is_{kind}" for kind in KINDS}
 # (file, what stands there): why it may. What is not found any more must go from this list.
 ALLOWED = {
     ("library/models/attention.py", "'npu'"): "the attention backend's name in the registry",
-    ("library/training/task.py", "'npu'"): "asks for the attention backend of that name; the flag is an NPU's, too",
+    ("library/training/engine/placement.py", "'npu'"): "asks for the backend of that name; the flag is an NPU's",
 }
 
 

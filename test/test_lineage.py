@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from library.training.state.files import read_info, verify
-from library.training.task import SDXLPretraining
+from library.training.task import Task
 from test.conftest import STEPS
 from test.training_runs import aside, assert_same_weights, digests, lines, state_of
 
@@ -159,7 +159,7 @@ def test_the_old_states_files_are_let_go_once_it_is_taken_up(train, whole, tmp_p
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     held = []
-    real = SDXLPretraining.loss
+    real = Task.loss
 
     def loss(self, module, batch):
         maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(out) in line]
@@ -167,6 +167,6 @@ def test_the_old_states_files_are_let_go_once_it_is_taken_up(train, whole, tmp_p
         held.extend(line for line in (*maps, *files) if str(out) in line and "-state/" in line)
         return real(self, module, batch)
 
-    monkeypatch.setattr(SDXLPretraining, "loss", loss)
+    monkeypatch.setattr(Task, "loss", loss)
     assert train(out, *EACH_STEP, f"--resume={out / state_of(4)}") == 0
     assert held == []

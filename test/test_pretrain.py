@@ -20,8 +20,8 @@ import sdxl_pretrain
 from library.families import SDXL
 from library.models.files.read import load_model
 from library.models.text import Tokens
-from library.training import task as sdxl_task
-from library.training.task import SDXLPretraining
+from library.training import build
+from library.training.task import Task
 
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220), "green": (40, 180, 70)}
 
@@ -85,13 +85,13 @@ def metrics(folder):
 def samples_seen(monkeypatch):
     """Names of the samples of every step, as the loss sees them."""
     seen = []
-    real = SDXLPretraining.loss
+    real = Task.loss
 
     def loss(self, module, batch):
         seen.append((batch.step, tuple(batch.names)))
         return real(self, module, batch)
 
-    monkeypatch.setattr(SDXLPretraining, "loss", loss)
+    monkeypatch.setattr(Task, "loss", loss)
     return seen
 
 
@@ -128,7 +128,7 @@ def test_a_run_leaves_weights_samples_metrics_and_the_final_block(train, tmp_pat
 def test_regularisation_images_train_with_their_weight(train, shards, monkeypatch):
     """The loss of a batch is the mean of its samples' own, each times its weight."""
     compared = []
-    real = SDXLPretraining.loss
+    real = Task.loss
 
     def loss(self, module, batch):
         found = real(self, module, batch)
@@ -138,7 +138,7 @@ def test_regularisation_images_train_with_their_weight(train, shards, monkeypatc
         compared.append((weights, found.item(), sum(w * float(one) for w, one in zip(weights, alone, strict=True))))
         return found
 
-    monkeypatch.setattr(SDXLPretraining, "loss", loss)
+    monkeypatch.setattr(Task, "loss", loss)
     reg = shards.parent / "reg"
     shutil.copytree(shards, reg, dirs_exist_ok=True)
     arguments = ("--train_batch_size=3", "--max_train_steps=2", f"--reg_data_dir={reg}", "--prior_loss_weight=0.5")
@@ -160,7 +160,7 @@ def test_weighted_captions_reach_the_loss_from_the_workers(train, shards, tmp_pa
     """With trained text encoders and accumulation; the loss is that of the weights, and of the ids without brackets."""
     pictures(tmp_path, 4, "a (red:1.3) cat")
     found = []
-    real = SDXLPretraining.loss
+    real = Task.loss
 
     def loss(self, module, batch):
         with torch.no_grad():
@@ -168,7 +168,7 @@ def test_weighted_captions_reach_the_loss_from_the_workers(train, shards, tmp_pa
         found.append(((*batch.tokens.ids, *batch.tokens.weights), without.item(), real(self, module, batch)))
         return found[-1][2]
 
-    monkeypatch.setattr(SDXLPretraining, "loss", loss)
+    monkeypatch.setattr(Task, "loss", loss)
     status, _, printed = train(
         "--train_batch_size=2", "--max_train_steps=1", "--gradient_accumulation_steps=2", "--train_text_encoder",
         "--weighted_captions", "--max_data_loader_n_workers=1", data=tmp_path,
@@ -446,9 +446,7 @@ def test_an_empty_folder_says_what_was_looked_for(train, tmp_path):
 
 
 def test_a_loss_that_is_never_finite_fails_the_run_without_a_block(train, monkeypatch):
-    monkeypatch.setattr(
-        SDXLPretraining, "loss", lambda self, module, batch: module.unet.out[2].bias.sum() * float("nan")
-    )
+    monkeypatch.setattr(Task, "loss", lambda self, module, batch: module.unet.out[2].bias.sum() * float("nan"))
     status, out, printed = train("--train_batch_size=2", "--max_train_steps=9")
     assert status == 1
     assert "training stopped: loss not finite at step 3" in printed
@@ -532,7 +530,7 @@ def test_the_data_is_shown_instead_of_trained_on_and_no_weights_are_read(train, 
     size = ("--max_train_steps=3", "--train_batch_size=2", "--gradient_accumulation_steps=2")
     train(*size, "--flip_aug", out="trained")
     names = [name for _, step_names in seen for name in step_names]
-    monkeypatch.setattr(sdxl_task, "load_model", load)
+    monkeypatch.setattr(build, "load_model", load)
     status, folder, printed = train("--debug_dataset", *size, "--flip_aug")
     assert status == 0, printed
     assert [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()] == [

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from library.training.state.resume import log_changed_options, versions
-from library.training.task import SDXLPretraining
+from library.training.task import Task
 from test.conftest import STEPS
 from test.data.shard_server import ShardServer
 from test.training_runs import assert_same_weights, lines, state_of
@@ -43,14 +43,14 @@ def stopped_after(step: int, undisturbed: Path, out: Path) -> Path:
 def recorded():
     """What each micro-batch shows, as (step, number, names, captions), in a list that fills while a run trains."""
     seen = []
-    real = SDXLPretraining.loss
+    real = Task.loss
 
     def loss(self, module, batch):
         seen.append((batch.step, batch.micro, tuple(batch.names), tuple(batch.captions)))
         return real(self, module, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SDXLPretraining, "loss", loss)
+        patch.setattr(Task, "loss", loss)
         yield seen
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPT = """
 import atexit, os
-from library.script import run_script
+from library.exit_status import run_script
 
 class AbortsLate:  # as gloo's threads do while the interpreter is taken apart
     def __del__(self, abort=os.abort):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from library.errors import Stopped
-from library.script import run_main
+from library.exit_status import run_main
 from library.signals import DUPLICATE_S, Signals, leave_signals_to_parent
 
 

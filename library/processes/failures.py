@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from library.script import EXIT_FAILED
+from library.exit_status import EXIT_FAILED
 
 _TAIL_LINES = 15
 _BY_SIGNAL = 128  # exit statuses from here on are 128 plus a signal's number
@@ -75,7 +75,7 @@ def root_cause(failures: Iterable[Failure]) -> Failure:
 
 
 def recorded_failures(machine: int, folder: Path) -> list[Failure]:
-    """The failures that this machine's processes recorded below a folder before they ended (library/script.py)."""
+    """The failures that this machine's processes recorded below a folder before they ended (library/exit_status.py)."""
     failures = []
     for path in folder.rglob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))

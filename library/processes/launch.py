@@ -26,12 +26,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from library.errors import InputError
+from library.exit_status import EXIT_BAD_INPUT, EXIT_OK, leave_at_once
 from library.processes.failures import Failure, recorded_failures, root_cause, unrecorded_failures
 from library.processes.machine_watch import Watch, stopped_by
 from library.processes.network_interface import network_variables
 from library.processes.rendezvous import MachineGroup, connect, join_group, open_store
 from library.processes.versions import software
-from library.script import EXIT_BAD_INPUT, EXIT_OK, leave_at_once
 
 # Each process becomes the command itself, so that signals and exit statuses are its own.
 _WORKER = """

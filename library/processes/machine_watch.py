@@ -18,9 +18,9 @@ from pathlib import Path
 
 from torch.distributed import PrefixStore, Store
 
+from library.exit_status import EXIT_FAILED
 from library.processes.failures import Failure, root_cause
 from library.processes.rendezvous import MachineGroup
-from library.script import EXIT_FAILED
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 25.0

@@ -2,7 +2,10 @@
 
 run                 from options to a finished run: what every script does around its task, in one order
 loop                the loop: train, train_step, loss
-task                SDXL pre-training: how a batch becomes a loss, what is saved, what is sampled
+build               from options to the parts of a run: model, recipe, placement, encoders, objective, task
+task                what the loop does with a batch: its loss, checkpoints, pictures
+objective           what a prediction is trained towards, and how far it is from it
+recipes/            what trains, and how a prediction is made
 encoders            what encodes and does not train: the VAE, and text encoders whose outputs are cached
 cache_filling       VAE and text encoders run once over all samples, before training
 validation          the loss on images that are held out

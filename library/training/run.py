@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -22,20 +21,18 @@ from library.data.dataset import TrainingData, prepare_data
 from library.data.loader import worker_deaths_reported
 from library.data.training_set import TrainingSet
 from library.errors import InputError, TrainingError
-from library.models.text import Tokens
-from library.models.token_counts import TokenCounter
+from library.families import FAMILIES
 from library.options.optimizer import OptimizerOptions
 from library.options.run import RunOptions
 from library.options.saved_config import config_path, write_config
 from library.options.training import TrainingOptions
 from library.options.values import plain_values
 from library.signals import Signals
-from library.training import loop, validation
-from library.training.cache_filling import Encoders, make_caches
+from library.training.build import MakeRecipe, Parts, build_parts, load_token_counter
+from library.training.cache_filling import make_caches
 from library.training.cadence import Cadence
 from library.training.due import loop_options
 from library.training.engine.bf16_update import bf16_update
-from library.training.engine.block_swap import HostBlocks
 from library.training.engine.compiling import check_backend
 from library.training.engine.fused_backward import FusedBackward
 from library.training.engine.optimizers import (
@@ -52,6 +49,7 @@ from library.training.engine.trials import check_exactness
 from library.training.log.metrics import MetricsWriter
 from library.training.log.shown_data import caption_lines, show_data
 from library.training.log.startup import plan_lines
+from library.training.loop import Counters, RunReport, Trainer
 from library.training.output_folder import check_room, finish, prepare_output
 from library.training.ranks.agreement import check_agreement, describe_run
 from library.training.ranks.main_process import on_main_process
@@ -74,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a task is made in: the processes and their device, and the seed of the run."""
+    """What a run is surrounded by: the processes and their device, the seed, signals."""
 
     accelerator: Accelerator
     seed: int
@@ -87,64 +85,14 @@ class Surroundings:
         return self.accelerator.device
 
 
-class Task(loop.Task, validation.Task, Protocol):
-    """A loop's task that also says what trains and how captions become token ids."""
-
-    @property
-    def module(self) -> nn.Module:
-        """The one module that trains."""
-
-    @property
-    def host_blocks(self) -> HostBlocks | None:
-        """What of it lives in the CPU's memory though it computes on the device."""
-
-    @property
-    def encoders(self) -> Encoders:
-        """What does not train, for caches."""
-
-    @property
-    def network_name(self) -> str:
-        """What the case log calls the network."""
-
-    def parameter_groups(self) -> Sequence[ParameterGroup]:
-        """What trains, at which rates."""
-
-    def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Tokens of captions for each text encoder. Called in the loader's workers."""
-
-    def token_counter(self) -> TokenCounter:
-        """What counts the tokens of captions."""
-
-    def plan_lines(self) -> list[str]:
-        """What is resolved about the model, for the log."""
-
-    def compile(self) -> None:
-        """Compile what --torch_compile asks for. Called once the module is sharded."""
-
-    def report_lines(self) -> list[str]:
-        """What the run did with the model, for its report."""
-
-    def checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes on disk."""
-
-    def choose_checkpoints(self, bucket_px: tuple[int, int]) -> None:
-        """Decide what is recomputed in backward, by the largest bucket's width and height."""
-
-    def memory_lines(self, bucket_px: tuple[int, int]) -> list[str]:
-        """What a step needs in memory at a bucket's width and height, for --dry_run."""
-
-
 def run(
-    options: TrainingOptions,
-    make_task: Callable[[Surroundings], Task],
-    load_token_counter: Callable[[], TokenCounter],
-    signals: Signals,
-    started: float,
+    options: TrainingOptions, families: Sequence[str], make_recipe: MakeRecipe, signals: Signals, started: float
 ) -> None:
-    """Train a task and print the final block; with --debug_dataset show its data instead.
+    """Train and print the final block; with --debug_dataset show the data instead.
 
     Args:
-        load_token_counter: called where captions are shown and no task is made.
+        families: names of the families that the script trains.
+        make_recipe: what trains, made of the options and the model.
         signals: that the script listens to since it started.
         started: `time.perf_counter()` at the start of the script, for the end-to-end duration.
 
@@ -152,6 +100,7 @@ def run(
         InputError, TrainingError: as the parts raise them; what has been written stays.
         Stopped: by a signal, once what was trained is in a training state.
     """
+    family = FAMILIES[families[0]]
     with ExitStack() as stack:
         accelerator = make_accelerator(options.precision.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
         devices.keep_freed_memory(accelerator.device)
@@ -168,12 +117,11 @@ def run(
             if not options.data.debug_dataset:
                 on_main_process(accelerator, partial(_take_folder, options.saving.output_dir, stack))
         resumed = resumed_state(options, accelerator)
-        surroundings = Surroundings(
-            accelerator, _seed(options.run.seed, accelerator, resumed), signals, beside.progress
-        )
+        seed = _seed(options.run.seed, accelerator, resumed)
+        surroundings = Surroundings(accelerator, seed, signals, beside.progress)
         data = prepare_data(
             options.data,
-            surroundings.seed,
+            seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             accumulation=options.run.gradient_accumulation_steps,
@@ -183,41 +131,42 @@ def run(
             check_without_epochs(options)
         steps, epochs = _length(options.run, data)
         if resumed is not None:
-            check_resumed(resumed, options, data, surroundings.seed, steps)
+            check_resumed(resumed, options, data, seed, steps)
         if options.data.debug_dataset:
             if accelerator.is_main_process:
-                show_data(options, data, load_token_counter(), resumed.step if resumed else 0, steps, signals)
+                counter = load_token_counter(options, family)
+                show_data(options, data, counter, resumed.step if resumed else 0, steps, signals)
             return
-        task = make_task(surroundings)
+        parts = build_parts(options, family, make_recipe, accelerator, seed, signals)
         if accelerator.num_processes > 1:  # describing reads all code and some of every weight
-            check_agreement(accelerator, describe_run(options, surroundings.seed, data, task.module))
-        task.choose_checkpoints(data.largest_bucket)
-        groups = task.parameter_groups()
+            check_agreement(accelerator, describe_run(options, seed, data, parts.recipe.module))
+        parts.choose_checkpoints(data.largest_bucket)
+        groups = parts.recipe.groups()
         if resumed is not None:
-            check_parameters(resumed, parameters_by_name(task.module, groups))
+            check_parameters(resumed, parameters_by_name(parts.recipe.module, groups))
         _try_optimizer(options, groups, surroundings)
-        logger.info("seed: %d", surroundings.seed)
+        logger.info("seed: %d", seed)
         resolved = plan_lines(options, data, steps, epochs, groups, accelerator, _sharding(options))
         for line in (
             *data.report(),
-            *caption_lines(data, task.token_counter, accelerator.is_main_process),
-            *task.plan_lines(),
+            *caption_lines(data, parts.token_counter, accelerator.is_main_process),
+            *parts.lines,
             *resolved,
         ):
             logger.info(line)
         if options.run.dry_run:
-            _make_schedule(options.optimizer, steps, _make_optimizer(options, surroundings.seed)(groups))
-            for line in task.memory_lines(data.largest_bucket):
+            _make_schedule(options.optimizer, steps, _make_optimizer(options, seed)(groups))
+            for line in parts.memory.lines(data.largest_bucket):
                 logger.info(line)
             return
-        on_main_process(accelerator, partial(check_room, options, task.checkpoint_bytes(), groups))
+        on_main_process(accelerator, partial(check_room, options, parts.recipe.saved_bytes(), groups))
         if isinstance(data, TrainingData):
-            data = replace(
-                data, caches=make_caches(options, data, task.encoders, accelerator, signals, beside.progress)
-            )
-        report = _train(options, task, groups, data, surroundings, steps, resumed)
+            caches = make_caches(options, data, parts.encoders, accelerator, signals, beside.progress)
+            data = replace(data, caches=caches)
+        report = _train(options, parts, groups, data, surroundings, steps, resumed)
         if accelerator.is_main_process:
-            finish(options, report, task.network_name, task.report_lines(), data, accelerator, started)
+            compiled = parts.placement.compiled
+            finish(options, report, family.title, compiled.lines() if compiled else [], data, accelerator, started)
         accelerator.end_training()
 
 
@@ -239,38 +188,40 @@ def _waiting_explained(beside: Companions) -> Iterator[None]:
 
 def _train(
     options: TrainingOptions,
-    task: Task,
+    parts: Parts,
     groups: Sequence[ParameterGroup],
     data: TrainingSet,
     surroundings: Surroundings,
     steps: int,
     resumed: Resumed | None,
-) -> loop.RunReport:
+) -> RunReport:
     """Shard, take up a state if there is one, train, save the final checkpoint."""
     accelerator, saving = surroundings.accelerator, options.saving
     make_parallel: Callable[..., Replicated] = partial(shard, _sharding(options))
     in_backward = options.memory.fused_backward_pass
     max_grad_norm = options.optimizer.max_grad_norm
-    if task.host_blocks is not None and in_backward:
-        make_parallel = partial(SwappedFusedBackward, max_grad_norm=max_grad_norm, host_blocks=task.host_blocks)
-    elif task.host_blocks is not None:
-        make_parallel = partial(SwappedBlocks, host_blocks=task.host_blocks)
+    host_blocks = parts.placement.host_blocks
+    if host_blocks is not None and in_backward:
+        make_parallel = partial(SwappedFusedBackward, max_grad_norm=max_grad_norm, host_blocks=host_blocks)
+    elif host_blocks is not None:
+        make_parallel = partial(SwappedBlocks, host_blocks=host_blocks)
     elif in_backward:
         make_parallel = partial(FusedBackward, max_grad_norm=max_grad_norm)
     parallel = make_parallel(
         accelerator,
-        task.module,
+        parts.recipe.module,
         groups,
         _make_optimizer(options, surroundings.seed),
         partial(_make_schedule, options.optimizer, steps),
     )
-    task.compile()
+    if options.compiling.torch_compile:
+        parts.placement.compile(options.compiling.dynamo_backend)
     if options.ema.use_ema:
         where = torch.device("cpu") if options.ema.offload_ema else None
         parallel.keep_averages(options.ema.ema_decay, where)
-    counters = loop.Counters()
+    counters = Counters()
     objects: dict[str, Stateful] = {"loop": counters, **parallel.state_objects()}
-    recipe: Any = getattr(task, "recipe", None)
+    recipe: Any = parts.recipe
     if hasattr(recipe, "state_dict"):  # what a recipe keeps besides what trains; most keep nothing
         objects["recipe"] = recipe
     if resumed is not None:
@@ -302,8 +253,8 @@ def _train(
         states = _states(options, parallel, objects, data, surroundings, lineage)
         stack.enter_context(states.writer)
         stack.enter_context(logging_redirect_tqdm())
-        trainer = loop.Trainer(
-            task,
+        trainer = Trainer(
+            parts.task,
             accelerator,
             parallel,
             data.epochs,
@@ -312,7 +263,7 @@ def _train(
             states,
             surroundings.signals,
             surroundings.progress,
-            _validator(task, data, surroundings, writer, parallel),
+            _validator(parts, data, surroundings, writer, parallel),
             counters,
             resumed.step if resumed else 0,
         )
@@ -327,7 +278,7 @@ def _train(
         trainer.stop_if_asked()
         logger.info("running training")
         stack.enter_context(worker_deaths_reported())
-        report = trainer.train(iter(data.loader(task.tokenize, steps, trainer.start_step)))
+        report = trainer.train(iter(data.loader(parts.tokenize, steps, trainer.start_step)))
         trainer.save(last_name(saving.output_name))
         if options.states.save_state or options.states.save_state_on_train_end:
             trainer.save_state(steps, last_name(saving.output_name))
@@ -336,17 +287,18 @@ def _train(
 
 
 def _validator(
-    task: Task, data: TrainingSet, surroundings: Surroundings, writer: MetricsWriter, parallel: Replicated
+    parts: Parts, data: TrainingSet, surroundings: Surroundings, writer: MetricsWriter, parallel: Replicated
 ) -> Validator | None:
     """What measures the loss on the images that are held out, if there are any."""
     if not isinstance(data, TrainingData):
         return None  # a stream, of which nothing is held out
-    found = data.validation(task.tokenize)
+    found = data.validation(parts.tokenize)
     if found is None:
         return None
     steps, epochs = data.options.validate_every_n_steps, data.options.validate_every_n_epochs
     cadence = Cadence(steps, epochs if steps or epochs else 1)
-    return Validator(task, surroundings.accelerator, *found, cadence, writer, surroundings.signals, parallel.evaluated)
+    losses, accelerator = parts.task.validation_losses, surroundings.accelerator
+    return Validator(losses, accelerator, *found, cadence, writer, surroundings.signals, parallel.evaluated)
 
 
 def _states(

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -18,24 +17,19 @@ from library.training.log.metrics import MetricsWriter, finite_or_none
 from library.training.ranks.rank_watch import sums_of_all
 
 
-class Task(Protocol):
-    """What a validation needs of a task."""
-
-    def validation_losses(self, module: nn.Module, batch: MicroBatch, seed: int, numbers: range) -> Tensor:
-        """(B',) losses of the first samples of a batch, which have these numbers among all; the same at each call."""
-
-
 @dataclass
 class Validator:
     """Measures the loss when it is due; leaves nothing behind that training could notice. Every process has one.
 
     Attributes:
+        losses: of a module, a batch, the seed, and the numbers of its first samples among all: their losses, the same
+            at each call.
         batches: this process's, the same number on each.
         cadence: without one, after each epoch.
         evaluated: has the weights to use in their places, for optimizers that train others.
     """
 
-    task: Task
+    losses: Callable[[nn.Module, MicroBatch, int, range], Tensor]
     accelerator: Accelerator
     plan: ValidationPlan
     batches: Iterable[MicroBatch]
@@ -85,7 +79,7 @@ class Validator:
                         self.writer.write_text(f"validation: {name} stands for another image or is left out: {reason}")
                     numbers = self.plan.numbers(batch.step)
                     # Also where nothing counts: with sharded weights all processes have to compute together.
-                    losses_B = self.task.validation_losses(module, batch, self.plan.seed, numbers)
+                    losses_B = self.losses(module, batch, self.plan.seed, numbers)
                     total += float(losses_B.sum())
                     count += len(numbers)
         finally:

@@ -20,7 +20,7 @@ import transformers  # noqa: E402
 
 import sdxl_pretrain  # noqa: E402
 import third_patch  # noqa: E402
-from library.script import run_script  # noqa: E402
+from library.exit_status import run_script  # noqa: E402
 
 _LAZY = (diffusers.AutoencoderKL, transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)
 _LAZY += (transformers.CLIPTokenizer, diffusers.DDIMScheduler, third_patch.PATCHES)

@@ -10,11 +10,11 @@ from typing import Any
 
 from library.data import dataset
 from library.data.sample import decode
-from library.training import task as sdxl
+from library.training import build
 from library.training.state import files as state_files
 from library.training.state import writer as state_writer
 from library.training.state.writer import StateWriter
-from library.training.task import SDXLPretraining
+from library.training.task import Task
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training" / "state"))
 import power_cut
@@ -42,24 +42,24 @@ def hold_index(marker: str, seconds: float) -> None:
 
 def hold_model_loading(marker: str, seconds: float) -> None:
     """Loading the model takes long."""
-    real = sdxl.load_model
+    real = build.load_model
 
     def slow(*args, **keywords):
         _hold(marker, seconds)
         return real(*args, **keywords)
 
-    sdxl.load_model = slow
+    build.load_model = slow
 
 
 def hold_checkpoint(marker: str, seconds: float) -> None:
     """Writing a checkpoint takes long."""
-    real = SDXLPretraining.save
+    real = Task.save
 
     def slow(self, stem, module):
         _hold(marker, seconds)
         return real(self, stem, module)
 
-    SDXLPretraining.save = slow
+    Task.save = slow
 
 
 def hold_state(marker: str, seconds: float) -> None:
@@ -75,26 +75,26 @@ def hold_state(marker: str, seconds: float) -> None:
 
 def hold_step(step: int, marker: str, seconds: float) -> None:
     """One step (from 0) takes long."""
-    real = SDXLPretraining.loss
+    real = Task.loss
 
     def slow(self, module, batch):
         if batch.step == step:
             _hold(marker, seconds)
         return real(self, module, batch)
 
-    SDXLPretraining.loss = slow
+    Task.loss = slow
 
 
 def nan_in_batch(step: int) -> None:
     """One sample of a step (from 0) has size conditions that are no numbers."""
-    real = SDXLPretraining.loss
+    real = Task.loss
 
     def planted(self, module, batch):
         if batch.step == step:
             batch.size_ids_B6[0, 0] = float("nan")
         return real(self, module, batch)
 
-    SDXLPretraining.loss = planted
+    Task.loss = planted
 
 
 def no_memory_to_decode(images: int) -> None:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from library.errors import InputError, Stopped, TrainingError
+from library.exit_status import EXIT_BAD_INPUT, EXIT_FAILED, run_main
 from library.processes.failures import Failure, log_of_rank, recorded_failures, root_cause, unrecorded_failures
-from library.script import EXIT_BAD_INPUT, EXIT_FAILED, run_main
 
 PEER_GONE = "RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:24495."
 

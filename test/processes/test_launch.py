@@ -209,7 +209,7 @@ def test_a_process_that_is_later_than_the_timeout_ends_the_run(machines, tmp_pat
     """What --ddp_timeout sets, in seconds here: nobody fails, one is too slow."""
     (tmp_path / "late.py").write_text(
         "import sys, time\nfrom datetime import timedelta\n"
-        "from library.script import run_main\nfrom library.training.engine.precision import make_accelerator\n"
+        "from library.exit_status import run_main\nfrom library.training.engine.precision import make_accelerator\n"
         "def work():\n"
         "    accelerator = make_accelerator('no', timedelta(seconds=3))\n"
         "    accelerator.wait_for_everyone()\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.errors import InputError
-from library.script import run_main, run_script
+from library.exit_status import run_main, run_script
 
 
 def work() -> None:

@@ -300,7 +300,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from accelerate import Accelerator
-from library.script import run_script
+from library.exit_status import run_script
 from library.errors import TrainingError
 from library.training.ranks.rank_watch import sums_of_all
 from library.training.log.quarantine import Quarantine

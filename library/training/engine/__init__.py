@@ -5,6 +5,7 @@ precision           mixed precision: one Accelerator that means the same on ever
 group_entries       what optimizers keep in their groups, and steps for some parameters at a time
 by_element          whether an optimizer updates each number by itself, found by trying
 trials              whether an optimizer can be trained with exactly, found by trying
+placement           where a module lies and in which precision: devices, casts, swapped blocks, compiling
 sharding            what each process holds of weights, gradients and optimizer state
 fused_backward      parameters are updated in backward (--fused_backward_pass)
 block_swap          blocks whose weights live in the CPU's memory (--blocks_to_swap)

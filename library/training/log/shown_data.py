@@ -1,7 +1,7 @@
 """What a run shows of its data before it trains: cut captions, and with --debug_dataset a page of samples."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from library.data.contact_sheet import write_contact_sheet
 from library.data.loader import worker_deaths_reported
@@ -15,11 +15,10 @@ from library.signals import Signals
 logger = logging.getLogger(__name__)
 
 
-def caption_lines(data: TrainingSet, load_counter: Callable[[], TokenCounter], is_main_process: bool) -> list[str]:
+def caption_lines(data: TrainingSet, counter: TokenCounter, is_main_process: bool) -> list[str]:
     """How many captions are cut off; only the main process, which logs it, reads them."""
     if not is_main_process:
         return []
-    counter = load_counter()
     return data.caption_lines(counter, counter.most)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch_npu  # noqa: F401  makes "npu" and "hccl" known
 from torch import nn
 
-from library.script import run_script
+from library.exit_status import run_script
 
 RANK, SIZE = int(os.environ["RANK"]), 2
 NPU = torch.device("npu", RANK)

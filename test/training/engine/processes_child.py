@@ -23,7 +23,7 @@ from gradients import InfiniteGradient
 from sharding_child import OneEpoch, quiet_states
 from torch import nn
 
-from library.script import run_script
+from library.exit_status import run_script
 from library.signals import Signals
 from library.training.engine.bf16_update import Bf16Update
 from library.training.engine.fused_backward import FusedBackward

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from library.data.order.held_out import ValidationPlan
+from library.exit_status import run_script
 from library.families import SDXL
 from library.models.compiled import compile_blocks
 from library.models.denoiser import Denoiser
 from library.models.files.read import load_model
 from library.models.text import Tokens
-from library.script import run_script
 from library.signals import Signals
 from library.training.cadence import Cadence
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer

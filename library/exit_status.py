@@ -1,0 +1,89 @@
+"""How a script ends: errors as one line that says what to correct, and exit statuses that a launcher can rely on."""
+
+import atexit
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from library.errors import InputError, Stopped, TrainingError
+
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` as the whole work of this process, and exit with the status that it returns.
+
+    A process of several ends without finalising its interpreter. Gloo's threads release a collective's tensors some
+    time after the collective, for which they need the interpreter's lock; if they request it during finalisation,
+    CPython ends them by force, and C++ calls abort(), which replaces the exit status. Functions registered with
+    `atexit` run before.
+    """
+    ended: list[int] = []
+
+    def leave() -> None:
+        if ended and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            leave_at_once(ended[0])
+
+    atexit.register(leave)  # functions run in reverse: what `main` imports registers its own after this one
+    ended.append(main() or EXIT_OK)
+    sys.exit(ended[0])
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """End the process after flushing its output, without finalising the interpreter, in which threads may still run."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run_main(work: Callable[[], object]) -> int:
+    """Run the work of a script; returns its exit status.
+
+    0: done. 1: training failed (a traceback for an unexpected error, a line for a `TrainingError`).
+    2: bad input, a line that says what to do. 143, 130: stopped by SIGTERM, SIGINT.
+    """
+    # device.py imports torch_npu. Left to itself torch would, and die where CANN's environment is not set.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    for noisy in ("httpx", "PIL", "urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        work()
+    except InputError as error:
+        return _failed(f"error: {error}", EXIT_BAD_INPUT)
+    except TrainingError as error:
+        return _failed(f"training stopped: {error}", EXIT_FAILED)
+    except Stopped as stopped:
+        return _failed(str(stopped), stopped.exit_status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except ConnectionError:  # to another process: no file's error, though it is an OSError, too
+        return _failed(traceback.format_exc(), EXIT_FAILED, expected=False)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"error: {where}{error.strerror or error}; what was written before is complete", EXIT_FAILED)
+    except Exception:
+        return _failed(traceback.format_exc(), EXIT_FAILED, expected=False)
+    return EXIT_OK
+
+
+def _failed(message: str, status: int, expected: bool = True) -> int:
+    """Show the error, and write it to a file for a launcher that started several processes."""
+    print(message.rstrip(), file=sys.stderr, flush=True)
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's name for it; it reads `message` and `timestamp`
+    if file:
+        rank, now = int(os.environ.get("RANK", "0")), time.time()
+        record = {"rank": rank, "status": status, "expected": expected, "message": message, "time": now}
+        partial = Path(f"{file}.partial")
+        partial.write_text(json.dumps({**record, "timestamp": int(now)}), encoding="utf-8")
+        partial.replace(file)
+    return status

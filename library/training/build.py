@@ -1,0 +1,194 @@
+"""From options to the parts of a run: model, recipe, placement, encoders, objective, task."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from library.data.micro_batch import Tokenize
+from library.diffusion.schedule import NoiseSchedule, Prediction, prediction_type
+from library.errors import InputError
+from library.generation.prompts import read_prompts
+from library.models.denoiser import frozen_copy
+from library.models.family import Family
+from library.models.files.read import load_model, load_tokenizers
+from library.models.model import Model
+from library.models.text_encoders import tokenize_all
+from library.models.token_counts import TokenCounter
+from library.options.training import TrainingOptions
+from library.signals import Signals
+from library.training.encoders import Encoders
+from library.training.engine.placement import Placement, place
+from library.training.memory.step_memory import StepMemory
+from library.training.objective import Objective
+from library.training.preview import Previewer
+from library.training.recipes.recipe import Recipe
+from library.training.task import Task
+
+logger = logging.getLogger(__name__)
+
+MakeRecipe = Callable[[TrainingOptions, Model], Recipe]
+
+
+@dataclass
+class Parts:
+    """What a run is made of once its model is loaded.
+
+    Attributes:
+        tokenize: from captions to tokens; called in the loader's workers.
+        token_counter: counts the tokens of captions.
+        lines: what is resolved about the model, for the log.
+    """
+
+    model: Model
+    recipe: Recipe
+    placement: Placement
+    encoders: Encoders
+    task: Task
+    tokenize: Tokenize
+    token_counter: TokenCounter
+    memory: StepMemory
+    lines: list[str] = field(default_factory=list)
+
+    def choose_checkpoints(self, bucket_wh_px: tuple[int, int]) -> None:
+        """Decide what is recomputed in backward, by the largest bucket's width and height."""
+        self.lines += self.memory.choose_checkpoints(bucket_wh_px)
+
+
+def load_token_counter(options: TrainingOptions, family: Family) -> TokenCounter:
+    """A token counter of a model of which nothing else is loaded."""
+    model = options.model
+    tokenizers = load_tokenizers(model.pretrained_model_name_or_path, family, options.text_encoders.tokenizers)
+    return TokenCounter(tokenizers, model.max_token_length, model.weighted_captions)
+
+
+def build_parts(
+    options: TrainingOptions,
+    family: Family,
+    make_recipe: MakeRecipe,
+    accelerator: Accelerator,
+    seed: int,
+    signals: Signals,
+) -> Parts:
+    """Load the model and make all that a run needs of it.
+
+    Raises:
+        InputError: the model cannot be read, or options do not go together with it.
+    """
+    # A dry run answers whether the device is large enough: it must not need the device's memory for it.
+    device = torch.device("cpu") if options.run.dry_run else accelerator.device
+    source = options.model.pretrained_model_name_or_path
+    model = load_model(source, family, vae=options.model.vae, tokenizers=options.text_encoders.tokenizers)
+    prediction, schedule = _prediction(options, model)
+    previewer = _previewer(options, prediction, schedule, accelerator, seed, signals)
+    tokenize = partial(
+        tokenize_all,
+        model.tokenizers,
+        max_token_length=options.model.max_token_length,
+        weighted=options.model.weighted_captions,
+    )
+    recipe = make_recipe(options, model)
+    placement = place(recipe.module, options, device)
+    encoders = _encoders(options, model, recipe, placement, tokenize, accelerator)
+    objective = Objective(prediction, schedule.to(device), seed, device)
+    processes, batch_size = accelerator.num_processes, options.data.train_batch_size
+    snr = ", zero terminal SNR" if schedule.ends_in_pure_noise else ""
+    return Parts(
+        model,
+        recipe,
+        placement,
+        encoders,
+        Task(recipe, objective, encoders, previewer),
+        tokenize,
+        TokenCounter(model.tokenizers, options.model.max_token_length, options.model.weighted_captions),
+        StepMemory(options, placement, encoders.vae, tokenize([""] * batch_size), accelerator.device, processes, seed),
+        [
+            f"model: {source}, VAE: {options.model.vae or 'its own'}",
+            f"prediction: {prediction.name}{snr}; VAE in {str(encoders.vae.dtype).removeprefix('torch.')}",
+            f"attention backend asked for: {placement.attention_backend}",
+            *recipe.lines(),
+            f"sample prompts: {len(previewer.prompts) if previewer else 0}",
+            *placement.lines,
+        ],
+    )
+
+
+def _prediction(options: TrainingOptions, model: Model) -> tuple[Prediction, NoiseSchedule]:
+    """What the network learns to predict, on which schedule; the model's scheduler settings say so from now on.
+
+    Raises:
+        InputError: the schedule ends in pure noise, and the network predicts noise.
+    """
+    asked, config = options.objective, model.scheduler_config
+    prediction = prediction_type("v_prediction" if asked.v_parameterization else model.prediction_type)
+    schedule = NoiseSchedule.from_config(config, asked.zero_terminal_snr)
+    if schedule.ends_in_pure_noise and prediction.name == "epsilon":
+        raise InputError(
+            "a zero terminal SNR (--zero_terminal_snr, or rescale_betas_zero_snr in the model's scheduler) is not "
+            "for epsilon prediction, which says nothing about pure noise; add --v_parameterization"
+        )
+    # Checkpoints say what the model was trained to predict, not what it predicted before.
+    trained: dict[str, Any] = {"prediction_type": prediction.name}
+    if schedule.ends_in_pure_noise:
+        trained |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    model.scheduler_config = {**config, **trained}
+    return prediction, schedule
+
+
+def _previewer(
+    options: TrainingOptions,
+    prediction: Prediction,
+    schedule: NoiseSchedule,
+    accelerator: Accelerator,
+    seed: int,
+    signals: Signals,
+) -> Previewer | None:
+    """What samples the pictures that --sample_prompts asks for, checked before anything trains."""
+    preview = options.preview
+    if preview.sample_prompts is None:
+        return None
+    previewer = Previewer(
+        read_prompts(preview.sample_prompts),
+        options.saving.output_dir,
+        options.saving.output_name,
+        preview.sample_sampler,
+        schedule,
+        prediction,
+        seed,
+        accelerator.autocast,
+        signals.stop_if_requested,
+    )
+    previewer.check()
+    return previewer
+
+
+def _encoders(
+    options: TrainingOptions,
+    model: Model,
+    recipe: Recipe,
+    placement: Placement,
+    tokenize: Tokenize,
+    accelerator: Accelerator,
+) -> Encoders:
+    """What encodes and does not train, on the device."""
+    vae_dtype = torch.float32 if options.model.no_half_vae else placement.compute_dtype
+    if vae_dtype == torch.float16 and not options.model.vae and model.family.name == "sdxl":
+        logger.warning(
+            "the model's own VAE runs in fp16; SDXL's stock VAE overflows there: if the loss is not finite, use "
+            "--vae=madebyollin/sdxl-vae-fp16-fix or --no_half_vae"
+        )
+    batch_size, caches = options.data.train_batch_size, options.caches
+    return Encoders(
+        frozen_copy(model.vae, vae_dtype).to(placement.device),
+        recipe.module,
+        model.tokenizers,
+        tokenize,
+        accelerator.autocast,
+        placement.device,
+        vae_batch_size=caches.vae_batch_size or batch_size,
+        text_batch_size=caches.text_encoder_batch_size or batch_size,
+    )
