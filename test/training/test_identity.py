@@ -1,0 +1,52 @@
+"""What a run trains, as facts: they change with what is learned, and with nothing else."""
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from library.diffusion.schedule import NoiseSchedule, prediction_type
+from library.training.identity import changed, identify
+
+
+def identity(sdxl, length=None, weighted=False, prediction="epsilon", zero_snr=False, trained=((), ())):
+    options = SimpleNamespace(model=SimpleNamespace(max_token_length=length, weighted_captions=weighted))
+    recipe = SimpleNamespace(name="full", module=SimpleNamespace(trained_encoders=trained))
+    schedule = NoiseSchedule.from_config(sdxl.scheduler_config, zero_snr)
+    return identify(options, sdxl, recipe, prediction_type(prediction), schedule)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"length": 150}, ["the caption length in tokens"]),
+        ({"weighted": True}, ["the weights in captions"]),
+        ({"prediction": "v_prediction"}, ["the prediction type"]),
+        ({"prediction": "v_prediction", "zero_snr": True}, ["the prediction type", "the noise schedule"]),
+        ({"trained": ((), ("weight",))}, ["text encoder 2"]),
+        ({"length": 77}, []),
+    ],
+)
+def test_what_is_learned_is_in_it(sdxl, settings, names):
+    found = changed(identity(sdxl), identity(sdxl, **settings))
+    assert [text.partition(" (")[0] for text in found] == names
+
+
+def test_one_number_of_what_is_frozen_is_noticed_and_its_precision_is_not(sdxl):
+    vae, encoders = copy.deepcopy(sdxl.vae), copy.deepcopy(sdxl.text_encoders)
+    with torch.no_grad():
+        vae.encoder.conv_in.bias[0] += 1
+        encoders[0].get_input_embeddings().weight[0, 0] += 1
+    other = replace(sdxl, vae=vae, text_encoders=encoders)
+    assert [text.partition(" (")[0] for text in changed(identity(sdxl), identity(other))] == [
+        "the VAE",
+        "text encoder 1",
+    ]
+    assert not changed(identity(sdxl), identity(replace(sdxl, vae=copy.deepcopy(sdxl.vae))))
+
+
+def test_old_and_new_stand_in_the_message(sdxl):
+    (text,) = changed(identity(sdxl), identity(sdxl, prediction="v_prediction"))
+    assert text == "the prediction type (epsilon then, v_prediction now)"
