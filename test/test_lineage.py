@@ -138,6 +138,7 @@ REFUSED = {
     "optimizer": ("--optimizer_type=SGD",),
     "parameters": ("--learning_rate_te1=0",),
     "precision": ("--mixed_precision=bf16", "--full_bf16"),
+    "prediction": ("--v_parameterization",),
     "flags": ("--sample_every_n_steps=1",),
 }
 

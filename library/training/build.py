@@ -23,6 +23,7 @@ from library.options.training import TrainingOptions
 from library.signals import Signals
 from library.training.encoders import Encoders
 from library.training.engine.placement import Placement, place
+from library.training.identity import Identity, identify
 from library.training.memory.step_memory import StepMemory
 from library.training.objective import Objective
 from library.training.preview import Previewer
@@ -41,6 +42,7 @@ class Parts:
     Attributes:
         tokenize: from captions to tokens; called in the loader's workers.
         token_counter: counts the tokens of captions.
+        identity: what is learned, for the other processes and for training states.
         lines: what is resolved about the model, for the log.
     """
 
@@ -52,6 +54,7 @@ class Parts:
     tokenize: Tokenize
     token_counter: TokenCounter
     memory: StepMemory
+    identity: Identity
     lines: list[str] = field(default_factory=list)
 
     def choose_checkpoints(self, bucket_wh_px: tuple[int, int]) -> None:
@@ -92,6 +95,7 @@ def build_parts(
         weighted=options.model.weighted_captions,
     )
     recipe = make_recipe(options, model)
+    identity = identify(options, model, recipe, prediction, schedule)  # before anything is cast
     placement = place(recipe.module, options, device)
     encoders = _encoders(options, model, recipe, placement, tokenize, accelerator)
     objective = Objective(prediction, schedule.to(device), seed, device)
@@ -106,6 +110,7 @@ def build_parts(
         tokenize,
         TokenCounter(model.tokenizers, options.model.max_token_length, options.model.weighted_captions),
         StepMemory(options, placement, encoders.vae, tokenize([""] * batch_size), accelerator.device, processes, seed),
+        identity,
         [
             f"model: {source}, VAE: {options.model.vae or 'its own'}",
             f"prediction: {prediction.name}{snr}; VAE in {str(encoders.vae.dtype).removeprefix('torch.')}",

@@ -15,7 +15,7 @@ from library.training.recipes.recipe import Recipe
 _DIGEST_LETTERS = 12
 _NUMBERS_READ = 4  # of each tensor
 
-Identity = dict[str, str]
+Identity = Mapping[str, str]
 
 
 def identify(
@@ -31,7 +31,7 @@ def identify(
         schedule: on the CPU.
     """
     snr = "a zero terminal SNR" if schedule.ends_in_pure_noise else "an SNR above zero at its end"
-    facts = {
+    facts: dict[str, str] = {
         "the family": model.family.title,
         "the recipe": recipe.name,
         "the prediction type": prediction.name,

@@ -60,7 +60,14 @@ from library.training.state.choice import clear_left_behind
 from library.training.state.files import StateInfo
 from library.training.state.lineage import Lineage
 from library.training.state.names import last_name, step_name
-from library.training.state.resume import check_parameters, check_resumed, files_in_use, resumed_state, versions
+from library.training.state.resume import (
+    check_identity,
+    check_parameters,
+    check_resumed,
+    files_in_use,
+    resumed_state,
+    versions,
+)
 from library.training.state.retention import Retention
 from library.training.state.run_lock import RunLock
 from library.training.state.states import Resumed, StateCadence, Stateful, States, take_up
@@ -139,11 +146,12 @@ def run(
             return
         parts = build_parts(options, family, make_recipe, accelerator, seed, signals)
         if accelerator.num_processes > 1:  # describing reads all code and some of every weight
-            check_agreement(accelerator, describe_run(options, seed, data, parts.recipe.module))
+            check_agreement(accelerator, describe_run(options, seed, data, parts.recipe.module, parts.identity))
         parts.choose_checkpoints(data.largest_bucket)
         groups = parts.recipe.groups()
         if resumed is not None:
             check_parameters(resumed, parameters_by_name(parts.recipe.module, groups))
+            check_identity(resumed, parts.identity, options.states.resume_anyway)
         _try_optimizer(options, groups, surroundings)
         logger.info("seed: %d", seed)
         resolved = plan_lines(options, data, steps, epochs, groups, accelerator, _sharding(options))
@@ -250,7 +258,7 @@ def _train(
     )
     with ExitStack() as stack:
         stack.callback(writer.close)
-        states = _states(options, parallel, objects, data, surroundings, lineage)
+        states = _states(options, parts, parallel, objects, data, surroundings, lineage)
         stack.enter_context(states.writer)
         stack.enter_context(logging_redirect_tqdm())
         trainer = Trainer(
@@ -303,6 +311,7 @@ def _validator(
 
 def _states(
     options: TrainingOptions,
+    parts: Parts,
     parallel: Replicated,
     objects: Mapping[str, Stateful],
     data: TrainingSet,
@@ -326,7 +335,7 @@ def _states(
     plan, plain, software = data.fingerprint(), plain_values(options), versions()
 
     def info(step: int, metrics: Mapping[str, Any]) -> StateInfo:
-        return StateInfo(step, surroundings.seed, plan, plain, software, metrics, lineage)
+        return StateInfo(step, surroundings.seed, plan, plain, software, metrics, lineage, parts.identity)
 
     return States(writer, parallel, objects, cadence, info, partial(step_name, saving.output_name), data.position)
 

@@ -7,8 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import sdxl_pretrain
 from library.diffusion.schedule import NoiseSchedule, prediction_type
+from library.processes.versions import differences
 from library.training.identity import changed, identify
+from library.training.ranks.agreement import describe_run
+
+FLAGS = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--resolution=64"]
 
 
 def identity(sdxl, length=None, weighted=False, prediction="epsilon", zero_snr=False, trained=((), ())):
@@ -45,6 +50,18 @@ def test_one_number_of_what_is_frozen_is_noticed_and_its_precision_is_not(sdxl):
         "text encoder 1",
     ]
     assert not changed(identity(sdxl), identity(replace(sdxl, vae=copy.deepcopy(sdxl.vae))))
+
+
+def test_processes_that_would_learn_different_things_are_told_apart(sdxl):
+    data = SimpleNamespace(global_batch=4, fingerprint=lambda: "abc", description=dict)
+    module = torch.nn.Linear(2, 2)
+
+    def described(prediction):
+        return describe_run(sdxl_pretrain.SCRIPT.options(FLAGS), 1, data, module, identity(sdxl, prediction=prediction))
+
+    assert differences(described("epsilon"), described("epsilon")) == []
+    (difference,) = differences(described("epsilon"), described("v_prediction"))
+    assert "the prediction type" in difference and "v_prediction" in difference
 
 
 def test_old_and_new_stand_in_the_message(sdxl):

@@ -19,10 +19,10 @@ from library.errors import InputError
 from library.options.flag import Flag, Flags
 from library.options.values import run_values, subset_values
 from library.processes.versions import differences, software
+from library.training.identity import Identity, weights_digest
 
 _NAMED = 5  # so many differences stand in a message
 _DIGEST_LETTERS = 12
-_WEIGHTS_READ = 4
 
 Description = dict[str, str]
 
@@ -50,13 +50,13 @@ def check_agreement(accelerator: Accelerator, description: Description) -> None:
     )
 
 
-def describe_run(options: Any, seed: int, data: TrainingSet, module: nn.Module) -> Description:
+def describe_run(options: Any, seed: int, data: TrainingSet, module: nn.Module, identity: Identity) -> Description:
     """What must be the same in all processes, each entry under the name that a message gives it.
 
     Paths may differ: machines may have the same data in different places.
     """
-    facts = {"seed": str(seed), "the model's weights": _weights_digest(module)}
-    return {**software(), **describe_options(options), **describe_data(data), **facts}
+    facts = {"seed": str(seed), "the model's weights": weights_digest(module)}
+    return {**software(), **describe_options(options), **describe_data(data), **identity, **facts}
 
 
 def describe_data(data: TrainingSet) -> Description:
@@ -87,13 +87,6 @@ def _described(flag: Flag, value: Any) -> str | None:
     if flag.same_on_ranks and not isinstance(value, Path):
         return str(value)
     return "given" if flag.kind.is_text else None
-
-
-def _weights_digest(module: nn.Module) -> str:
-    """Of the first few numbers of every tensor: another model is told apart without reading all of it."""
-    heads = {name: tensor.detach().flatten()[:_WEIGHTS_READ] for name, tensor in module.state_dict().items()}
-    parts = (f"{name} {head.float().cpu().tolist()}".encode() for name, head in sorted(heads.items()))
-    return _digest(*parts)
 
 
 def _digest(*parts: bytes) -> str:

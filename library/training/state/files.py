@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class StateInfo:
         versions: of the packages that computed.
         metrics: what logging needs to go on: sums, averages, counts.
         lineage: which start of the run wrote it, and what that one went on from.
+        identity: what is learned (`library.training.identity`).
     """
 
     step: int
@@ -52,6 +53,7 @@ class StateInfo:
     versions: Mapping[str, str]
     metrics: Mapping[str, Any]
     lineage: Lineage
+    identity: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

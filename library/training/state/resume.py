@@ -15,6 +15,7 @@ from library.errors import InputError
 from library.options.flag import Flags
 from library.options.training import TrainingOptions
 from library.options.values import plain_values
+from library.training.identity import changed
 from library.training.ranks.main_process import on_main_process
 from library.training.state.choice import newest_valid
 from library.training.state.files import StateInfo, read_state, verify
@@ -165,6 +166,25 @@ def check_resumed(resumed: Resumed, options: TrainingOptions, data: TrainingSet,
     flags = Flags(type(options))
     untold = [flag.name for flag in flags if not flag.told_on_resume]
     log_changed_options(info, plain_values(options), untold, flags.defaults())
+
+
+def check_identity(resumed: Resumed, now: Mapping[str, str], anyway: bool) -> None:
+    """Raise InputError if this run learns something else than the state's run did.
+
+    Args:
+        now: this run's identity.
+        anyway: --resume_anyway; then a warning, not an error.
+    """
+    differing = changed(resumed.state.info.identity, now)
+    if not differing:
+        return
+    what = f"{resumed.folder}: what is learned differs from the run that saved it: {'; '.join(differing)}"
+    if not anyway:
+        raise InputError(
+            f"--resume {what}. The weights were trained for the former. Go on with the same, or add --resume_anyway to "
+            "train them for the latter from this step on."
+        )
+    logger.warning("--resume_anyway: %s", what)
 
 
 def check_parameters(resumed: Resumed, names: Collection[str]) -> None:
