@@ -17,16 +17,13 @@ whole configuration: `bash test/pretrain_full_1m_1p_sdxl.sh --demo` shows it at 
 
 from dataclasses import dataclass
 
-from library.options.text_encoders import SDXLTextEncoderOptions
-from library.options.training import TrainingOptions
+from library.options.training import SDXLTrainingOptions
 from library.script import Script
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions):
-    """The groups of every training script, and SDXL's two text encoders."""
-
-    text_encoders: SDXLTextEncoderOptions
+class Options(SDXLTrainingOptions):
+    """The groups of every script that trains SDXL."""
 
 
 SCRIPT = Script(__doc__, Options, families=("sdxl",), recipe="library.training.recipes.full:Full")

@@ -1,5 +1,6 @@
 """Options of the optimizer and its learning rates."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -47,6 +48,11 @@ class OptimizerOptions(OptionGroup):
     lr_scheduler_power: float = flag(1.0, "power of polynomial", least=0)
     max_grad_norm: float = flag(1.0, "clip the gradient's norm to it; 0: no clipping", least=0)
 
+    @property
+    def block_rates(self) -> tuple[float, ...]:
+        """Learning rates of the U-Net's blocks; () where all of it has one."""
+        return ()
+
     def check(self, options: "TrainingOptions") -> None:
         """Raise InputError where the warm-up does nothing or is longer than the run."""
         warmup = self.lr_warmup_steps
@@ -56,6 +62,50 @@ class OptimizerOptions(OptionGroup):
             )
         if options.run.max_train_epochs is None:
             check_warmup(warmup, options.run.max_train_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRateOptimizerOptions(OptimizerOptions):
+    """The optimizer, with a learning rate for each block of the U-Net."""
+
+    block_lr: str | None = flag(
+        None,
+        "learning rates of the U-Net's blocks in place of --learning_rate, with commas between: the embeddings of time "
+        "and size, the input blocks, the middle block's 3 layers, the output blocks, the last layer; 23 for SDXL, or "
+        "one for all; 0: not trained",
+        metavar="RATE,RATE,...",
+    )
+
+    @property
+    def block_rates(self) -> tuple[float, ...]:
+        """Learning rates of the U-Net's blocks; () where all of it has one."""
+        return _rates(self.block_lr) if self.block_lr else ()
+
+    def check(self, options: "TrainingOptions") -> None:
+        """Raise InputError where the rates are no numbers, or all are 0, besides what is checked of any optimizer."""
+        super().check(options)
+        if self.block_rates and not any(self.block_rates):
+            raise InputError("--block_lr: all rates are 0, so nothing of the U-Net trains; leave it out, or raise one")
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    """Numbers with commas between.
+
+    Raises:
+        InputError: something is no number of at least 0.
+    """
+    rates = []
+    for word in text.split(","):
+        try:
+            rate = float(word)
+        except ValueError:
+            rate = math.nan
+        if not 0 <= rate < math.inf:
+            raise InputError(
+                f"--block_lr: {word.strip()!r} is no learning rate; give numbers of at least 0, with commas"
+            )
+        rates.append(rate)
+    return tuple(rates)
 
 
 def check_warmup(warmup_steps: int, max_train_steps: int) -> None:

@@ -16,8 +16,9 @@ from library.options.precision import PrecisionOptions
 from library.options.preview import PreviewOptions
 from library.options.run import RunOptions
 from library.options.saving import SavingOptions
+from library.options.sd import SDOptions
 from library.options.states import StateOptions
-from library.options.text_encoders import TextEncoderOptions
+from library.options.text_encoders import SDTextEncoderOptions, SDXLTextEncoderOptions, TextEncoderOptions
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,38 @@ class TrainingOptions:
     logs: LogOptions
     preview: PreviewOptions
     config: ConfigFileOptions
+
+    @property
+    def clip_skip(self) -> int | None:
+        """The layer whose states condition the U-Net, counted from the last, 1; None for the family's usual one."""
+        return None
+
+    @property
+    def v2(self) -> bool:
+        """Whether the user says that the model is an SD 2.x one."""
+        return False
+
+
+@dataclass(frozen=True)
+class SDXLTrainingOptions(TrainingOptions):
+    """The groups of every script that trains SDXL."""
+
+    text_encoders: SDXLTextEncoderOptions
+
+
+@dataclass(frozen=True)
+class SDTrainingOptions(TrainingOptions):
+    """The groups of every script that trains SD 1.x and 2.x."""
+
+    text_encoders: SDTextEncoderOptions
+    sd: SDOptions
+
+    @property
+    def clip_skip(self) -> int | None:
+        """As --clip_skip says."""
+        return self.sd.clip_skip
+
+    @property
+    def v2(self) -> bool:
+        """As --v2 says."""
+        return self.sd.v2

@@ -1,22 +1,21 @@
 """From options to the parts of a run: model, recipe, placement, encoders, objective, task."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from library.data.micro_batch import Tokenize
-from library.diffusion.schedule import NoiseSchedule, Prediction, prediction_type
-from library.errors import InputError
+from library.diffusion.schedule import NoiseSchedule, Prediction
 from library.generation.prompts import read_prompts
 from library.models.denoiser import frozen_copy
 from library.models.family import Family
 from library.models.files.read import load_model, load_tokenizers
 from library.models.model import Model
+from library.models.prediction import check_v2, choose_prediction
 from library.models.text_encoders import tokenize_all
 from library.models.token_counts import TokenCounter
 from library.options.training import TrainingOptions
@@ -62,16 +61,16 @@ class Parts:
         self.lines += self.memory.choose_checkpoints(bucket_wh_px)
 
 
-def load_token_counter(options: TrainingOptions, family: Family) -> TokenCounter:
+def load_token_counter(options: TrainingOptions, families: Sequence[Family]) -> TokenCounter:
     """A token counter of a model of which nothing else is loaded."""
     model = options.model
-    tokenizers = load_tokenizers(model.pretrained_model_name_or_path, family, options.text_encoders.tokenizers)
+    tokenizers = load_tokenizers(model.pretrained_model_name_or_path, families, options.text_encoders.tokenizers)
     return TokenCounter(tokenizers, model.max_token_length, model.weighted_captions)
 
 
 def build_parts(
     options: TrainingOptions,
-    family: Family,
+    families: Sequence[Family],
     make_recipe: MakeRecipe,
     accelerator: Accelerator,
     seed: int,
@@ -85,8 +84,18 @@ def build_parts(
     # A dry run answers whether the device is large enough: it must not need the device's memory for it.
     device = torch.device("cpu") if options.run.dry_run else accelerator.device
     source = options.model.pretrained_model_name_or_path
-    model = load_model(source, family, vae=options.model.vae, tokenizers=options.text_encoders.tokenizers)
-    prediction, schedule = _prediction(options, model)
+    model = load_model(source, families, vae=options.model.vae, tokenizers=options.text_encoders.tokenizers)
+    check_v2(options.v2, model.family, source)
+    chosen = choose_prediction(
+        model,
+        source,
+        v_parameterization=options.objective.v_parameterization,
+        zero_terminal_snr=options.objective.zero_terminal_snr,
+    )
+    for warning in chosen.warnings:
+        logger.warning(warning)
+    model.scheduler_config = chosen.scheduler_config
+    prediction, schedule = chosen.prediction, chosen.schedule
     previewer = _previewer(options, prediction, schedule, accelerator, seed, signals)
     tokenize = partial(
         tokenize_all,
@@ -100,7 +109,6 @@ def build_parts(
     encoders = _encoders(options, model, recipe, placement, tokenize, accelerator)
     objective = Objective(prediction, schedule.to(device), seed, device)
     processes, batch_size = accelerator.num_processes, options.data.train_batch_size
-    snr = ", zero terminal SNR" if schedule.ends_in_pure_noise else ""
     return Parts(
         model,
         recipe,
@@ -113,35 +121,14 @@ def build_parts(
         identity,
         [
             f"model: {source}, VAE: {options.model.vae or 'its own'}",
-            f"prediction: {prediction.name}{snr}; VAE in {str(encoders.vae.dtype).removeprefix('torch.')}",
+            *chosen.lines,
+            f"VAE in {str(encoders.vae.dtype).removeprefix('torch.')}",
             f"attention backend asked for: {placement.attention_backend}",
             *recipe.lines(),
             f"sample prompts: {len(previewer.prompts) if previewer else 0}",
             *placement.lines,
         ],
     )
-
-
-def _prediction(options: TrainingOptions, model: Model) -> tuple[Prediction, NoiseSchedule]:
-    """What the network learns to predict, on which schedule; the model's scheduler settings say so from now on.
-
-    Raises:
-        InputError: the schedule ends in pure noise, and the network predicts noise.
-    """
-    asked, config = options.objective, model.scheduler_config
-    prediction = prediction_type("v_prediction" if asked.v_parameterization else model.prediction_type)
-    schedule = NoiseSchedule.from_config(config, asked.zero_terminal_snr)
-    if schedule.ends_in_pure_noise and prediction.name == "epsilon":
-        raise InputError(
-            "a zero terminal SNR (--zero_terminal_snr, or rescale_betas_zero_snr in the model's scheduler) is not "
-            "for epsilon prediction, which says nothing about pure noise; add --v_parameterization"
-        )
-    # Checkpoints say what the model was trained to predict, not what it predicted before.
-    trained: dict[str, Any] = {"prediction_type": prediction.name}
-    if schedule.ends_in_pure_noise:
-        trained |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    model.scheduler_config = {**config, **trained}
-    return prediction, schedule
 
 
 def _previewer(

@@ -38,6 +38,8 @@ def identify(
         "the noise schedule": f"{schedule.timesteps} timesteps with {snr} "
         f"({_digest(schedule.alphas_cumprod_S.numpy().tobytes())})",
         "the caption length in tokens": str(options.model.max_token_length or 77),
+        "the text encoders' outputs": ", ".join(str(use.skipped_layers) for use in recipe.module.uses)
+        + " layers left out at the end",
         "the weights in captions": "read" if options.model.weighted_captions else "not read",
         "the VAE": f"scaling factor {model.vae.config.scaling_factor:g}, weights {weights_digest(model.vae)}",
     }

@@ -107,7 +107,7 @@ def run(
         InputError, TrainingError: as the parts raise them; what has been written stays.
         Stopped: by a signal, once what was trained is in a training state.
     """
-    family = FAMILIES[families[0]]
+    trained = [FAMILIES[name] for name in families]
     with ExitStack() as stack:
         accelerator = make_accelerator(options.precision.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
         devices.keep_freed_memory(accelerator.device)
@@ -141,10 +141,10 @@ def run(
             check_resumed(resumed, options, data, seed, steps)
         if options.data.debug_dataset:
             if accelerator.is_main_process:
-                counter = load_token_counter(options, family)
+                counter = load_token_counter(options, trained)
                 show_data(options, data, counter, resumed.step if resumed else 0, steps, signals)
             return
-        parts = build_parts(options, family, make_recipe, accelerator, seed, signals)
+        parts = build_parts(options, trained, make_recipe, accelerator, seed, signals)
         if accelerator.num_processes > 1:  # describing reads all code and some of every weight
             check_agreement(accelerator, describe_run(options, seed, data, parts.recipe.module, parts.identity))
         parts.choose_checkpoints(data.largest_bucket)
@@ -173,8 +173,8 @@ def run(
             data = replace(data, caches=caches)
         report = _train(options, parts, groups, data, surroundings, steps, resumed)
         if accelerator.is_main_process:
-            compiled = parts.placement.compiled
-            finish(options, report, family.title, compiled.lines() if compiled else [], data, accelerator, started)
+            compiled = parts.placement.compiled.lines() if parts.placement.compiled else []
+            finish(options, report, parts.model.family.title, compiled, data, accelerator, started)
         accelerator.end_training()
 
 

@@ -147,14 +147,15 @@ class TestTwoScripts:
             check_options(GLOWING.flags, glowing("--offload_ema"))
         check_options(GLOWING.flags, glowing("--network_dim=2", "--network_alpha=2"))
 
-    def test_the_recipe_gets_options_families_and_the_start(self, monkeypatch):
+    def test_a_run_gets_options_families_and_the_recipe(self, monkeypatch):
         called = []
         made_up = types.ModuleType("made_up")
-        made_up.train = lambda *given: called.append(given)
+        made_up.train = object()
         monkeypatch.setitem(sys.modules, "made_up", made_up)
+        monkeypatch.setattr("library.training.run.run", lambda *given: called.append(given))
         assert GLOWING.main([*REQUIRED, *DATA, "--glow=1"]) == 0
-        ((options, families, _, _),) = called
-        assert options == glowing("--glow=1") and families == ("sd1",)
+        ((options, families, recipe, _, _),) = called
+        assert options == glowing("--glow=1") and families == ("sd1",) and recipe is made_up.train
 
     def test_the_recipe_is_not_asked_where_options_cannot_go_together(self, capsys):
         assert GLOWING.main([*REQUIRED, *DATA, "--network_alpha=2"]) == 2

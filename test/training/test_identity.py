@@ -16,9 +16,9 @@ from library.training.ranks.agreement import describe_run
 FLAGS = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--output_dir=o", "--resolution=64"]
 
 
-def identity(sdxl, length=None, weighted=False, prediction="epsilon", zero_snr=False, trained=((), ())):
+def identity(sdxl, length=None, weighted=False, prediction="epsilon", zero_snr=False, clip_skip=None, trained=((), ())):
     options = SimpleNamespace(model=SimpleNamespace(max_token_length=length, weighted_captions=weighted))
-    recipe = SimpleNamespace(name="full", module=SimpleNamespace(trained_encoders=trained))
+    recipe = SimpleNamespace(name="full", module=SimpleNamespace(trained_encoders=trained, uses=sdxl.uses(clip_skip)))
     schedule = NoiseSchedule.from_config(sdxl.scheduler_config, zero_snr)
     return identify(options, sdxl, recipe, prediction_type(prediction), schedule)
 
@@ -31,6 +31,7 @@ def identity(sdxl, length=None, weighted=False, prediction="epsilon", zero_snr=F
         ({"prediction": "v_prediction"}, ["the prediction type"]),
         ({"prediction": "v_prediction", "zero_snr": True}, ["the prediction type", "the noise schedule"]),
         ({"trained": ((), ("weight",))}, ["text encoder 2"]),
+        ({"clip_skip": 1}, ["the text encoders' outputs"]),
         ({"length": 77}, []),
     ],
 )

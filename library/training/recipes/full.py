@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from library import device as devices
 from library.data.micro_batch import MicroBatch
+from library.errors import InputError
 from library.models.denoiser import Denoiser
 from library.models.files.modelspec import modelspec
 from library.models.files.write import save_model, saved_bytes
 from library.models.model import Model
 from library.models.text import TextStates, Tokens
+from library.models.unet import UNet
 from library.options.training import TrainingOptions
 from library.training.engine.optimizers import ParameterGroup
 from library.training.engine.precision import SAVE_DTYPES
@@ -39,16 +41,18 @@ class Full:
             model,
             [rate > 0 for rate in self._encoder_rates],
             gradient_checkpointing=options.memory.gradient_checkpointing,
+            clip_skip=options.clip_skip,
         )
+        self._unet_groups = block_groups(self.module.unet, options.optimizer.block_rates)
 
     def groups(self) -> Sequence[ParameterGroup]:
-        """The U-Net's parameters, and those of each text encoder that trains."""
+        """The U-Net's parameters, whole or by block, and those of each text encoder that trains."""
         encoders = self.module.trained_encoders
-        names = (
-            [f"text_encoder{number + 1}" for number in range(len(encoders))] if len(encoders) > 1 else ["text_encoder"]
-        )
+        several = len(encoders) > 1
+        names = [f"text_encoder{number + 1}" if several else "text_encoder" for number in range(len(encoders))]
+        unet = self._unet_groups or [ParameterGroup("unet", list(self.module.unet.parameters()), self._unet_rate)]
         return [
-            ParameterGroup("unet", list(self.module.unet.parameters()), self._unet_rate),
+            *unet,
             *(
                 ParameterGroup(name, trained, rate)
                 for name, trained, rate in zip(names, encoders, self._encoder_rates, strict=True)
@@ -77,7 +81,6 @@ class Full:
                 title=stem,
                 resolution_wh_px=self._resolution,
                 prediction_type=self._model.prediction_type,
-                architecture=self._model.family.architecture,
             ),
         )
 
@@ -92,3 +95,41 @@ class Full:
     @property
     def _save_dtype(self) -> torch.dtype | None:
         return SAVE_DTYPES[self._saving.save_precision]
+
+
+def block_groups(unet: UNet, rates: Sequence[float]) -> list[ParameterGroup]:
+    """A group for each block of the U-Net; blocks whose rate is 0 are frozen and have none.
+
+    Args:
+        rates: of the embeddings of time and size, each input block, each layer of the middle block, each output block
+            and the last layer; or one rate for all; () for no groups.
+
+    Raises:
+        InputError: there are not as many rates as blocks.
+    """
+    if not rates:
+        return []
+    last = 1 + len(unet.input_blocks) + len(unet.middle_block) + len(unet.output_blocks)
+    first = {
+        "input_blocks": 1,
+        "middle_block": 1 + len(unet.input_blocks),
+        "output_blocks": 1 + len(unet.input_blocks) + len(unet.middle_block),
+    }
+    if len(rates) not in (1, last + 1):
+        raise InputError(
+            f"--block_lr has {len(rates)} rates, and this model's U-Net {last + 1} blocks; give as many, or one"
+        )
+    of_blocks: list[list[nn.Parameter]] = [[] for _ in range(last + 1)]
+    for name, parameter in unet.named_parameters():
+        part, _, rest = name.partition(".")
+        block = first[part] + int(rest.split(".")[0]) if part in first else last if part == "out" else 0
+        of_blocks[block].append(parameter)
+    groups = []
+    for block, parameters in enumerate(of_blocks):
+        rate = rates[block if len(rates) > 1 else 0]
+        if rate:
+            groups.append(ParameterGroup(f"unet_block{block:02d}", parameters, rate))
+        else:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+    return groups

@@ -1,0 +1,170 @@
+"""sdxl_train.py and fine_tune.py: each family trains whole, its checkpoint is what diffusers opens; rates by block."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+import fine_tune
+import sdxl_train
+from library.errors import InputError
+from library.families import SD1, SD2, SDXL
+from library.models.files.modelspec import modelspec
+from library.models.files.read import load_model
+from library.models.files.write import save_model
+from library.training.recipes.full import block_groups
+
+SCRIPTS = {"sd1": fine_tune, "sd2_v": fine_tune, "sdxl": sdxl_train}
+VALIDATION = "loss/validation/step_average"
+FAMILIES = {"sd1": SD1, "sd2_v": SD2, "sdxl": SDXL}
+
+
+@pytest.fixture(scope="module")
+def folders(sd1, sd2_v, sdxl, tmp_path_factory):
+    """Each family's tiny model as a diffusers folder."""
+    base = tmp_path_factory.mktemp("models")
+    found = {}
+    for name, model in (("sd1", sd1), ("sd2_v", sd2_v), ("sdxl", sdxl)):
+        metadata = modelspec(title=name, resolution_wh_px=(64, 64), prediction_type=model.prediction_type)
+        found[name] = save_model(model, base / name, "diffusers_safetensors", None, metadata)
+    return found
+
+
+@pytest.fixture
+def fine_tuned(folders, small_shard, tmp_path):
+    """Runs a family's script in this process; returns its status and output folder."""
+
+    def run(name, *arguments, out="out"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        status = SCRIPTS[name].main(
+            [
+                f"--pretrained_model_name_or_path={folders[name]}", f"--train_data_dir={small_shard}",
+                "--resolution=64", "--enable_bucket", "--min_bucket_reso=32", "--max_bucket_reso=128",
+                "--bucket_reso_steps=16", "--caption_extension=.txt", f"--output_dir={tmp_path / out}",
+                "--max_data_loader_n_workers=0", "--seed=1", "--train_batch_size=4", *arguments,
+            ]
+        )  # fmt: skip
+        return status, tmp_path / out
+
+    return run
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2_v", "sdxl"])
+def test_each_family_trains_and_diffusers_opens_its_checkpoint(fine_tuned, folders, name):
+    previews = ("--sample_at_first", f"--sample_prompts={prompts(folders)}")
+    measured = ("--validation_split=0.25", "--validate_every_n_steps=8")
+    training = ("--max_train_steps=24", "--learning_rate=3e-3", "--train_text_encoder")
+    status, out = fine_tuned(name, *training, *previews, *measured)
+    assert status == 0
+    losses = [line[VALIDATION] for line in metrics(out) if VALIDATION in line]
+    assert len(losses) == 3 and losses[2] < losses[0]  # at fixed timesteps and noise
+    assert len(list((out / "sample").glob("*.png"))) == 1
+    pipeline_class = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
+    pipeline = pipeline_class.from_pretrained(out / "last", local_files_only=True)
+    ours = load_model(str(out / "last"), FAMILIES[name])
+    before = load_model(str(folders[name]), FAMILIES[name])
+    assert pipeline.scheduler.config.prediction_type == ours.prediction_type == before.prediction_type
+    for encoder, old in zip(ours.text_encoders, before.text_encoders, strict=True):
+        assert not torch.equal(encoder.get_input_embeddings().weight, old.get_input_embeddings().weight)
+    with torch.no_grad():
+        ids = pipeline.tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
+        hidden = pipeline.text_encoder(ids).last_hidden_state
+        width = ours.unet.config.context_dim
+        context = torch.nn.functional.pad(hidden, (0, width - hidden.shape[-1]))
+        latents, t = torch.randn(1, 4, 16, 16), torch.tensor([500])
+        added = {}
+        vector = None
+        if name == "sdxl":
+            pooled, sizes = torch.randn(1, 128), torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+            added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+            vector = SDXL.vector(pooled, sizes)
+        theirs = pipeline.unet(latents, t, context, **added).sample
+        assert (ours.unet(latents, t, context, vector) - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def prompts(folders):
+    """A prompt file with one small picture."""
+    path = folders["sd1"].parent / "prompts.txt"
+    path.write_text("a red cat --w 64 --h 64 --s 2 --d 1\n")
+    return path
+
+
+def test_an_sdxl_model_is_refused_by_the_older_families_script_and_the_other_way_round(fine_tuned, folders, capfd):
+    for script, other in ((fine_tune, "sdxl"), (sdxl_train, "sd1")):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        flags = [f"--train_data_dir={folders['sd1'].parent}", "--resolution=64", "--output_dir=/nonexistent/x"]
+        assert script.main([f"--pretrained_model_name_or_path={folders[other]}", *flags, "--dry_run"]) == 2
+    capfd.readouterr()
+    status, _ = fine_tuned("sd1", "--max_train_steps=1", f"--pretrained_model_name_or_path={folders['sdxl']}")
+    assert status == 2
+    assert "SDXL" in capfd.readouterr().err
+
+
+def test_clip_skip_trains_what_it_conditions_on_and_freezes_the_rest(fine_tuned, folders):
+    status, out = fine_tuned(
+        "sd1", "--max_train_steps=2", "--learning_rate=1e-2", "--clip_skip=2", "--train_text_encoder"
+    )
+    assert status == 0
+    ours, before = (load_model(str(path), SD1).text_encoders[0].state_dict() for path in (out / "last", folders["sd1"]))
+    changed = {key for key in before if not torch.equal(ours[key], before[key])}
+    assert any(".layers.1." in key for key in changed) and "final_layer_norm.weight" in " ".join(changed)
+    assert not any(".layers.2." in key for key in changed)
+
+
+def test_v2_is_checked_against_the_file(fine_tuned, capfd):
+    status, _ = fine_tuned("sd1", "--max_train_steps=1", "--v2")
+    assert status == 2
+    assert "--v2" in capfd.readouterr().err
+
+
+def test_a_resume_with_another_layer_is_refused(fine_tuned, capfd):
+    steps = ("--max_train_steps=2", "--save_state_on_train_end")
+    assert fine_tuned("sd1", *steps)[0] == 0
+    assert fine_tuned("sd1", "--max_train_steps=3", "--resume=auto", "--clip_skip=2")[0] == 2
+    assert "what is learned differs" in capfd.readouterr().err
+
+
+def test_blocks_have_rates_of_their_own_and_rate_0_freezes(sdxl, fine_tuned, folders):
+    """Against a count by hand: the tiny U-Net has 6 input blocks, 3 layers in the middle, 6 output blocks."""
+    count = 2 + len(sdxl.unet.input_blocks) + 3 + len(sdxl.unet.output_blocks)
+    rates = ["0"] * count
+    rates[0], rates[2], rates[-1] = "1e-3", "2e-3", "3e-3"
+    status, out = fine_tuned(
+        "sdxl", "--max_train_steps=1", f"--block_lr={','.join(rates)}", "--save_model_as=safetensors"
+    )
+    assert status == 0
+    (line,) = metrics(out)
+    assert line["lr"] == {
+        "unet_block00": 1e-3, "unet_block02": 2e-3, f"unet_block{count - 1:02d}": 3e-3,
+    }  # fmt: skip
+    after = load_file(out / "last.safetensors")
+    before = load_model(str(folders["sdxl"]), SDXL).unet.state_dict()
+    prefix = "model.diffusion_model."
+    changed = {
+        key.split(".")[0] + "." + key.split(".")[1]
+        for key in before
+        if not torch.equal(after[prefix + key], before[key])
+    }
+    assert {name.split(".")[0] for name in changed} == {"time_embed", "label_emb", "input_blocks", "out"}
+    assert {name for name in changed if name.startswith("input_blocks")} == {"input_blocks.1"}
+
+
+def test_as_many_rates_as_blocks_or_one(sdxl):
+    with pytest.raises(InputError, match="--block_lr has 2 rates"):
+        block_groups(sdxl.unet, [1e-3, 1e-3])
+    groups = block_groups(sdxl.unet, [1e-3])
+    assert sum(len(group.parameters) for group in groups) == len(list(sdxl.unet.parameters()))
+    assert block_groups(sdxl.unet, ()) == []
+
+
+@pytest.mark.parametrize("given", ["x", "1e-3,", "-1", "0,0"])
+def test_rates_that_are_none_are_refused_before_anything_loads(fine_tuned, capfd, given):
+    assert fine_tuned("sdxl", "--max_train_steps=1", f"--block_lr={given}")[0] == 2
+    assert "--block_lr" in capfd.readouterr().err
