@@ -53,3 +53,21 @@ def test_a_process_alone_ends_as_any_other(status, expected):
 def test_an_error_that_nobody_expects_is_shown():
     done = end("1 / 0", processes=2, script=SCRIPT.replace("abort()", "pass"))
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+SCRIPTS = [path for path in sorted(ROOT.glob("*.py")) if "SCRIPT = Script(" in path.read_text("utf-8")]
+_SHARED_LINES = 6  # as many in a row would be a copy
+
+
+def test_scripts_are_short_and_share_no_lines():
+    """What two scripts have in common stands in the library. Lines of the same imports and of the ending count, too."""
+    assert len(SCRIPTS) >= 3
+    runs = {}
+    for path in SCRIPTS:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        assert len(lines) <= 120, path.name
+        runs[path.name] = {tuple(lines[at : at + _SHARED_LINES]) for at in range(len(lines) - _SHARED_LINES + 1)}
+    for one in runs:
+        for other in runs:
+            shared = runs[one] & runs[other] if one < other else set()
+            assert not shared, f"{one} and {other}: {shared}"

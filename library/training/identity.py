@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,6 @@ from torch import nn
 from library.diffusion.schedule import NoiseSchedule, Prediction
 from library.models.model import Model
 from library.options.training import TrainingOptions
-from library.training.recipes.recipe import Recipe
 
 _DIGEST_LETTERS = 12
 _NUMBERS_READ = 4  # of each tensor
@@ -19,7 +18,12 @@ Identity = Mapping[str, str]
 
 
 def identify(
-    options: TrainingOptions, model: Model, recipe: Recipe, prediction: Prediction, schedule: NoiseSchedule
+    options: TrainingOptions,
+    model: Model,
+    recipe: str,
+    trains: Sequence[bool],
+    prediction: Prediction,
+    schedule: NoiseSchedule,
 ) -> Identity:
     """What is learned, each fact under the name that a message gives it.
 
@@ -28,17 +32,19 @@ def identify(
 
     Args:
         model: as it was loaded, before anything is cast.
+        recipe: the recipe's name.
+        trains: whether something of each text encoder trains.
         schedule: on the CPU.
     """
     snr = "a zero terminal SNR" if schedule.ends_in_pure_noise else "an SNR above zero at its end"
     facts: dict[str, str] = {
         "the family": model.family.title,
-        "the recipe": recipe.name,
+        "the recipe": recipe,
         "the prediction type": prediction.name,
         "the noise schedule": f"{schedule.timesteps} timesteps with {snr} "
         f"({_digest(schedule.alphas_cumprod_S.numpy().tobytes())})",
         "the caption length in tokens": str(options.model.max_token_length or 77),
-        "the text encoders' outputs": ", ".join(str(use.skipped_layers) for use in recipe.module.uses)
+        "the text encoders' outputs": ", ".join(str(use.skipped_layers) for use in model.uses(options.clip_skip))
         + " layers left out at the end",
         "the weights in captions": "read" if options.model.weighted_captions else "not read",
         "the VAE": f"scaling factor {model.vae.config.scaling_factor:g}, weights {weights_digest(model.vae)}",
@@ -46,9 +52,8 @@ def identify(
     for number, tokenizer in enumerate(model.tokenizers, start=1):
         words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.eos_token_id])
         facts[f"tokenizer {number}"] = _digest(words.encode())
-    trained = recipe.module.trained_encoders
-    for number, (encoder, trains) in enumerate(zip(model.text_encoders, trained, strict=True), start=1):
-        facts[f"text encoder {number}"] = "trains" if trains else f"frozen, weights {weights_digest(encoder)}"
+    for number, (encoder, trained) in enumerate(zip(model.text_encoders, trains, strict=True), start=1):
+        facts[f"text encoder {number}"] = "trains" if trained else f"frozen, weights {weights_digest(encoder)}"
     return facts
 
 

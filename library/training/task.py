@@ -13,6 +13,7 @@ from library import device as devices
 from library.data.micro_batch import MicroBatch
 from library.diffusion.random_draws import normal
 from library.keyed_random import Stream
+from library.models.keyed_dropout import draws
 from library.models.text import TextStates, Tokens
 from library.models.vae import latent_shape
 from library.training.encoders import Encoders
@@ -34,8 +35,10 @@ class Task:
 
     def loss(self, module: nn.Module, batch: MicroBatch) -> Tensor:
         """The mean loss over the micro-batch, a scalar with gradients to `module`."""
-        latents_BCHW = self._latents(batch, self._seed, Stream.VAE, batch.step, batch.places_B.tolist())
-        return self._objective.losses(self._predict(module, batch), latents_BCHW, batch).mean()
+        places = batch.places_B.tolist()
+        latents_BCHW = self._latents(batch, self._seed, Stream.VAE, batch.step, places)
+        with draws(self._seed, batch.step, places):
+            return self._objective.losses(self._predict(module, batch), latents_BCHW, batch).mean()
 
     def validation_losses(self, module: nn.Module, batch: MicroBatch, seed: int, numbers: range) -> Tensor:
         """Losses of the first samples of a batch, (len(numbers),), their noise keyed by their numbers among all.
