@@ -7,7 +7,6 @@ diffusion, then the modules without a folder; a layer imports only those behind 
     generation/         pictures: prompts, guidance, sampling
     families/           Stable Diffusion's families, as data
     data/               from shards and folders to micro-batches
-    families/           the families of Stable Diffusion as data
     models/             U-Net, text encoders, VAE, and the files they come from and go to
     diffusion/          noise schedules, prediction types, samplers
     processes/          several processes on one or several machines

@@ -4,6 +4,7 @@ run                 from options to a finished run: what every script does aroun
 loop                the loop: train, train_step, loss
 build               from options to the parts of a run: model, recipe, placement, encoders, objective, task
 task                what the loop does with a batch: its loss, checkpoints, pictures
+identity            what a run learns: facts and digests that ranks compare and states hold
 objective           what a prediction is trained towards, and how far it is from it
 recipes/            what trains, and how a prediction is made
 encoders            what encodes and does not train: the VAE, and text encoders whose outputs are cached
