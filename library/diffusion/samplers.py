@@ -25,7 +25,7 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
 }
 NAMES = [*_SAMPLERS, "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"]
-# These divide by the signal at the first step, which is 0 under a zero terminal SNR.
+# All others divide by the signal at the first step, which is 0 under a zero terminal SNR.
 _ZERO_SNR_SAFE = {"ddim"}
 
 

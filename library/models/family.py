@@ -68,7 +68,8 @@ class Family:
         pipeline_settings: what that class's model_index.json says besides the parts.
         encoders: its text encoders in the order of the context's channels.
         uses: from --clip_skip (None: not given) to what is used of each text encoder.
-        unet: the published U-Net; a single file with a U-Net of its widths has its attention heads.
+        unet: the published U-Net's configuration; a single file whose U-Net has the same widths gets the same number
+            of attention heads, which its shapes do not tell.
         scheduler: the scheduler's configuration that the family was published with; single files carry none.
         vae_scaling_factor: what latents are multiplied by.
         latents_ending: how sd-scripts ends the names of .npz files with latents for it.

@@ -52,7 +52,8 @@ class Flag:
         key: its name in a --dataset_config.
         aliases: other spellings, without dashes.
         shorthands: flags without a value of their own, each with the value that it gives this flag and its help.
-        needs: without any of these the flag has nothing to act on: names of flags, `name=value`, or `name & name`.
+        needs: conditions of which at least one must hold, or the flag has nothing to act on: a flag's name,
+            `name=value`, or `name & name` where both must be given.
         told_on_resume: a run that goes on with another value says so.
         same_on_ranks: all processes of a run must have the same value. Paths may always differ.
         on_command_line: False for what only a --dataset_config can say.

@@ -7,7 +7,9 @@ from typing import ClassVar
 from library.options.flag import REQUIRED, OptionGroup, flag
 
 SAVE_PRECISIONS = ("float", "fp16", "bf16")
-SAVE_FORMS = ("ckpt", "safetensors", "diffusers", "diffusers_safetensors")
+# Forms of checkpoints, and how their names end; a diffusers folder's name has no ending.
+SAVE_ENDINGS = {"ckpt": ".ckpt", "safetensors": ".safetensors", "diffusers": "", "diffusers_safetensors": ""}
+SAVE_FORMS = tuple(SAVE_ENDINGS)
 
 
 def file_stem(text: str) -> str:

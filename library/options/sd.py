@@ -18,6 +18,6 @@ class SDOptions(OptionGroup):
     clip_skip: int | None = flag(
         None,
         "use the text encoder's states of the n-th layer from the end, through its final norm (default: 1, the last; "
-        "SD 2.x's text encoder has 23 layers, the last of which is its penultimate one)",
+        "SD 2.x is published without its text encoder's last layer: its 1 is the penultimate layer of OpenCLIP-H)",
         least=1,
     )

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from library import device as devices
 from library.data.micro_batch import MicroBatch
@@ -40,25 +40,13 @@ from library.training.ranks.rank_watch import (
 )
 from library.training.state.names import AVERAGE_SUFFIX
 from library.training.state.states import States
+from library.training.task import Task
 from library.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
 MAX_OVERFLOWS = 40  # repeats of one step: the loss scale falls by 2**40, below any that could help
 MAX_NOT_FINITE = 3  # steps running whose loss is not finite
-
-
-class Task(Protocol):
-    """What a script trains: how a micro-batch becomes a loss, what is saved, which pictures are sampled."""
-
-    def loss(self, module: nn.Module, batch: MicroBatch) -> Tensor:
-        """The mean loss over the micro-batch, a scalar with gradients to `module`."""
-
-    def save(self, stem: str, module: nn.Module) -> Path:
-        """Write a checkpoint of the whole module, complete or not at all; returns its path. On the main process."""
-
-    def preview(self, position: str, step: int, module: nn.Module) -> None:
-        """Sample pictures with the whole module. Called on the main process."""
 
 
 @dataclass(frozen=True)

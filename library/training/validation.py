@@ -26,7 +26,8 @@ class Validator:
             at each call.
         batches: this process's, the same number on each.
         cadence: without one, after each epoch.
-        evaluated: has the weights to use in their places, for optimizers that train others.
+        evaluated: a context in which the module has the weights that are used, for optimizers that train others (the
+            averaged weights of schedule-free ones).
     """
 
     losses: Callable[[nn.Module, MicroBatch, int, range], Tensor]

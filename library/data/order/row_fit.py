@@ -9,10 +9,10 @@ _ASPECT_TOLERANCE = 0.03  # a third to a half of the way from one SDXL bucket to
 
 
 def row_fit(index: Index, buckets: Buckets, row: int, bucket: int, width: int, height: int) -> Fit:
-    """How an image of that size meets its bucket, for which its row was chosen by the size that the index has.
+    """How an image of a width and height, as decoded, meets the bucket that was chosen by the size in the index.
 
     Raises:
-        SampleError: that size was wrong, and the bucket does not suit the image.
+        SampleError: the index had another size, and the bucket does not suit the image's own.
     """
     record = index.record(row)
     told_w, told_h = int(record["width"]), int(record["height"])

@@ -31,7 +31,7 @@ class Treatment:
 
     Attributes:
         loss_weight: of each sample; that of regularisation images is --prior_loss_weight.
-        masked: each sample has a mask; all of one that brings none counts.
+        masked: whether each sample gets a mask; where an image has none, all of it counts.
     """
 
     captions: CaptionOptions = field(default_factory=CaptionOptions)

@@ -2,7 +2,8 @@
 
 A block's weights are copied to the device before it computes, in forward, in recomputation and in backward, the next
 swapped block's meanwhile on a stream beside; they are not copied back, for nothing there changes them. In backward they
-stay until all their gradients are made; where some are frozen, and never have one, until that of the block's input is.
+stay until all their gradients are made. A frozen weight never has a gradient: a block with frozen weights stays until
+the gradient of its input is made.
 Gradients are copied to the CPU as they are made. Between passes weights and gradients of these blocks are the CPU's, so
 whatever the optimizer keeps for them is, too, and so is its update, as in ZeRO-Offload (Ren et al. 2021, 2101.06840).
 """

@@ -16,6 +16,7 @@ from typing import Any
 
 from library.atomic_write import sync, write_file
 from library.errors import InputError
+from library.options.saving import SAVE_ENDINGS
 from library.training.state.choice import positions, state_names
 from library.training.state.files import StateInfo, read_info
 from library.training.state.lineage import Lineage, new_lineage
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 ABANDONED = "abandoned"
 METRICS = "metrics.jsonl"
 _BEFORE = "before-attempt-"
-_FORMS = (".safetensors", ".ckpt", "")  # of a checkpoint; the last is a folder
+_ENDINGS = tuple(dict.fromkeys(SAVE_ENDINGS.values()))  # of a checkpoint's name
 _QUARANTINE = re.compile(r"quarantine(\.rank\d+)?\.jsonl")
 
 
@@ -118,7 +119,7 @@ class _Branch:
         """
         goes_on = self.lineage.step > 0
         ends_on = goes_on and all(self.lineage.includes(run, step) for step, run in runs.items())
-        for ending in (form for average in ("", AVERAGE_SUFFIX) for form in (average + one for one in _FORMS)):
+        for ending in (form for average in ("", AVERAGE_SUFFIX) for form in (average + one for one in _ENDINGS)):
             steps, epochs = positions(names, self.output_name, ending)
             found = [(step, name) for step, name in steps.items()]
             found += [(step_of_epoch(epoch), name) for epoch, name in epochs.items()]
