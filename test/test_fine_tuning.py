@@ -160,11 +160,18 @@ def test_as_many_rates_as_blocks_or_one(sdxl):
     with pytest.raises(InputError, match="--block_lr has 2 rates"):
         block_groups(sdxl.unet, [1e-3, 1e-3])
     groups = block_groups(sdxl.unet, [1e-3])
-    assert sum(len(group.parameters) for group in groups) == len(list(sdxl.unet.parameters()))
+    assert [group.name for group in groups] == ["unet"]  # as without the flag, so that states fit
+    assert len(groups[0].parameters) == len(list(sdxl.unet.parameters()))
     assert block_groups(sdxl.unet, ()) == []
 
 
-@pytest.mark.parametrize("given", ["x", "1e-3,", "-1", "0,0"])
+def test_rounding_what_is_frozen_is_refused(fine_tuned, capfd):
+    rates = ("--block_lr=0,1e-3", "--full_bf16", "--mixed_precision=bf16")
+    assert fine_tuned("sdxl", "--max_train_steps=1", *rates)[0] == 2
+    assert "--full_bf16 rounds all of the U-Net" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["x", "1e-3,", "-1", "0,0", ""])
 def test_rates_that_are_none_are_refused_before_anything_loads(fine_tuned, capfd, given):
     assert fine_tuned("sdxl", "--max_train_steps=1", f"--block_lr={given}")[0] == 2
     assert "--block_lr" in capfd.readouterr().err

@@ -204,7 +204,7 @@ def test_the_run_may_be_longer_than_it_was(train, undisturbed, tmp_path):
         ("--v_parameterization", "the prediction type (epsilon then, v_prediction now)"),
         ("--max_token_length=150", "the caption length in tokens (77 then, 150 now)"),
         ("--weighted_captions", "the weights in captions (not read then, read now)"),
-        ("--learning_rate_te1=0", "the state is of other parameters than those that train now"),
+        ("--learning_rate_te1=0", "text encoder 1 (trains then, frozen, weights "),
         ("--save_last_n_steps=5", "--save_last_n_steps has nothing to act on without --save_every_n_steps"),
     ],
 )

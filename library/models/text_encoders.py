@@ -142,21 +142,35 @@ def encode(text_encoders: Iterable[Any], tokens: Tokens, uses: Sequence[EncoderU
 
 
 def set_trainable(text_encoder: Any, use: EncoderUse, trains: bool) -> None:
-    """Set requires_grad so that exactly the parameters which train get gradients.
-
-    What touches no output of `encode` stays frozen always: the last layers that the text states leave out, unless the
-    pooled vector goes through them, and with them the final norm and the projection.
-    """
+    """Set requires_grad so that exactly the parameters which train get gradients; what no output uses is frozen."""
     text_encoder.requires_grad_(trains)
+    for part in _unused_parts(text_encoder, use):
+        part.requires_grad_(False)
+
+
+def used_tensors(text_encoder: Any, use: EncoderUse) -> dict[str, Tensor]:
+    """By name the tensors of a text encoder that an output of `encode` depends on."""
+    unused = {
+        id(tensor) for part in _unused_parts(text_encoder, use) for tensor in part.state_dict(keep_vars=True).values()
+    }
+    return {name: one for name, one in text_encoder.state_dict(keep_vars=True).items() if id(one) not in unused}
+
+
+def _unused_parts(text_encoder: Any, use: EncoderUse) -> list[nn.Module]:
+    """What touches no output of `encode`.
+
+    These are the last layers that the text states leave out, unless the pooled vector goes through them, and with them
+    the final norm and the projection.
+    """
     if use.pooled:
-        return
+        return []
     model = _text_model(text_encoder)
-    for layer in model.encoder.layers[len(model.encoder.layers) - use.skipped_layers :]:
-        layer.requires_grad_(False)
+    parts: list[nn.Module] = list(model.encoder.layers[len(model.encoder.layers) - use.skipped_layers :])
     if not use.final_norm:
-        model.final_layer_norm.requires_grad_(False)
+        parts.append(model.final_layer_norm)
     if hasattr(text_encoder, "text_projection"):
-        text_encoder.text_projection.requires_grad_(False)
+        parts.append(text_encoder.text_projection)
+    return parts
 
 
 def trainable_parameters(text_encoder: nn.Module) -> list[nn.Parameter]:

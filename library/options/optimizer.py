@@ -79,13 +79,18 @@ class BlockRateOptimizerOptions(OptimizerOptions):
     @property
     def block_rates(self) -> tuple[float, ...]:
         """Learning rates of the U-Net's blocks; () where all of it has one."""
-        return _rates(self.block_lr) if self.block_lr else ()
+        return () if self.block_lr is None else _rates(self.block_lr)
 
     def check(self, options: "TrainingOptions") -> None:
         """Raise InputError where the rates are no numbers, or all are 0, besides what is checked of any optimizer."""
         super().check(options)
         if self.block_rates and not any(self.block_rates):
             raise InputError("--block_lr: all rates are 0, so nothing of the U-Net trains; leave it out, or raise one")
+        if options.precision.full_bf16 and not all(self.block_rates):
+            raise InputError(
+                "--full_bf16 rounds all of the U-Net to bf16, also the blocks that --block_lr freezes by a rate of 0, "
+                "and checkpoints would have them rounded; leave one of the two out"
+            )
 
 
 def _rates(text: str) -> tuple[float, ...]:

@@ -104,8 +104,7 @@ def build_parts(
         weighted=options.model.weighted_captions,
     )
     recipe = make_recipe(options, model)
-    trains = [bool(trained) for trained in recipe.module.trained_encoders]
-    identity = identify(options, model, recipe.name, trains, prediction, schedule)  # before anything is cast
+    identity = identify(options, model, recipe.name, recipe.module, prediction, schedule)  # before anything is cast
     placement = place(recipe.module, options, device)
     encoders = _encoders(options, model, recipe, placement, tokenize, accelerator)
     objective = Objective(prediction, schedule.to(device), seed, device)

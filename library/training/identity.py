@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from library.diffusion.schedule import NoiseSchedule, Prediction
+from library.models.denoiser import Denoiser
 from library.models.model import Model
+from library.models.text_encoders import used_tensors
 from library.options.training import TrainingOptions
 
 _DIGEST_LETTERS = 12
@@ -21,7 +23,7 @@ def identify(
     options: TrainingOptions,
     model: Model,
     recipe: str,
-    trains: Sequence[bool],
+    module: Denoiser,
     prediction: Prediction,
     schedule: NoiseSchedule,
 ) -> Identity:
@@ -33,7 +35,7 @@ def identify(
     Args:
         model: as it was loaded, before anything is cast.
         recipe: the recipe's name.
-        trains: whether something of each text encoder trains.
+        module: the model's networks, what trains of them marked by requires_grad.
         schedule: on the CPU.
     """
     snr = "a zero terminal SNR" if schedule.ends_in_pure_noise else "an SNR above zero at its end"
@@ -44,22 +46,41 @@ def identify(
         "the noise schedule": f"{schedule.timesteps} timesteps with {snr} "
         f"({_digest(schedule.alphas_cumprod_S.numpy().tobytes())})",
         "the caption length in tokens": str(options.model.max_token_length or 77),
-        "the text encoders' outputs": ", ".join(str(use.skipped_layers) for use in model.uses(options.clip_skip))
+        "the text encoders' outputs": ", ".join(str(use.skipped_layers) for use in module.uses)
         + " layers left out at the end",
         "the weights in captions": "read" if options.model.weighted_captions else "not read",
-        "the VAE": f"scaling factor {model.vae.config.scaling_factor:g}, weights {weights_digest(model.vae)}",
+        "the VAE's encoder": _vae_fact(model.vae),
     }
     for number, tokenizer in enumerate(model.tokenizers, start=1):
         words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.eos_token_id])
         facts[f"tokenizer {number}"] = _digest(words.encode())
-    for number, (encoder, trained) in enumerate(zip(model.text_encoders, trains, strict=True), start=1):
-        facts[f"text encoder {number}"] = "trains" if trained else f"frozen, weights {weights_digest(encoder)}"
+    encoders = zip(model.text_encoders, module.trained_encoders, module.uses, strict=True)
+    for number, (encoder, trained, use) in enumerate(encoders, start=1):
+        used = used_tensors(encoder, use)
+        facts[f"text encoder {number}"] = "trains" if trained else f"frozen, weights {tensors_digest(used)}"
+    frozen = {name: weight for name, weight in module.unet.named_parameters() if not weight.requires_grad}
+    facts["the U-Net's frozen weights"] = f"{len(frozen)} tensors, {tensors_digest(frozen)}" if frozen else "none"
     return facts
+
+
+def _vae_fact(vae: Any) -> str:
+    """What the latents depend on: the encoder's weights, and by what its output is shifted and multiplied."""
+    encoder = {f"encoder.{name}": tensor for name, tensor in vae.encoder.state_dict().items()}
+    quant = getattr(vae, "quant_conv", None)
+    encoder |= {f"quant_conv.{name}": tensor for name, tensor in ({} if quant is None else quant.state_dict()).items()}
+    settings = [vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+    shift = _digest(repr(settings[1:]).encode())
+    return f"scaling factor {settings[0]:g}, shift {shift}, weights {tensors_digest(encoder)}"
 
 
 def weights_digest(module: nn.Module) -> str:
     """A digest of the first few numbers of every tensor: another model is told apart without reading all of it."""
-    heads = {name: tensor.detach().flatten()[:_NUMBERS_READ] for name, tensor in module.state_dict().items()}
+    return tensors_digest(module.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of the names and the first few numbers of tensors."""
+    heads = {name: tensor.detach().flatten()[:_NUMBERS_READ] for name, tensor in tensors.items()}
     parts = (f"{name} {head.float().cpu().tolist()}".encode() for name, head in sorted(heads.items()))
     return _digest(*parts)
 

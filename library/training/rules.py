@@ -53,8 +53,9 @@ def check_optimizer(options: TrainingOptions) -> None:
         )
     if choice.sets_its_own_rates:
         logger.warning(
-            "--optimizer_type=%s sets its own rates: --learning_rate and --lr_scheduler, which the log shows, do "
-            'nothing; it goes by them with --optimizer_args "relative_step=False" "scale_parameter=False"',
+            "--optimizer_type=%s sets its own rates: --learning_rate, the text encoders' and blocks' rates and "
+            "--lr_scheduler, which the log shows, do nothing, except that a rate of 0 freezes; "
+            ' it goes by them with --optimizer_args "relative_step=False" "scale_parameter=False"',
             optimizer.optimizer_type,
         )
 

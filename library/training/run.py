@@ -150,8 +150,8 @@ def run(
         parts.choose_checkpoints(data.largest_bucket)
         groups = parts.recipe.groups()
         if resumed is not None:
-            check_parameters(resumed, parameters_by_name(parts.recipe.module, groups))
             check_identity(resumed, parts.identity, options.states.resume_anyway)
+            check_parameters(resumed, parameters_by_name(parts.recipe.module, groups))
         _try_optimizer(options, groups, surroundings)
         logger.info("seed: %d", seed)
         resolved = plan_lines(options, data, steps, epochs, groups, accelerator, _sharding(options))

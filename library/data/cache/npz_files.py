@@ -16,7 +16,8 @@ from library.data.cache.block_files import write_shared
 from library.data.cache.entries import DamagedEntryError, Entry, Found, Made
 from library.keyed_random import Stream, generator
 
-_TEXT_ENDING = "_te_outputs.npz"
+_TEXT_ENDING = "_te_outputs.npz"  # sd-scripts' ending, for two text encoders
+_TEXT_ENDING_OF_ONE = "_sd_te_outputs.npz"  # ours: sd-scripts keeps no outputs of SD 1.x and 2.x
 # The states of the first text encoder; where there is a second one, its states; its pooled text. SDXL's, of which
 # sd-scripts keeps such files alone.
 _TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")
@@ -206,7 +207,8 @@ class TextOutputs:
     @property
     def candidates(self) -> list[Path]:
         """As Beside."""
-        return [self.path.with_name(f"{self.path.stem}{_TEXT_ENDING}")]
+        ending = _TEXT_ENDING if _TEXT_KEYS[1] in self.layout.parts else _TEXT_ENDING_OF_ONE
+        return [self.path.with_name(f"{self.path.stem}{ending}")]
 
     def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
         """The numbers in sd-scripts' keys, and of what they were made in ours."""
@@ -226,6 +228,8 @@ class TextOutputs:
         parts = {key: torch.from_numpy(file[key]) for key in shapes}
         if {key: tuple(part.shape) for key, part in parts.items()} != shapes:
             raise KeyError(_TEXT_KEYS[0])
+        if any(key in file for key in _TEXT_KEYS if key not in shapes):
+            raise KeyError("outputs of another family's text encoders")
         made = Made(*json.loads(str(file[_FACTS]))) if _FACTS in file else Made("", "")
         states_TC = torch.cat([parts[key] for key in _TEXT_KEYS[:2] if key in parts], dim=-1)
         tensors = (states_TC, *(parts[key] for key in _TEXT_KEYS[2:] if key in parts))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.errors import InputError
+
 Entries = dict[str, Any]
 _SET_BY_SCHEDULE = "lr"
 
@@ -55,7 +57,18 @@ class GroupState:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Put it back."""
+        """Put it back.
+
+        Raises:
+            InputError: the state is of other groups, and the optimizer keeps something in them.
+        """
+        names = {group["name"] for group in self._optimizers[-1].param_groups}
+        lost = sorted(name for name, kept in state.items() if name not in names and entries(kept))
+        if lost:
+            raise InputError(
+                f"--resume: the optimizer keeps numbers for the parameter groups {', '.join(lost[:3])} of the state, "
+                f"and this run has the groups {', '.join(sorted(names)[:3])}; go on with the same --block_lr"
+            )
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group.update(entries(state.get(group["name"], {})))

@@ -73,7 +73,8 @@ def estimator(
     vae_shapes = without_data(vae)
     with LiveShapes() as encoding, fused_attention():
         encode(vae_shapes)
-    weights = everything - sum(map(_bytes, trained)) + held.weights
+    frozen_elsewhere = [one for block in training.swapped for one in block if not one.requires_grad]
+    weights = everything - sum(map(_bytes, (*trained, *frozen_elsewhere))) + held.weights
     without_backward = MemoryEstimate(
         weights,
         held.optimizer,

@@ -109,13 +109,15 @@ def block_groups(unet: UNet, rates: Sequence[float]) -> list[ParameterGroup]:
     """
     if not rates:
         return []
+    if len(rates) == 1:
+        return [ParameterGroup("unet", list(unet.parameters()), rates[0])]
     last = 1 + len(unet.input_blocks) + len(unet.middle_block) + len(unet.output_blocks)
     first = {
         "input_blocks": 1,
         "middle_block": 1 + len(unet.input_blocks),
         "output_blocks": 1 + len(unet.input_blocks) + len(unet.middle_block),
     }
-    if len(rates) not in (1, last + 1):
+    if len(rates) != last + 1:
         raise InputError(
             f"--block_lr has {len(rates)} rates, and this model's U-Net {last + 1} blocks; give as many, or one"
         )
@@ -126,9 +128,8 @@ def block_groups(unet: UNet, rates: Sequence[float]) -> list[ParameterGroup]:
         of_blocks[block].append(parameter)
     groups = []
     for block, parameters in enumerate(of_blocks):
-        rate = rates[block if len(rates) > 1 else 0]
-        if rate:
-            groups.append(ParameterGroup(f"unet_block{block:02d}", parameters, rate))
+        if rates[block]:
+            groups.append(ParameterGroup(f"unet_block{block:02d}", parameters, rates[block]))
         else:
             for parameter in parameters:
                 parameter.requires_grad_(False)

@@ -89,7 +89,7 @@ def check_names(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         )
         raise InputError(
             f"--resume: the state is of other parameters than those that train now ({listed}). Train the same parts "
-            "(--train_text_encoder, --learning_rate_te1, --learning_rate_te2) of the same model."
+            "(--train_text_encoder, the rates of text encoders and --block_lr, where 0 freezes) of the same model."
         )
 
 
