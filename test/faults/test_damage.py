@@ -34,7 +34,7 @@ def _flip_a_bit(state: Path) -> None:
 
 
 def _lose_a_file(state: Path) -> None:
-    (state / "run.json").unlink()
+    (state / "loop.json").unlink()
 
 
 def _make_newer(state: Path) -> None:
@@ -45,7 +45,7 @@ def _make_newer(state: Path) -> None:
 DAMAGE = {
     6: (_truncate, "cut off or grown"),
     5: (_flip_a_bit, "its bytes have changed"),
-    4: (_lose_a_file, "the file run.json is missing"),
+    4: (_lose_a_file, "the file loop.json is missing"),
     3: (_make_newer, "written by a newer version"),
 }
 

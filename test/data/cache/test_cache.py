@@ -372,7 +372,7 @@ def test_text_outputs_of_one_encoder_without_pooled_text_come_back(folder):
     captions = Captions(folder, layout=layout)
     captions.making = CaptionMaking(captions._index, [TREATMENT], "clip", lambda texts: captions._encode(texts)[:1], 5)
     assert captions.fill().computed == 12
-    with np.load(folder / "03_te_outputs.npz") as file:
+    with np.load(folder / "03_sd_te_outputs.npz") as file:
         assert sorted(file) == ["hidden_state1", "made_of"]
     (context,) = captions.shelf.read(3).tensors
     assert torch.equal(context, captions.making.encode(["number 3"])[0][0])

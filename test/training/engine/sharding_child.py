@@ -113,7 +113,7 @@ def validator(task, accelerator, writer):
     rank, processes = accelerator.process_index, accelerator.num_processes
     steps = range(rank, -(-plan.batches // processes) * processes, processes)
     batches = [SimpleNamespace(step=step, quarantined=[]) for step in steps]
-    return Validator(task, accelerator, plan, batches, Cadence(10), writer, Signals())
+    return Validator(task.validation_losses, accelerator, plan, batches, Cadence(10), writer, Signals())
 
 
 class OneEpoch:
