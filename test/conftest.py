@@ -15,17 +15,29 @@ torch.set_num_threads(1)  # the models are tiny: more threads only wait for each
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"  # library.exit_status sets it, so that torch does not import torch_npu
 
 
+_AUTOLOAD_AT_START = os.environ.get(AUTOLOAD)
+
+
+def _restore_autoload() -> None:
+    if _AUTOLOAD_AT_START is None:
+        os.environ.pop(AUTOLOAD, None)
+    else:
+        os.environ[AUTOLOAD] = _AUTOLOAD_AT_START
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_by_a_script():
-    """A script that runs within a test sets up logging and a variable; the next test is to know nothing of it."""
+    """A script that runs within a test sets up logging and a variable; the next test is to know nothing of it.
+
+    Nor of a script that a fixture of a whole module has run, before this one began.
+    """
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    before = os.environ.get(AUTOLOAD)
+    _restore_autoload()
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-    if before is None:
-        os.environ.pop(AUTOLOAD, None)
+    _restore_autoload()
 
 
 WORDS = ["cat", "dog", "red", "blue", "photo", "of", "a"]
