@@ -44,7 +44,7 @@ def identify(
         "the recipe": recipe,
         "the prediction type": prediction.name,
         "the noise schedule": f"{schedule.timesteps} timesteps with {snr} "
-        f"({_digest(schedule.alphas_cumprod_S.numpy().tobytes())})",
+        f"({short_digest(schedule.alphas_cumprod_S.numpy().tobytes())})",
         "the caption length in tokens": str(options.model.max_token_length or 77),
         "the text encoders' outputs": ", ".join(str(use.skipped_layers) for use in module.uses)
         + " layers left out at the end",
@@ -53,7 +53,7 @@ def identify(
     }
     for number, tokenizer in enumerate(model.tokenizers, start=1):
         words = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.eos_token_id])
-        facts[f"tokenizer {number}"] = _digest(words.encode())
+        facts[f"tokenizer {number}"] = short_digest(words.encode())
     encoders = zip(model.text_encoders, module.trained_encoders, module.uses, strict=True)
     for number, (encoder, trained, use) in enumerate(encoders, start=1):
         used = used_tensors(encoder, use)
@@ -69,7 +69,7 @@ def _vae_fact(vae: Any) -> str:
     quant = getattr(vae, "quant_conv", None)
     encoder |= {f"quant_conv.{name}": tensor for name, tensor in ({} if quant is None else quant.state_dict()).items()}
     settings = [vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
-    shift = _digest(repr(settings[1:]).encode())
+    shift = short_digest(repr(settings[1:]).encode())
     return f"scaling factor {settings[0]:g}, shift {shift}, weights {tensors_digest(encoder)}"
 
 
@@ -82,7 +82,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """A digest of the names and the first few numbers of tensors."""
     heads = {name: tensor.detach().flatten()[:_NUMBERS_READ] for name, tensor in tensors.items()}
     parts = (f"{name} {head.float().cpu().tolist()}".encode() for name, head in sorted(heads.items()))
-    return _digest(*parts)
+    return short_digest(*parts)
 
 
 def changed(saved: Mapping[str, Any], now: Identity) -> list[str]:
@@ -92,7 +92,8 @@ def changed(saved: Mapping[str, Any], now: Identity) -> list[str]:
     ] + [f"{name} (unknown then, {now[name]} now)" for name in now if name not in saved]
 
 
-def _digest(*parts: bytes) -> str:
+def short_digest(*parts: bytes) -> str:
+    """The first letters of a SHA-256 digest over parts of known length, for facts that people read."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))

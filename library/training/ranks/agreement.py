@@ -5,7 +5,6 @@ describes what it found; where the descriptions are not the same, all of them st
 process that differs from the main one, and in what.
 """
 
-import hashlib
 import platform
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from library.errors import InputError
 from library.options.flag import Flag, Flags
 from library.options.values import run_values, subset_values
 from library.processes.versions import differences, software
-from library.training.identity import Identity, weights_digest
+from library.training.identity import Identity, short_digest, weights_digest
 
 _NAMED = 5  # so many differences stand in a message
-_DIGEST_LETTERS = 12
 
 Description = dict[str, str]
 
@@ -35,7 +33,7 @@ def check_agreement(accelerator: Accelerator, description: Description) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    digests = gather_object([_digest(repr(sorted(description.items())).encode())])
+    digests = gather_object([short_digest(repr(sorted(description.items())).encode())])
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
@@ -87,11 +85,3 @@ def _described(flag: Flag, value: Any) -> str | None:
     if flag.same_on_ranks and not isinstance(value, Path):
         return str(value)
     return "given" if flag.kind.is_text else None
-
-
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()[:_DIGEST_LETTERS]
