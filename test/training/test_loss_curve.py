@@ -148,7 +148,7 @@ def squared_errors(run, loss, exact, exact_loss, before, number):
 def test_each_step_from_equal_weights_is_as_near_to_float64_as_diffusers_and_torchs(start, fused, max_norm):
     """Over all steps no tensor is further from float64 than four times what diffusers' and torch's fp32 steps are.
 
-    By oneDNN's and MKL's kernels for SSE, AVX2 and AVX-512 it was 0.4 to 1.8 times. A loss is a single number, whose
+    By oneDNN's and MKL's kernels for SSE, AVX2 and AVX-512 it was 0.4 to 2 times. A loss is a single number, whose
     error may be nearly none by chance, so one unit of fp32 is allowed besides. One row left out of the sums of bias
     gradients is 100,000 times as much, a limit of the norm a thousandth too high 3,000 times.
     """
