@@ -4,7 +4,7 @@ diffusion, then the modules without a folder; a layer imports only those behind 
     script              a script: its flags, and the patches and signals around what it trains
     options/            flags and configuration files, a module for each group of flags
     training/           the loop, and everything that a run consists of
-    generation/         pictures: prompts, guidance, sampling
+    generation/         pictures: guidance, sampling
     families/           Stable Diffusion's families, as data
     data/               from shards and folders to micro-batches
     models/             U-Net, text encoders, VAE, and the files they come from and go to

@@ -23,5 +23,5 @@ caches, objective               encodings that are kept; what the U-Net learns t
 optimizer, ema                  optimizer, rates and schedule; the moving average
 precision, memory, compiling    how steps are computed
 run, saving, states, logs       length and seed, checkpoints, training states, TensorBoard
-preview                         pictures that are sampled while training
+preview, prompts                pictures that are sampled while training; the file of their prompts
 """

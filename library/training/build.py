@@ -10,7 +10,6 @@ from accelerate import Accelerator
 
 from library.data.micro_batch import Tokenize
 from library.diffusion.schedule import NoiseSchedule, Prediction
-from library.generation.prompts import read_prompts
 from library.models.denoiser import frozen_copy
 from library.models.family import Family
 from library.models.files.read import load_model, load_tokenizers
@@ -18,6 +17,7 @@ from library.models.model import Model
 from library.models.prediction import check_v2, choose_prediction
 from library.models.text_encoders import tokenize_all
 from library.models.token_counts import TokenCounter
+from library.options.prompts import read_prompts
 from library.options.training import TrainingOptions
 from library.signals import Signals
 from library.training.encoders import Encoders

@@ -21,9 +21,9 @@ from library.diffusion.schedule import NoiseSchedule, Prediction
 from library.errors import InputError
 from library.generation.guidance import GuidedDenoiser
 from library.generation.pipeline import sample_latents
-from library.generation.prompts import SamplePrompt
 from library.keyed_random import Stream, generator
 from library.models.vae import latent_shape
+from library.options.prompts import SamplePrompt
 from library.training.encoders import Encoders
 from library.training.state.names import sample_name
 

@@ -9,8 +9,8 @@ import torch
 
 from library import device as devices
 from library.errors import InputError
-from library.generation.prompts import read_prompts
 from library.options.compiling import CompilingOptions
+from library.options.prompts import read_prompts
 from library.options.training import TrainingOptions
 from library.training.engine.optimizers import choose_optimizer
 from library.training.engine.sharding import sharding_kind

@@ -13,7 +13,7 @@ from PIL import Image
 
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
-from library.generation.prompts import read_prompts
+from library.options.prompts import read_prompts
 from tools.demo.make_data import held_out_scenes, main, training_scenes, write_data
 from tools.demo.scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, combinations, random_size, render
 

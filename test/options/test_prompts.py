@@ -5,7 +5,7 @@ import json
 import pytest
 
 from library.errors import InputError
-from library.generation.prompts import SamplePrompt, read_prompts
+from library.options.prompts import SamplePrompt, read_prompts
 
 
 def read(tmp_path, text, name="prompts.txt"):
