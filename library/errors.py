@@ -1,14 +1,50 @@
 """The exceptions that end a script with a message: bad input, training that cannot continue, a signal."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
     """Bad input from the user: a flag, a file, a data set.
 
-    The message names the flag or file, says what is wrong with it and what to do. Scripts print it on one line to
-    standard error and exit with status 2.
+    The message names the flag or file, says what is wrong with it and what to do; where several things are wrong, each
+    stands on a line of its own. Scripts print it to standard error and exit with status 2.
     """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, a sentence or two each."""
+        return tuple(map(str, self.args))
+
+    def __str__(self) -> str:
+        problems = self.problems
+        if len(problems) == 1:
+            return problems[0]
+        return "\n  ".join([f"{len(problems)} things are wrong:", *problems])
+
+
+class Problems:
+    """Gathers what is wrong with what the user gave, so that one error names all of it."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Take note of an InputError in a block; the work goes on behind the block."""
+        try:
+            yield
+        except InputError as error:
+            self.found += error.problems
+
+    def raise_any(self) -> None:
+        """Raise InputError if anything was found, each problem once."""
+        if self.found:
+            raise InputError(*dict.fromkeys(self.found))
 
 
 class TrainingError(RuntimeError):

@@ -1,12 +1,14 @@
 """Options of the pictures that are sampled while training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.diffusion.samplers import NAMES
 from library.errors import InputError
-from library.options.flag import OptionGroup, flag
+from library.options.flag import OptionGroup, flag, flag_names
+from library.options.prompts import PromptFile, read_prompts
 
 if TYPE_CHECKING:
     from library.options.training import TrainingOptions
@@ -19,6 +21,7 @@ class PreviewOptions(OptionGroup):
     title: ClassVar[str] = "sample pictures while training"
     page: ClassVar[str] = "training.md"
 
+    prompts: PromptFile | None = None  # what the file of --sample_prompts says
     sample_prompts: Path | None = flag(
         None, "prompts to sample, one a line (--w --h --d --s --l --n --ss), or .toml, .json"
     )
@@ -26,6 +29,13 @@ class PreviewOptions(OptionGroup):
     sample_every_n_epochs: int | None = flag(None, "sample each n epochs", least=1)
     sample_at_first: bool = flag(False, "sample before the first step, too")
     sample_sampler: str = flag("ddim", "where a prompt names none", choices=NAMES)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "PreviewOptions":
+        """The options, and the prompts, read once: the run draws what stands in the file now."""
+        path = values["sample_prompts"]
+        prompts = None if path is None else read_prompts(path)
+        return cls(prompts=prompts, **{name: values[name] for name in flag_names(cls)})
 
     def check(self, options: "TrainingOptions") -> None:
         """Raise InputError where pictures are asked for without prompts."""

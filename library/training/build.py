@@ -15,9 +15,9 @@ from library.models.family import Family
 from library.models.files.read import load_model, load_tokenizers
 from library.models.model import Model
 from library.models.prediction import check_v2, choose_prediction
-from library.models.text_encoders import tokenize_all
+from library.models.text_encoders import CHUNK_TOKENS, tokenize_all
 from library.models.token_counts import TokenCounter
-from library.options.prompts import read_prompts
+from library.options.prompts import PromptFile
 from library.options.training import TrainingOptions
 from library.signals import Signals
 from library.training.encoders import Encoders
@@ -96,7 +96,8 @@ def build_parts(
         logger.warning(warning)
     model.scheduler_config = chosen.scheduler_config
     prediction, schedule = chosen.prediction, chosen.schedule
-    previewer = _previewer(options, prediction, schedule, accelerator, seed, signals)
+    counter = TokenCounter(model.tokenizers, options.model.max_token_length, options.model.weighted_captions)
+    previewer = _previewer(options, prediction, schedule, accelerator, seed, counter, signals)
     tokenize = partial(
         tokenize_all,
         model.tokenizers,
@@ -116,7 +117,7 @@ def build_parts(
         encoders,
         Task(recipe, objective, encoders, previewer),
         tokenize,
-        TokenCounter(model.tokenizers, options.model.max_token_length, options.model.weighted_captions),
+        counter,
         StepMemory(options, placement, encoders.vae, tokenize([""] * batch_size), accelerator.device, processes, seed),
         identity,
         [
@@ -125,7 +126,7 @@ def build_parts(
             f"VAE in {str(encoders.vae.dtype).removeprefix('torch.')}",
             f"attention backend asked for: {placement.attention_backend}",
             *recipe.lines(),
-            f"sample prompts: {len(previewer.prompts) if previewer else 0}",
+            *_prompt_lines(options.preview.prompts, counter),
             *placement.lines,
         ],
     )
@@ -137,14 +138,15 @@ def _previewer(
     schedule: NoiseSchedule,
     accelerator: Accelerator,
     seed: int,
+    counter: TokenCounter,
     signals: Signals,
 ) -> Previewer | None:
     """What samples the pictures that --sample_prompts asks for, checked before anything trains."""
     preview = options.preview
-    if preview.sample_prompts is None:
+    if preview.prompts is None:
         return None
     previewer = Previewer(
-        read_prompts(preview.sample_prompts),
+        preview.prompts.prompts,
         options.saving.output_dir,
         options.saving.output_name,
         preview.sample_sampler,
@@ -152,10 +154,29 @@ def _previewer(
         prediction,
         seed,
         accelerator.autocast,
+        counter.tokenize_whole,
         signals.stop_if_requested,
     )
     previewer.check()
     return previewer
+
+
+def _prompt_lines(file: PromptFile | None, counter: TokenCounter) -> list[str]:
+    """Which prompts are drawn, for the log, and which of them are longer than a caption can be in training."""
+    if file is None:
+        return ["sample prompts: none"]
+    prompts = file.prompts
+    counts = (counter([prompt.prompt for prompt in prompts]), counter([prompt.negative_prompt for prompt in prompts]))
+    longest = [max(tokens) for tokens in zip(*counts, strict=True)]
+    return [
+        f"sample prompts: {file}",
+        *(
+            f"sample prompt {number} has {tokens} tokens: it is drawn by all of them, in chunks of {CHUNK_TOKENS}, and "
+            f"captions train by their first {counter.most} (--max_token_length): {prompt.prompt:.60}…"
+            for number, (prompt, tokens) in enumerate(zip(prompts, longest, strict=True), start=1)
+            if tokens > counter.most
+        ),
+    ]
 
 
 def _encoders(

@@ -67,13 +67,13 @@ class Encoders:
         self.vae.to(home)
         return pictures_BHWC
 
-    def text_states(self, module: Denoiser, captions: Sequence[str]) -> TextStates:
-        """Text states of captions, with the module's text encoders or the released ones."""
+    def text_states(self, module: Denoiser, tokens: Tokens) -> TextStates:
+        """Text states of tokens, with the module's text encoders or the released ones."""
         if not self._released:
-            return self._encoded(module.text_encoders, captions)
+            return self._encoded(module.text_encoders, tokens)
         for encoder in self._released:
             encoder.to(self._device)
-        states = self._encoded(self._released, captions)
+        states = self._encoded(self._released, tokens)
         for encoder in self._released:
             encoder.to("cpu")
         return states
@@ -109,11 +109,10 @@ class Encoders:
         Missing captions are filled up to the batch that is encoded at once, as in `encode_moments`.
         """
         filled = [*captions, *[""] * (self._text_batch_size - len(captions))]
-        outputs = self._encoded(self._module.text_encoders, filled)
+        outputs = self._encoded(self._module.text_encoders, self._tokenize(filled))
         return tuple(output[: len(captions)].cpu() for output in outputs if output is not None)
 
-    def _encoded(self, text_encoders: Any, captions: Sequence[str]) -> TextStates:
-        tokens = self._tokenize(captions)
+    def _encoded(self, text_encoders: Any, tokens: Tokens) -> TextStates:
         ids, weights = (tuple(tensor.to(self._device) for tensor in part) for part in tokens)
         with self._autocast():
             return encode(text_encoders, Tokens(ids, weights), self._module.uses)

@@ -22,6 +22,7 @@ from library.errors import InputError
 from library.generation.guidance import GuidedDenoiser
 from library.generation.pipeline import sample_latents
 from library.keyed_random import Stream, generator
+from library.models.text import Tokens
 from library.models.vae import latent_shape
 from library.options.prompts import SamplePrompt
 from library.training.encoders import Encoders
@@ -36,6 +37,7 @@ class Previewer:
         schedule: on the CPU.
         seed: the run's, for prompts without a seed of their own.
         autocast: the precision that the U-Net computes in; sampler and VAE keep their own.
+        tokenize: prompts, to tokens of all that they say.
         between: called before each step of a sampler; may raise, to end the work.
     """
 
@@ -47,6 +49,7 @@ class Previewer:
     prediction: Prediction
     seed: int
     autocast: Callable[[], AbstractContextManager]
+    tokenize: Callable[[Sequence[str]], Tokens]
     between: Callable[[], None]
 
     def check(self) -> None:
@@ -101,7 +104,7 @@ class Previewer:
         """The U-Net with a prompt's conditions, in row 0, and its negative prompt's, in row 1."""
         size_hw = (prompt.height, prompt.width)
         size_ids_26 = torch.tensor([[*size_hw, 0, 0, *size_hw]] * 2, dtype=torch.float32, device=device)
-        states = encoders.text_states(module, [prompt.prompt, prompt.negative_prompt])
+        states = encoders.text_states(module, self.tokenize([prompt.prompt, prompt.negative_prompt]))
         context_2TC, vector_2V = module.conditions(states, size_ids_26)
 
         def predict(noisy_BCHW: Tensor, t_B: Tensor, context_BTC: Tensor, vector_BV: Tensor | None) -> Tensor:

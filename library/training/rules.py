@@ -10,7 +10,6 @@ import torch
 from library import device as devices
 from library.errors import InputError
 from library.options.compiling import CompilingOptions
-from library.options.prompts import read_prompts
 from library.options.training import TrainingOptions
 from library.training.engine.optimizers import choose_optimizer
 from library.training.engine.sharding import sharding_kind
@@ -27,8 +26,6 @@ def check_options_here(options: TrainingOptions, device: torch.device, processes
     check_optimizer(options)
     check_swapping(options, device, processes)
     check_compiling(options.compiling, device)
-    if options.preview.sample_prompts is not None:
-        read_prompts(options.preview.sample_prompts)
 
 
 def check_optimizer(options: TrainingOptions) -> None:

@@ -92,7 +92,7 @@ def test_the_trainer_finds_every_picture_and_nothing_else(data: Path) -> None:
 
 
 def test_prompts_ask_for_what_is_expected(data: Path) -> None:
-    prompts = read_prompts(data / "prompts.txt")
+    prompts = read_prompts(data / "prompts.txt").prompts
     expected = json.loads((data / "expected.json").read_text())
     assert len(prompts) == len(expected["prompts"]) == 16
     for prompt, wanted in zip(prompts, expected["prompts"], strict=True):

@@ -30,7 +30,9 @@ def test_the_older_spellings_of_optimizers_are_their_types_and_exclude_each_othe
     assert "--optimizer_type: not allowed with argument --use_8bit_adam" in capsys.readouterr().err
 
 
-def test_every_flag_of_the_mission_is_taken_and_lands_in_an_option_group():
+def test_every_flag_of_the_mission_is_taken_and_lands_in_an_option_group(tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat")
     options = parse(
         "--max_train_epoch=3", "--vae=v", "--tokenizer1_path=a", "--tokenizer2_path=b", "--enable_bucket",
         "--bucket_no_upscale", "--output_name=n", "--save_every_n_epochs=2", "--save_every_n_steps=5",
@@ -39,7 +41,7 @@ def test_every_flag_of_the_mission_is_taken_and_lands_in_an_option_group():
         "--train_text_encoder", "--learning_rate_te1=1e-7", "--learning_rate_te2=1e-7", "--lr_warmup_steps=4",
         "--lr_scheduler=cosine_with_restarts", "--lr_scheduler_num_cycles=2", "--lr_scheduler_power=2", "--seed=1",
         "--shuffle_caption", "--keep_tokens=1", "--optimizer_type=oss", "--max_token_length=512",
-        "--enable_npu_flash_attention", "--no_half_vae", "--sample_prompts=p.txt", "--sample_every_n_steps=7",
+        "--enable_npu_flash_attention", "--no_half_vae", f"--sample_prompts={prompts}", "--sample_every_n_steps=7",
         "--sample_every_n_epochs=1", "--sample_at_first", "--dry_run",
     )  # fmt: skip
     assert options.run.max_train_epochs == 3

@@ -16,12 +16,12 @@ WIDTH, HEIGHT, STEPS, SEED = 24, 32, 3, 7
 GUIDANCE = 80.0
 
 
-def sampled_by_us(model_folder, out, options):
+def sampled_by_us(model_folder, out, options, prompt="a red cat"):
     """What the trainer samples before its first step."""
     image_folder = out / "1_red picture"
     image_folder.mkdir(parents=True)
     Image.new("RGB", (32, 32), (220, 40, 40)).save(image_folder / "red.png")
-    prompt = f"a red cat --n dog --w {WIDTH} --h {HEIGHT} --s {STEPS} --d {SEED} {options}"
+    prompt = f"{prompt} --n dog --w {WIDTH} --h {HEIGHT} --s {STEPS} --d {SEED} {options}"
     (out / "prompts.txt").write_text(prompt)
     AcceleratorState._reset_state(reset_partial_state=True)
     status = sdxl_pretrain.main(
@@ -36,7 +36,15 @@ def sampled_by_us(model_folder, out, options):
     return np.asarray(Image.open(picture)).astype(int)
 
 
-def sampled_by_diffusers(model_folder, sampler, guidance):
+def in_chunks(pipeline, *chunks):
+    """A prompt's states and pooled vector, each chunk's by diffusers, joined as our chunks are."""
+    encoded = [pipeline.encode_prompt(chunk, do_classifier_free_guidance=False) for chunk in chunks]
+    states = [one[0] for one in encoded]
+    joined = [states[0][:, :1], *(one[:, 1:-1] for one in states), states[-1][:, -1:]]
+    return torch.cat(joined, dim=1), encoded[0][2]
+
+
+def sampled_by_diffusers(model_folder, sampler, guidance, chunks=("a red cat",)):
     pipeline = StableDiffusionXLPipeline.from_pretrained(model_folder)
     pipeline.scheduler = make_sampler(sampler, NoiseSchedule.from_config({}), Epsilon())
     pipeline.set_progress_bar_config(disable=True)
@@ -44,9 +52,17 @@ def sampled_by_diffusers(model_folder, sampler, guidance):
     random = generator(SEED, Stream.PREVIEW)
     random.integers(2**63)  # the seed of samplers that draw noise of their own
     noise = random.standard_normal((1, 4, HEIGHT // factor, WIDTH // factor), dtype=np.float32)
+    states, pooled = in_chunks(pipeline, *chunks)
+    negative_states, negative_pooled = in_chunks(pipeline, "dog", *[""] * (len(chunks) - 1))
+    texts = {"prompt": "a red cat", "negative_prompt": "dog"}
+    if len(chunks) > 1:
+        texts = {
+            "prompt_embeds": states, "pooled_prompt_embeds": pooled, "negative_prompt_embeds": negative_states,
+            "negative_pooled_prompt_embeds": negative_pooled,
+        }  # fmt: skip
     picture = pipeline(
-        "a red cat", negative_prompt="dog", width=WIDTH, height=HEIGHT, num_inference_steps=STEPS,
-        guidance_scale=guidance, latents=torch.from_numpy(noise), output_type="np",
+        **texts, width=WIDTH, height=HEIGHT, num_inference_steps=STEPS, guidance_scale=guidance,
+        latents=torch.from_numpy(noise), output_type="np",
     ).images[0]  # fmt: skip
     return (picture * 255).round().astype(int)
 
@@ -66,3 +82,14 @@ def test_guidance_is_in_the_picture(tiny_sdxl_folder, tmp_path):
         sampled_by_us(tiny_sdxl_folder, tmp_path / str(scale), f"--ss euler --l {scale}") for scale in (1, GUIDANCE)
     )
     assert np.abs(plain - guided).max() > 10
+
+
+def test_a_long_prompt_is_drawn_by_all_of_it(tiny_sdxl_folder, tmp_path, capsys):
+    """What stands behind token 75 is drawn as well as what stands before it, and the log says which prompt is long."""
+    chunks = ["a red cat " * 25, "blue dog"]
+    ours = sampled_by_us(tiny_sdxl_folder, tmp_path, f"--ss euler --l {GUIDANCE}", prompt="".join(chunks))
+    assert "sample prompt 1 has 77 tokens: it is drawn by all of them" in capsys.readouterr().err
+    theirs = sampled_by_diffusers(tiny_sdxl_folder, "euler", GUIDANCE, chunks)
+    cut = sampled_by_diffusers(tiny_sdxl_folder, "euler", GUIDANCE, chunks[:1])
+    assert np.abs(ours - theirs).max() <= 1
+    assert np.abs(ours - cut).max() > 10
