@@ -35,10 +35,13 @@ def loop_options(options: TrainingOptions, data: TrainingSet, steps: int) -> Loo
 
     def forget_checkpoints(saved: Path, stem: str) -> None:
         retention = Retention(options.saving.save_last_n_epochs, options.saving.save_last_n_steps)
-        names = [entry.name for entry in saved.parent.iterdir()]
-        for old in obsolete(names, saved.name, retention, name, suffix=saved.name.removeprefix(stem)):
-            logger.info("removing old checkpoint: %s", saved.parent / old)
-            remove(saved.parent / old)
+        try:
+            names = [entry.name for entry in saved.parent.iterdir()]
+            for old in obsolete(names, saved.name, retention, name, suffix=saved.name.removeprefix(stem)):
+                logger.info("removing old checkpoint: %s", saved.parent / old)
+                remove(saved.parent / old)
+        except OSError as error:  # a disk that refuses is no reason to end a run
+            logger.warning("old checkpoints in %s cannot be removed (%s)", saved.parent, error.strerror)
 
     return LoopOptions(
         max_train_steps=steps,

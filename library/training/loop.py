@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from library import device as devices
 from library.data.micro_batch import MicroBatch
 from library.data.training_set import Epochs
-from library.errors import Stopped, TrainingError
+from library.errors import InputError, Stopped, TrainingError
 from library.signals import Signals
 from library.training.engine.sharding import Replicated
 from library.training.log.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
@@ -328,15 +328,18 @@ class Trainer:
             )
         checkpoints = self.options.checkpoints_due(steps_done, epochs_done)
         for stem in checkpoints:
-            self.save(stem)
             if self.states.cadence.with_checkpoints:
                 self.save_state(steps_done, stem)
-        previews = self.options.previews_due(steps_done, epochs_done)
+            self.save(stem)
+        if requests.save or requests.stop_signal or self.states.step_is_due(steps_done):
+            self.save_state(steps_done)  # before pictures, which must not cost it
+        previews = () if requests.stop_signal else self.options.previews_due(steps_done, epochs_done)
         self._preview(previews, steps_done)
         if took_long or checkpoints or previews:
-            requests |= self._agreed()
-        if requests.save or requests.stop_signal or self.states.step_is_due(steps_done):
-            self.save_state(steps_done)
+            asked = self._agreed()
+            if asked.save or asked.stop_signal:
+                self.save_state(steps_done)
+            requests |= asked
         if requests.stop_signal:
             self.progress.phase = SAVING
             self.states.wait()
@@ -393,10 +396,19 @@ class Trainer:
         with self.parallel.evaluated(), self.parallel.averages_in_place(), self.parallel.whole_module() as module:
             if self.accelerator.is_main_process:
                 self.progress.phase = SAMPLING
-                with suppress(Stopped):  # the signal is still there for all to agree on
-                    for position in positions:
-                        self.task.preview(position, step, module)
+                for position in positions:
+                    self._sample(position, step, module)
             self._wait_for_others()
+
+    def _sample(self, position: str, step: int, module: torch.nn.Module) -> None:
+        """Sample pictures; whatever goes wrong with them costs pictures alone."""
+        try:
+            self.task.preview(position, step, module)
+        except Stopped:
+            return  # the signal is still there for all to agree on
+        except Exception as error:
+            expected = isinstance(error, (OSError, InputError))
+            logger.warning("sample pictures after step %d: %s; training goes on", step, error, exc_info=not expected)
 
     def _wait_for_others(self) -> None:
         self.progress.phase = WAITING

@@ -73,6 +73,9 @@ def finish(
         overflows=report.overflows,
         steps_not_updated=report.steps_not_updated,
     )
-    if options.logs.case_name:
-        write_case_log(figures, options.saving.output_dir, options.logs.case_name, network_name)
     print(figures.block(), flush=True)
+    if options.logs.case_name:
+        try:
+            write_case_log(figures, options.saving.output_dir, options.logs.case_name, network_name)
+        except InputError as error:  # the training itself is done, and its model saved
+            logger.warning("--case_name: %s", error)

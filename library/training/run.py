@@ -287,9 +287,9 @@ def _train(
         logger.info("running training")
         stack.enter_context(worker_deaths_reported())
         report = trainer.train(iter(data.loader(parts.tokenize, steps, trainer.start_step)))
-        trainer.save(last_name(saving.output_name))
         if options.states.save_state or options.states.save_state_on_train_end:
             trainer.save_state(steps, last_name(saving.output_name))
+        trainer.save(last_name(saving.output_name))
     logger.info("model saved.")
     return report
 

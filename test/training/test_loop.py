@@ -333,3 +333,26 @@ def test_two_processes_stop_at_the_same_step_though_one_alone_saw_the_bad_sample
     first, second = ((tmp_path / name).read_text() for name in ("quarantine.jsonl", "quarantine.rank1.jsonl"))
     assert json.loads(first) == {"step": 0, "sample": "0.tar:x", "reason": "no image"}
     assert len(second.splitlines()) == 5
+
+
+class NoPictures(Regression):
+    """A task whose pictures fail."""
+
+    def preview(self, position, step, module):
+        raise OSError(28, "No space left on device")
+
+
+def test_pictures_that_fail_end_no_run_and_cost_no_state(tmp_path, caplog, monkeypatch):
+    saved = []
+    monkeypatch.setattr(States, "save", lambda self, steps_done, metrics, stem=None: saved.append(steps_done))
+    monkeypatch.setattr(States, "step_is_due", lambda self, steps_done: steps_done == 4)
+    task = NoPictures()
+    monkeypatch.setattr(task, "preview", lambda *_: (saved.append("picture"), NoPictures.preview(task, *_)))
+    _, report, _ = train(
+        tmp_path, task, preview_at_first=True, previews_due=lambda steps, epochs: ["000004"] if steps == 4 else []
+    )
+    assert report.steps == 8
+    assert saved == ["picture", 4, "picture"]  # the state is there before the picture is tried
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"sample pictures after step {step}: [Errno 28] No space left on device; training goes on" for step in (0, 4)
+    ]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from library.training.log.appended_lines import AppendedLines
+from library.training.log.tensorboard import Board
 
 AVERAGE_WINDOW = 100  # steps in the average loss that the bar and the final block show
 WARMUP_STEPS = 5  # left out of the speed: first-time allocations, kernel choices, workers starting
@@ -121,15 +123,12 @@ class MetricsWriter:
         self.board_folder: str | None = None
         if not main:
             return
-        self._file = (output_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = None
+        self._lines = AppendedLines(output_dir / "metrics.jsonl")
+        self._board: Board | None = None
         if logging_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             goes_on = board_folder is not None and (logging_dir / board_folder).is_dir()
             self.board_folder = board_folder if goes_on else f"{time.strftime('%Y%m%d%H%M%S')}/finetuning"
-            folder = str(logging_dir / str(self.board_folder))
-            self._board = SummaryWriter(folder, purge_step=steps_done + 1 if goes_on else None)
+            self._board = Board(logging_dir / str(self.board_folder), steps_done + 1 if goes_on else None)
         self.bar = tqdm(
             total=total_steps, initial=steps_done, desc="steps", smoothing=0.1, dynamic_ncols=True, mininterval=0.5
         )
@@ -138,11 +137,9 @@ class MetricsWriter:
         """Record one step."""
         if not self.main:
             return
-        self._file.write(json.dumps({**asdict(metrics), "run": self.run_id}) + "\n")
-        self._file.flush()
+        self._lines.add([json.dumps({**asdict(metrics), "run": self.run_id})])
         if self._board is not None:
-            for name, value in _scalars(metrics).items():
-                self._board.add_scalar(name, value, metrics.step)
+            self._board.add(_scalars(metrics), metrics.step)
         shown = {"loss": metrics.loss, "avr_loss": metrics.average_loss, "img/s": metrics.images_per_second}
         if metrics.quarantined:
             shown["replaced"] = metrics.quarantined
@@ -155,11 +152,9 @@ class MetricsWriter:
         """Record what is measured besides at a step, by TensorBoard's names: a line of its own in metrics.jsonl."""
         if not self.main:
             return
-        self._file.write(json.dumps({"step": step, "epoch": epoch, **values, "run": self.run_id}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if self._board is not None and value is not None:
-                self._board.add_scalar(name, value, step)
+        self._lines.add([json.dumps({"step": step, "epoch": epoch, **values, "run": self.run_id})])
+        if self._board is not None:
+            self._board.add({name: value for name, value in values.items() if value is not None}, step)
 
     def write_text(self, line: str) -> None:
         """Print a line above the bar."""
@@ -167,15 +162,15 @@ class MetricsWriter:
             self.bar.write(line)
 
     def sync(self) -> None:
-        """Make what was written durable: a state that follows must not know of more steps than the file does."""
+        """Make what was written durable: a state that follows should not know of more steps than the file does."""
         if self.main:
-            os.fsync(self._file.fileno())
+            self._lines.sync()
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
         if self.main:
             self.bar.close()
-            self._file.close()
+            self._lines.close()
             if self._board is not None:
                 self._board.close()
 

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from library.data.bad_samples import kind, summary, too_many
 from library.data.micro_batch import MicroBatch
 from library.errors import TrainingError
+from library.training.log.appended_lines import AppendedLines
 
 
 class Quarantine:
@@ -32,7 +33,7 @@ class Quarantine:
         self.count = 0
         self._accelerator, self._write_text, self._samples, self._share = accelerator, write_text, samples, share
         rank = accelerator.process_index
-        self._path = output_dir / ("quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl")
+        self._lines = AppendedLines(output_dir / ("quarantine.jsonl" if rank == 0 else f"quarantine.rank{rank}.jsonl"))
         self._kinds: Counter[str] = Counter()
 
     def begin(self, steps_done: int, left_out: Iterable[tuple[str, str]]) -> None:
@@ -73,12 +74,8 @@ class Quarantine:
         kinds: Counter[str] = Counter()
         for part in gather_object([dict(self._kinds)]):
             kinds.update(part)
-        listed = self._path.with_name("quarantine*.jsonl")
+        listed = self._lines.path.with_name("quarantine*.jsonl")
         raise TrainingError(f"{summary(self.count, seen, self._share, kinds)} Each is listed in {listed}")
 
     def _write(self, step: int, bad: Iterable[tuple[str, str]]) -> None:
-        lines = [json.dumps({"step": step, "sample": name, "reason": reason}) + "\n" for name, reason in bad]
-        if not lines:
-            return
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+        self._lines.add(json.dumps({"step": step, "sample": name, "reason": reason}) for name, reason in bad)

@@ -1,7 +1,9 @@
 """The figures that a run reports of itself: speed, average loss, names of files, the final block."""
 
+import errno
 import json
 import math
+import os
 
 import pytest
 
@@ -112,3 +114,59 @@ def test_only_the_main_process_writes(tmp_path):
     writer.write(step_metrics(1, 0.5))
     writer.close()
     assert not list(tmp_path.iterdir())
+
+
+class FullDisk:
+    """A disk that takes some bytes, then nothing, until there is room again."""
+
+    def __init__(self, monkeypatch, room):
+        self.room, self._write = room, os.write
+        monkeypatch.setattr("library.training.log.appended_lines.os.write", self.write)
+
+    def write(self, descriptor, content):
+        if self.room is None:
+            return self._write(descriptor, content)
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken, self.room = content[: self.room], max(self.room - len(content), 0)
+        return self._write(descriptor, taken)
+
+
+def test_lines_that_a_full_disk_refuses_come_later_each_once_and_whole(tmp_path, monkeypatch, caplog):
+    disk = FullDisk(monkeypatch, room=100)
+    writer = MetricsWriter(tmp_path, None, total_steps=4)
+    for step in range(1, 4):
+        writer.write(step_metrics(step, 0.5))
+        writer.sync()
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 100  # in the middle of a line
+    disk.room = None
+    writer.write(step_metrics(4, 0.5))
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [record.message.split("metrics.jsonl: ")[1] for record in caplog.records] == [
+        "cannot be written (No space left on device); its lines wait in memory", "is written again"
+    ]  # fmt: skip
+
+
+def test_tensorboard_that_fails_ends_no_run_and_is_tried_again(tmp_path, monkeypatch, caplog):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(self, *arguments, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = MetricsWriter(tmp_path, tmp_path / "logs", total_steps=4)
+    writer.write(step_metrics(1, 0.5))
+    with monkeypatch.context() as patched:
+        patched.setattr(SummaryWriter, "add_scalar", full)
+        writer.write(step_metrics(2, 0.5))
+        writer.write(step_metrics(3, 0.5))
+    assert len(caplog.records) == 1 and "No space left on device" in caplog.text
+    monkeypatch.setattr("library.training.log.tensorboard._RETRY_AFTER_S", 0)
+    writer.write(step_metrics(4, 0.25))
+    writer.close()
+    (folder,) = (tmp_path / "logs").glob("*/finetuning")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 4]
