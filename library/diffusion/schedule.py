@@ -94,6 +94,16 @@ class Epsilon:
         """What the prediction is compared with."""
         return noise_BCHW
 
+    def clean_and_noise(
+        self, signal: float, noise: float, noisy_BCHW: Tensor, predicted_BCHW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The clean latents and the noise that a prediction takes noised latents apart into.
+
+        Args:
+            signal, noise: their shares in the noised latents, sqrt(alpha_bar) and sqrt(1 - alpha_bar).
+        """
+        return (noisy_BCHW - noise * predicted_BCHW) / signal, predicted_BCHW
+
 
 @dataclass(frozen=True)
 class VPrediction:
@@ -105,6 +115,12 @@ class VPrediction:
         """What the prediction is compared with."""
         signal, noise = schedule.signal_and_noise(t_B)
         return signal * noise_BCHW - noise * x0_BCHW
+
+    def clean_and_noise(
+        self, signal: float, noise: float, noisy_BCHW: Tensor, predicted_BCHW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As Epsilon's; it holds where no signal is left, too, for signal² + noise² = 1."""
+        return signal * noisy_BCHW - noise * predicted_BCHW, noise * noisy_BCHW + signal * predicted_BCHW
 
 
 Prediction = Epsilon | VPrediction
