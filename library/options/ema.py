@@ -19,7 +19,7 @@ class EMAOptions(OptionGroup):
     )
     ema_decay: float = flag(
         0.9999,
-        "share of the average that a step leaves; less at first, (1 + n) / (10 + n) after n steps",
+        "share of the average that a step leaves; less at first, (1 + n) / (10 + n) after n steps, none at the first",
         least=0,
         most=1,
         needs="use_ema",

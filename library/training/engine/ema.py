@@ -1,7 +1,8 @@
 """Exponential moving averages of what trains (EMA): a smoother model than the last step's, to save and to sample from.
 
-The average after n updates is d·average + (1 - d)·weight with d = min(decay, (1 + n) / (10 + n)), as diffusers'
-EMAModel counts it: at first the average follows quickly, so that the weights before training are soon forgotten.
+An update after n others makes d·average + (1 - d)·weight, with d = min(decay, (1 + n) / (10 + n)) and d = 0 at the
+first one, as diffusers' EMAModel has it: the average at first follows quickly, and the weights before training are no
+part of it.
 Averages are fp32 whatever the weights are: bf16 would lose what one step adds to them.
 """
 
@@ -13,8 +14,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def decay_at(updates: int, decay: float) -> float:
-    """The decay of an update, by the number of updates up to it and its own."""
-    return min(decay, (1 + updates) / (10 + updates))
+    """The decay of an update, by the number of updates before it."""
+    return min(decay, (1 + updates) / (10 + updates)) if updates else 0.0
 
 
 class Averages:
@@ -38,8 +39,8 @@ class Averages:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are after an optimizer step."""
-        self.updates += 1
         average_in = get_ema_multi_avg_fn(decay_at(self.updates, self.decay))
+        self.updates += 1
         together: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}  # weights may lie on two devices
         for name, parameter in self.parameters.items():
             average, weight = self.averages[name], parameter.detach()
