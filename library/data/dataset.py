@@ -284,6 +284,7 @@ def _subset(
         class_folders=config is None,
         flag=flag,
         extras=_extras(options, extras),
+        any_line=options.enable_wildcard,
     )
 
 

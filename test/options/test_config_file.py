@@ -93,7 +93,7 @@ def test_another_encoding_is_named(tmp_path, capsys):
     (tmp_path / "run.toml").write_bytes('caption_prefix = "un château"\n'.encode("latin-1"))
     with pytest.raises(SystemExit):
         parsed(*REQUIRED, f"--config_file={tmp_path / 'run.toml'}")
-    assert "run.toml is not UTF-8: byte 23 is 0xe2. Save it as UTF-8." in capsys.readouterr().err
+    assert "run.toml is not UTF-8 (byte 23 is 0xe2, perhaps Windows' CP1252" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path, capsys):

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 from library.data.bad_samples import SampleError
+from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_text, check_characters, is_json_name
 from library.data.image_header import HEADER_BYTES, MAX_BYTES, upright_size
 from library.data.index.extras import FolderExtras, extra_arrays, places_in_folder
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
-    MAX_CAPTION_BYTES,
+    FACE_NUMBERS,
     CaptionKind,
     Part,
     TextPool,
@@ -26,11 +27,12 @@ def scan_folder(
 ) -> Part:
     """Rows of the images among a folder's files, in their order; sizes come from the images' headers.
 
-    The caption file has the image's stem and the source's caption extension; an image without one, or with an empty
-    one, gets the class words.
+    The caption is the metadata's, else that of the caption file, else the class words. The caption file has the image's
+    stem and the source's caption extension; where there is none, and the stem tells of a face, it may have the stem
+    without the face's numbers, as in sd-scripts.
 
     Args:
-        captions: by name, from metadata; they come before caption files.
+        captions: by name, from metadata.
         extras: the files of extra images; an image that lacks one that the source wants is bad.
     """
     captions = captions or {}
@@ -43,22 +45,12 @@ def scan_folder(
         try:
             if sizes[name] > MAX_BYTES:
                 raise SampleError(f"an image file of {sizes[name]} bytes, {MAX_BYTES} are the most")
-            caption_bytes = sizes.get(stem + source.caption_extension, 0)
-            if caption_bytes > MAX_CAPTION_BYTES:
-                raise SampleError(f"a caption of {caption_bytes} bytes, {MAX_CAPTION_BYTES} are the most")
+            caption = _caption(source, name, sizes, captions.get(name, ""), pool, part)
             width_height = _size_from_image(source.path / name)
             own_extras = places_in_folder(source.extras, extras or {}, name, pool)
         except SampleError as error:
             part.bad.append((name, str(error)))
             continue
-        if captions.get(name):
-            caption = (CaptionKind.STORED, *pool.add(captions[name]))
-        elif caption_bytes:
-            caption = (CaptionKind.PLAIN, 0, caption_bytes)
-        elif source.class_words:
-            caption = (CaptionKind.STORED, *pool.add(source.class_words))
-        else:
-            caption = (CaptionKind.ABSENT, 0, 0)
         rows.append((0, sizes[name], *caption, *pool.add(name), *width_height))
         places.append(own_extras)
         part.other_captions.update(
@@ -67,6 +59,58 @@ def scan_folder(
     part.rows, part.text = row_array(rows), pool.array()
     part.extras = extra_arrays(source.extras, places)
     return part
+
+
+def _caption(
+    source: Source, name: str, sizes: Mapping[str, int], of_metadata: str, pool: TextPool, part: Part
+) -> tuple[int, int, int]:
+    """Where the caption of an image is, as its row says it; blank captions and those of many lines are noted.
+
+    Args:
+        sizes: of the folder's files, by name.
+        of_metadata: "" where that says nothing.
+
+    Raises:
+        SampleError: the caption file cannot be read, or the caption is too long.
+    """
+    caption = caption_lines(check_characters(of_metadata))
+    where: tuple[int, int, int] = (CaptionKind.ABSENT, 0, 0)
+    if caption:
+        if len(caption) > MAX_CAPTION_BYTES:
+            raise SampleError(f"a caption of {len(caption)} characters, {MAX_CAPTION_BYTES} are the most")
+        where = (CaptionKind.STORED, *pool.add(caption))
+    elif (file := _caption_file(PurePath(name).stem, source.caption_extension, sizes)) is not None:
+        less, file_name = file
+        is_json = is_json_name(source.caption_extension)
+        caption = caption_text(_bytes_of(source.path / file_name, sizes[file_name]), is_json)
+        if caption:
+            where = (CaptionKind.JSON if is_json else CaptionKind.PLAIN, less, sizes[file_name])
+        else:
+            part.blank.append(name)
+    if not caption and source.class_words:
+        where = (CaptionKind.STORED, *pool.add(source.class_words))
+    if "\n" in caption:
+        part.many_lines.append(name)
+    return where
+
+
+def _caption_file(stem: str, extension: str, files: Mapping[str, int]) -> tuple[int, str] | None:
+    """An image's caption file, and how many characters of the image's stem its own has less; None if there is none."""
+    face = FACE_NUMBERS.search(stem)
+    for less in (0, len(stem) - face.start()) if face is not None else (0,):
+        name = f"{stem[: len(stem) - less]}{extension}"
+        if name in files:
+            return less, name
+    return None
+
+
+def _bytes_of(path: Path, size: int) -> bytes:
+    if size > MAX_CAPTION_BYTES:
+        raise SampleError(f"a caption of {size} bytes, {MAX_CAPTION_BYTES} are the most")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError(f"its caption cannot be read: {error.strerror}") from error
 
 
 def _size_from_image(path: Path) -> tuple[int, int]:

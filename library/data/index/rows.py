@@ -5,6 +5,7 @@ and the table of a shard can be one array on disk.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,18 +14,19 @@ from enum import IntEnum
 import numpy as np
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif"})
-MAX_CAPTION_BYTES = 1 << 20  # of a caption file or JSON member; more is no caption
 # Extensions that are searched for only to tell the user about a wrong --caption_extension.
 COMMON_CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags")
 NAMED = 5  # so many names of a long list stand in a message
+# A face that an image's stem or key tells of: its centre's x and y, its width and its height in px.
+FACE_NUMBERS = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)(?:\.\w+)?$")
 
 
 class CaptionKind(IntEnum):
     """Where the caption of a row is. Stored in caches: never renumber."""
 
     ABSENT = 0  # there is none: the image trains with an empty caption
-    PLAIN = 1  # a text file: a member of the row's tar, or the file of the image's stem in a folder
-    JSON = 2  # the "caption" field of a JSON member of the row's tar
+    PLAIN = 1  # a text file: a member of the row's tar, or a file beside the image in a folder
+    JSON = 2  # the "caption" field of such a file in JSON
     STORED = 3  # in the table's own text (from a parquet sidecar, or a DreamBooth folder's class words)
 
 
@@ -33,7 +35,9 @@ ROW = np.dtype(
         ("image_offset", np.int64),  # of the image's first byte in the shard; 0 in a folder
         ("image_bytes", np.int64),
         ("caption_kind", np.uint8),
-        ("caption_offset", np.int64),  # in the shard, or for STORED in the table's text
+        # In the shard, or for STORED in the table's text; for a file in a folder how many characters of the image's
+        # stem the file's has less.
+        ("caption_offset", np.int64),
         ("caption_bytes", np.int32),
         ("name_offset", np.int64),  # in the table's text: the sample's key in a shard, the file's name in a folder
         ("name_bytes", np.int32),
@@ -55,6 +59,8 @@ class Part:
         without_image: samples that have no image.
         strange_extensions: what those samples have, with counts.
         other_captions: images that have a caption file, but with another extension than asked for, by extension.
+        blank: keys of images whose caption file is blank, so that the next source of a caption counts.
+        many_lines: keys of images whose captions have several lines.
         extras: arrays of where the rows' extra images are, by the arrays' names (library.data.index.extras).
     """
 
@@ -65,6 +71,8 @@ class Part:
     without_image: int = 0
     strange_extensions: Counter[str] = field(default_factory=Counter)
     other_captions: Counter[str] = field(default_factory=Counter)
+    blank: list[str] = field(default_factory=list)
+    many_lines: list[str] = field(default_factory=list)
     extras: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -77,6 +85,8 @@ class Summary:
         digest: of rows, text and extras.
         without_caption: how many rows have none.
         named_without_caption: keys of the first of those.
+        blank, many_lines: how many keys Part has.
+        named_blank, named_many_lines: the first of those.
         bad, warnings, without_image, strange_extensions, other_captions: as in Part.
     """
 
@@ -84,6 +94,10 @@ class Summary:
     digest: str
     without_caption: int
     named_without_caption: list[str]
+    blank: int
+    named_blank: list[str]
+    many_lines: int
+    named_many_lines: list[str]
     bad: list[list[str]]
     warnings: list[str]
     without_image: int
@@ -103,6 +117,10 @@ class Summary:
             content.hexdigest(),
             len(absent),
             [row_key(part.rows[row], part.text) for row in absent[:NAMED]],
+            len(part.blank),
+            part.blank[:NAMED],
+            len(part.many_lines),
+            part.many_lines[:NAMED],
             [[key, reason] for key, reason in part.bad],
             part.warnings,
             part.without_image,

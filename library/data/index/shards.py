@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from library.data.bad_samples import SampleError
+from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_text, check_characters, is_json_name
 from library.data.image_header import HEADER_BYTES, MAX_BYTES, upright_size
 from library.data.index.extras import extra_arrays, places_in_shard
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
-    MAX_CAPTION_BYTES,
     CaptionKind,
     Part,
     TextPool,
@@ -69,7 +69,7 @@ def scan_shard(source: Source) -> Part:
             try:
                 _check(key, sample)
                 extras = places_in_shard(source.extras, sample.others)
-                rows.append(_row(fd, key, sample.image, sample.others, facts, source, pool))
+                rows.append(_row(fd, key, sample.image, sample.others, facts, source, pool, part))
                 places.append(extras)
             except SampleError as error:
                 part.bad.append((key, str(error)))
@@ -138,21 +138,24 @@ def _row(
     facts: _Facts | None,
     source: Source,
     pool: TextPool,
+    part: Part,
 ) -> tuple[int, ...]:
-    """One row in ROW's order.
+    """One row in ROW's order. A blank caption member and a caption of many lines are noted in the part.
 
     Raises:
-        SampleError: no size is given and the image's header cannot be read, or the caption is too long.
+        SampleError: no size is given and the image's header cannot be read, or the caption cannot be, or is too long.
     """
-    plain = others.get(source.caption_extension.lower())
-    has_plain = plain is not None and plain.size > 0
-    if plain is not None and plain.size > MAX_CAPTION_BYTES:
-        raise SampleError(f"a caption of {plain.size} bytes, {MAX_CAPTION_BYTES} are the most")
+    plain = None if is_json_name(source.caption_extension) else others.get(source.caption_extension.lower())
+    caption_of_plain = _plain_caption(fd, plain)
     has_size = facts is not None and facts.width > 0 and facts.height > 0
-    json_facts = _Facts() if has_plain and has_size else _read_json(fd, others.get(".json"))
-    if plain is not None and has_plain:
+    json_facts = _Facts() if caption_of_plain and has_size else _read_json(fd, others.get(".json"))
+    if plain is not None and not caption_of_plain:
+        part.blank.append(key)
+    text = caption_of_plain or json_facts.caption or (facts.caption if facts is not None else None)
+    if plain is not None and caption_of_plain:
         caption = (CaptionKind.PLAIN, plain.offset, plain.size)
     elif json_facts.caption:
+        check_characters(json_facts.caption)
         caption = (CaptionKind.JSON, others[".json"].offset, others[".json"].size)
     elif facts is not None and facts.caption:
         caption = (CaptionKind.STORED, *pool.add(facts.caption))
@@ -166,7 +169,22 @@ def _row(
         size = json_facts.width, json_facts.height
     else:
         size = _size_from_image(fd, image)
+    if text and "\n" in caption_lines(text):
+        part.many_lines.append(key)
     return (image.offset, image.size, *caption, *pool.add(key), *size)
+
+
+def _plain_caption(fd: int, member: Member | None) -> str:
+    """The caption in a member that is a text; "" from one that is missing or blank.
+
+    Raises:
+        SampleError: it is too long, or in an unknown encoding.
+    """
+    if member is None or not member.size:
+        return ""
+    if member.size > MAX_CAPTION_BYTES:
+        raise SampleError(f"a caption of {member.size} bytes, {MAX_CAPTION_BYTES} are the most")
+    return caption_text(os.pread(fd, member.size, member.offset), is_json=False)
 
 
 def _size_from_image(fd: int, image: Member) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 from library.data.index.extras import Extra, ExtraFile, FolderExtras, check_extras, file_of_metadata, files_by_stem
 from library.data.index.metadata import read_metadata
-from library.data.index.rows import IMAGE_EXTENSIONS, NAMED, printable
+from library.data.index.rows import FACE_NUMBERS, IMAGE_EXTENSIONS, NAMED, printable
 from library.data.index.tar_headers import looks_like_tar
 from library.errors import InputError
 
@@ -32,6 +32,7 @@ class Subset:
         class_folders: sub-directories named `N_class words` have their meaning.
         flag: what messages call the option that names it.
         extras: extra images that its samples must have.
+        any_line: each line of a caption trains at times, not the first alone (--enable_wildcard).
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Subset:
     class_folders: bool = True
     flag: str = "--train_data_dir"
     extras: tuple[Extra, ...] = ()
+    any_line: bool = False
 
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
@@ -308,7 +310,9 @@ def _folder(folder: _Folder, source: Source, data: Path) -> list[Listed]:
             continue
         stem = PurePath(entry.name).stem
         stat = entry.stat()
-        share = zlib.crc32(stem.encode("utf-8", "surrogateescape")) % shares
+        face = FACE_NUMBERS.search(stem)  # its caption file may have the stem without it, and must be in the same share
+        named = stem if face is None else stem[: face.start()]
+        share = zlib.crc32(named.encode("utf-8", "surrogateescape")) % shares
         files[share].append(FileState(entry.name, stat.st_size, stat.st_mtime_ns))
     listed = []
     by_stem = {

@@ -24,7 +24,7 @@ from library.data.index.sources import Listed, Source, Subset, find_sources, ima
 from library.errors import InputError
 
 # The number is raised whenever a scan of unchanged data gives another table.
-_VERSION = [4, *ROW.descr]
+_VERSION = [5, *ROW.descr]
 
 Progress = Callable[[int, int], None]
 
@@ -218,7 +218,26 @@ def _check(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summar
     if not sum(summary.count for summary in summaries):
         where = f"{len(sources)} shards and folders (images are {image_extensions()})"
         raise InputError(f"{subset}: 0 images found in {where}. {' '.join(warnings[:NAMED])}".rstrip())
-    return warnings + _check_captions(subset, sources, summaries)
+    return warnings + _check_captions(subset, sources, summaries) + _lines(subset, sources, summaries)
+
+
+def _lines(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summary]) -> list[str]:
+    """Sentences about captions that are blank, and about those of which only one line trains."""
+    found = []
+    pairs = list(zip(sources, summaries, strict=True))
+    if blank := sum(summary.blank for summary in summaries):
+        named = [source.name(key) for source, summary in pairs for key in summary.named_blank]
+        found.append(f"{blank} caption files of {subset} are blank, and count as if they were not there: "
+                     f"{_some(named, blank)}.")  # fmt: skip
+    many = sum(summary.many_lines for summary in summaries)
+    if many and not subset.any_line:
+        named = [source.name(key) for source, summary in pairs for key in summary.named_many_lines]
+        found.append(
+            f"{many} captions of {subset} have more lines than one: the first that is not empty trains, the others do "
+            f"not: {_some(named, many)}. Write each caption on one line, or add --enable_wildcard, which takes one of "
+            "its lines at each step."
+        )
+    return found
 
 
 def _bad(sources: Sequence[Source], summaries: Sequence[Summary]) -> Iterator[tuple[str, str]]:

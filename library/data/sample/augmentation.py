@@ -4,13 +4,13 @@ All of it is worked out from numbers in 0 .. 1 that the caller drew for the samp
 its numbers whether they are used or not, so that switching one option leaves what the others do alone.
 """
 
-import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
 from library.data.fit import Fit
+from library.data.index.rows import FACE_NUMBERS
 from library.data.sample.scaling import Filter
 
 CROP_NUMBERS, CHANGE_NUMBERS = 5, 4  # how many numbers a sample's crop, and its other changes, take
@@ -19,7 +19,6 @@ _COLOUR_SHARE = 0.33
 _HUE_DEGREES = 16.0
 _GAMMA = (0.95, 1.05)
 _FACE_SHIFT = 0.05  # of the face's longer side, where its size is drawn from a range
-_FACE = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)(?:\.\w+)?$")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Face:
 
 def face_in(name: str) -> Face | None:
     """The face that a file's name or sample's key tells of, as `STEM_X_Y_W_H`: centre, width and height in px."""
-    found = _FACE.search(name)
+    found = FACE_NUMBERS.search(name)
     if found is None:
         return None
     x, y, width, height = map(int, found.groups())

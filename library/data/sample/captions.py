@@ -5,9 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from library.data.caption_text import caption_lines
+
 # Stand for braces written twice while wildcards are filled in: characters that Unicode keeps out of all texts.
 _OPENING, _CLOSING = "\ufdd0", "\ufdd1"
 _WILDCARD = re.compile(r"\{([^{}]+)\}")
+_BRACE = re.compile("[{}]")
 _DEEPEST_WILDCARD = 8  # each level is a pass over the text, which may be a megabyte
 
 
@@ -65,7 +68,7 @@ def process_caption(text: str, options: CaptionOptions, rng: np.random.Generator
     every = options.caption_dropout_every_n_epochs
     if dropped or (every and (epoch + 1) % every == 0):
         return ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    lines = caption_lines(text).split("\n")
     line = lines[int(rng.integers(len(lines)))] if options.enable_wildcard and len(lines) > 1 else lines[0]
     line = " ".join(filter(None, (options.caption_prefix, line, options.caption_suffix)))
     if options.enable_wildcard:
@@ -85,19 +88,52 @@ def process_caption(text: str, options: CaptionOptions, rng: np.random.Generator
 def fill_wildcards(text: str, rng: np.random.Generator) -> str:
     """The text with one of a, b and c for each `{a|b|c}`, all alike probable; inner ones first, up to 8 deep.
 
-    `{{` and `}}` become single braces; one that opens or closes nothing stays.
+    `{{` and `}}` around something become single braces; one that opens or closes nothing stays.
     """
 
     def choose(match: re.Match[str]) -> str:
         choices = match[1].split("|")
         return choices[int(rng.integers(len(choices)))]
 
-    text = text.replace("{{", _OPENING).replace("}}", _CLOSING)
+    text = _with_literal_braces(text)
     for _ in range(_DEEPEST_WILDCARD):
         text, found = _WILDCARD.subn(choose, text)
         if not found:
             break
     return text.replace(_OPENING, "{").replace(_CLOSING, "}")
+
+
+def _with_literal_braces(text: str) -> str:
+    """The text with _OPENING and _CLOSING for braces written twice.
+
+    Written twice are two braces in a row whose partners are in a row, too: in `{{a}}`, not in `{a|{b|c}}`, where the
+    two at the end close two wildcards. So are two in a row that open or close nothing.
+    """
+    if "{{" not in text and "}}" not in text:
+        return text
+    partner: dict[int, int] = {}
+    open_at: list[int] = []
+    for brace in _BRACE.finditer(text):
+        place = brace.start()
+        if text[place] == "{":
+            open_at.append(place)
+        elif open_at:
+            partner[place] = open_at.pop()
+            partner[partner[place]] = place
+    written: dict[int, str] = {}  # what stands for a brace; "" for the second of two
+    for brace in _BRACE.finditer(text):
+        first, second = brace.start(), brace.start() + 1
+        if {first, second} & written.keys() or text[first] != text[second : second + 1]:
+            continue
+        if first in partner and second in partner and abs(partner[first] - partner[second]) == 1:
+            pairs = [(first, second), (partner[second], partner[first])]
+        elif first not in partner and second not in partner:
+            pairs = [(first, second)]
+        else:
+            continue
+        for one, other in pairs:
+            written |= {one: _OPENING if text[one] == "{" else _CLOSING, other: ""}
+    return "".join(written.get(place, character) for place, character in enumerate(text)) if written else text
 
 
 def tags_shown(tags: int, options: CaptionOptions, step: int) -> int:

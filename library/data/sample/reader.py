@@ -1,13 +1,13 @@
 """Bytes of images, of extra images and of captions of an index, read where they are."""
 
-import json
 import os
 from collections import OrderedDict
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from library.data.bad_samples import SampleError
+from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_text
 from library.data.image_header import MAX_BYTES
-from library.data.index.rows import MAX_CAPTION_BYTES, CaptionKind
+from library.data.index.rows import CaptionKind
 from library.data.index.table import Index
 
 _MAX_OPEN = 64  # shards kept open; the usual limit of a process is 1024 files
@@ -50,24 +50,23 @@ class Reader:
         return found
 
     def caption(self, row: int) -> str:
-        """The caption as the data set gives it, "" where there is none.
-
-        Of a caption file it is the lines that are not empty; a caption from JSON or parquet is one line.
+        """The caption as the data set gives it, "" where there is none: its lines that are not empty.
 
         Raises:
-            SampleError: it cannot be read, or is not UTF-8.
+            SampleError: it cannot be read, or is in an unknown encoding.
         """
         record = self.index.record(row)
         kind, offset, size = int(record["caption_kind"]), int(record["caption_offset"]), int(record["caption_bytes"])
         if kind == CaptionKind.ABSENT:
             return ""
         if kind == CaptionKind.STORED:
-            return " ".join(self.index.stored_caption(row).split())
+            return caption_lines(self.index.stored_caption(row))
         source = self.index.source(row)
         if source.is_shard:
             data = self._range(source.path, offset, size)
         else:
-            path = (source.path / self.index.key(row)).with_suffix(source.caption_extension)
+            stem = PurePath(self.index.key(row)).stem
+            path = source.path / f"{stem[: len(stem) - offset]}{source.caption_extension}"
             data = self._file(path, MAX_CAPTION_BYTES)
         return caption_text(data, kind == CaptionKind.JSON)
 
@@ -111,19 +110,3 @@ class Reader:
 
     def __del__(self) -> None:
         self.close()
-
-
-def caption_text(data: bytes, is_json: bool) -> str:
-    """The caption in a caption file, or in a JSON of a sample: its lines that are not empty, or one line.
-
-    Raises:
-        SampleError: it is not UTF-8, or the JSON has none.
-    """
-    try:
-        text = data.decode("utf-8-sig")
-        if is_json:
-            text = " ".join(str(json.loads(text)["caption"]).split())
-            text.encode()  # JSON can write halves of characters, which are no text
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SampleError(f"caption: {error}") from error
-    return "\n".join(line.strip() for line in text.splitlines() if line.strip())

@@ -13,8 +13,8 @@ _LOOKED_AT = 8  # samples
 _PATIENCE = Patience(timeout_s=30, tries=3)
 
 
-def probe(address: str, subset: StreamSubset, flag: str, patience: Patience = _PATIENCE) -> None:
-    """Read the first samples.
+def probe(address: str, subset: StreamSubset, flag: str, patience: Patience = _PATIENCE) -> list[str]:
+    """Read the first samples, and name those whose captions have several lines.
 
     Raises:
         InputError: it cannot be read, has no image, or none of these samples has a caption.
@@ -35,7 +35,7 @@ def probe(address: str, subset: StreamSubset, flag: str, patience: Patience = _P
         some = "; ".join(f"{sample.name}: {sample.bad}" for sample in found[:3])
         raise InputError(f"{what}: no image in its first {len(found)} samples. {some}".rstrip())
     if any(sample.caption for sample in good):
-        return
+        return [sample.name for sample in good if "\n" in sample.caption]
     others = sorted({name for sample in good for name in sample.others & set(COMMON_CAPTION_EXTENSIONS)})
     hint = f" They have {others[0]}: give --caption_extension {others[0]}." if others else ""
     raise InputError(

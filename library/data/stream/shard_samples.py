@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from library.address import shown
 from library.data.bad_samples import SampleError
+from library.data.caption_text import MAX_CAPTION_BYTES, caption_text, is_json_name
 from library.data.image_header import MAX_BYTES, upright_size
-from library.data.index.rows import IMAGE_EXTENSIONS, MAX_CAPTION_BYTES, printable
+from library.data.index.rows import IMAGE_EXTENSIONS, printable
 from library.data.index.tar_headers import TornTarError, walk
-from library.data.sample.reader import caption_text
 from library.data.stream.shard_bytes import Patience, ShardStream
 
 _PIECE = 1 << 16  # bytes that are asked for at once
@@ -160,12 +160,12 @@ def _extra(by_extension: dict[str, bytes | None], name: str) -> bytes:
 
 def _caption(by_extension: dict[str, bytes | None], subset: StreamSubset) -> str:
     extension = subset.caption_extension.lower()
-    if extension in by_extension:
+    if extension in by_extension and not is_json_name(extension):
         content = by_extension[extension]
         if content is None or len(content) > MAX_CAPTION_BYTES:
             raise SampleError(f"a caption of more than {MAX_CAPTION_BYTES} bytes")
-        if content:
-            return caption_text(content, is_json=False)
+        if caption := caption_text(content, is_json=False):
+            return caption
     content = by_extension.get(".json")
     if content and len(content) <= MAX_CAPTION_BYTES and _has_caption(content):
         return caption_text(content, is_json=True)

@@ -264,7 +264,14 @@ def prepare_stream(
         addresses = subset.train_data_dir.shards(flag)
         wanted = tuple(extras[number]) if extras else ()
         subsets.append(StreamSubset(subset.caption_extension, subset.class_tokens, wanted))
-        probe(addresses[0], subsets[-1], flag)
+        many_lines = probe(addresses[0], subsets[-1], flag)
+        if many_lines and not subset.enable_wildcard:
+            logger.warning(
+                "%d of the first captions have more lines than one: the first that is not empty trains, the others do "
+                "not: %s. --enable_wildcard takes one of the lines at each step",
+                len(many_lines),
+                many_lines[0],
+            )
         shards += [Shard(address, number) for address in addresses]
     if options.shuffle_window_shards:
         raise InputError(

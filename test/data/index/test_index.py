@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -130,10 +131,12 @@ class TestShards:
         rows = [{"key": key, "status": "success", "caption": "of parquet"} for key in "abc"]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
         index = build(tmp_path)
-        assert captions(index) == ["of text\nsecond line", "of json", "of parquet", ""]
-        (warning,) = index.warnings
+        assert captions(index) == ["of text\nsecond line", "of\njson", "of parquet", ""]
+        warning, blank, lines = index.warnings
         assert "1 of 4 images have no caption" in warning
         assert "0.tar:d" in warning
+        assert blank.startswith("1 caption files") and f"{tmp_path}/0.tar:c" in blank
+        assert lines.startswith("2 captions") and f"{tmp_path}/0.tar:a; {tmp_path}/0.tar:b." in lines
         assert captions(build(tmp_path, ".caption"))[:2] == ["other", "other"]
 
     def test_many_image_formats_and_folders_in_a_tar(self, tmp_path, make_tar, make_picture):
@@ -224,10 +227,76 @@ class TestShards:
         make_tar(tmp_path / "0.tar", [*members, ("b.txt", b"b")])
         assert sizes(build(tmp_path)) == [(16, 8), (8, 8)]
 
-    def test_half_characters_in_json_are_a_sample_error(self, tmp_path, make_tar, make_picture):
-        make_tar(tmp_path / "0.tar", [("a.jpg", make_picture(16, 8)), ("a.json", b'{"caption": "\\ud800"}')])
-        with pytest.raises(SampleError, match=r"caption: .*surrogates not allowed"):
-            Reader(build(tmp_path)).caption(0)
+    def test_half_characters_in_json_are_a_bad_sample(self, tmp_path, make_tar, make_picture):
+        members = [("a.jpg", make_picture(16, 8)), ("a.json", b'{"caption": "\\ud800"}'), ("b.jpg", make_picture(8, 8))]
+        make_tar(tmp_path / "0.tar", [*members, ("b.txt", b"b")])
+        index = build(tmp_path)
+        assert captions(index) == ["b"]
+        assert index.bad == ((f"{tmp_path}/0.tar:a", r"its caption has half a character, '\ud800'"),)
+
+    def test_text_json_and_parquet_give_the_same_caption(self, tmp_path, make_tar, make_picture):
+        """The alt text of a web page, as img2dataset writes it three times."""
+        text, image = "\nBlue Widget\r\n - 20% off\u2028today\n\n", make_picture(16, 8)
+        as_json = json.dumps({"caption": text}).encode()
+        members = [("a.jpg", image), ("a.txt", text.encode()), ("b.jpg", image), ("b.json", as_json), ("c.jpg", image)]
+        make_tar(tmp_path / "0.tar", members)
+        rows = [{"key": key, "status": "success", "caption": text} for key in "abc"]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "0.parquet")
+        assert captions(build(tmp_path)) == ["Blue Widget\n- 20% off today"] * 3
+        assert not build_index([Subset(tmp_path, ".txt", any_line=True)], use_cache=False).warnings
+
+    def test_json_is_never_trained_as_text(self, tmp_path, make_tar, make_picture):
+        image = make_picture(16, 8)
+        members = [
+            ("a.jpg", image),
+            ("a.json", b'{"caption": "a dog", "width": 16}'),
+            ("b.jpg", image),
+            ("b.json", b"{"),
+        ]
+        make_tar(tmp_path / "0.tar", members)
+        assert captions(build(tmp_path, ".json")) == ["a dog", ""]
+
+    def test_a_blank_caption_does_not_hide_the_next_source(self, tmp_path, make_tar, make_picture):
+        image = make_picture(16, 8)
+        members = [("a.jpg", image), ("a.txt", b" \n\t\n"), ("a.json", b'{"caption": "of json"}')]
+        make_tar(tmp_path / "0.tar", [*members, ("b.jpg", image), ("b.json", b'{"caption": " "}')])
+        (tmp_path / "c.jpg").write_bytes(image)
+        (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbf\n")
+        index = build_index([Subset(tmp_path, ".txt", class_words="words")], use_cache=False)
+        assert captions(index) == ["of json", "words", "words"]
+        assert index.warnings == (
+            f"2 caption files of --train_data_dir {tmp_path} are blank, and count as if they were not there: "
+            f"{tmp_path}/0.tar:a; {tmp_path}/c.jpg.",
+        )
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("it\u2019s a caf\xe9".encode("cp1252"), "byte 2 is 0x92, perhaps Windows' CP1252 .*iconv -f CP1252"),
+            ("一只猫坐在垫子上".encode("gbk"), "byte 6 is 0xd7, perhaps GBK.*iconv -f GBK"),
+            ("a photo".encode("utf-16-le"), "zero bytes, as UTF-16 without its mark.*iconv -f UTF-16LE"),
+        ],
+    )
+    @pytest.mark.parametrize("in_tar", [True, False])
+    def test_captions_in_another_encoding_are_bad_before_training(
+        self, tmp_path, make_tar, make_picture, text, reason, in_tar
+    ):
+        files = [("a.jpg", make_picture(16, 8)), ("a.txt", text), ("b.jpg", make_picture(8, 8)), ("b.txt", b"b")]
+        if in_tar:
+            make_tar(tmp_path / "0.tar", files)
+        else:
+            [(tmp_path / name).write_bytes(data) for name, data in files]
+        index = build(tmp_path)
+        assert captions(index) == ["b"]
+        ((_, found),) = index.bad
+        assert re.search(reason, found)
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+    def test_captions_with_a_mark_are_read(self, pictures, encoding):
+        path = pictures({"a.jpg": (16, 8), "b.jpg": (16, 8)})
+        (path / "a.txt").write_bytes("une photo d\u2019été".encode(encoding))
+        (path / "b.txt").write_bytes("b".encode(encoding))
+        assert captions(build(path)) == ["une photo d\u2019été", "b"]
 
     def test_names_of_any_bytes_can_be_shown(self, tmp_path, make_tar, make_picture):
         make_tar(tmp_path / "0.tar", [("\x1b[2J\udcff猫.jpg", make_picture(16, 8)), ("\x1b[2J\udcff猫.txt", b"a")])
@@ -245,6 +314,25 @@ class TestFolders:
         assert captions(index) == ["a", "b"]
         assert Reader(index).image(1) == (path / "b.jpg").read_bytes()
         assert index.warnings == ()
+
+    def test_a_name_that_tells_of_a_face_finds_the_caption_without_it(self, pictures, monkeypatch):
+        names = ["a_210_180_96_120.jpg", "b_1_2_3_4.jpg", "c_2_3_4.jpg"]
+        texts = {"a.txt": "a face", "b_1_2_3_4.txt": "its own", "b.txt": "another", "c.txt": "three numbers are none"}
+        path = pictures(dict.fromkeys(names, (16, 8)) | texts)
+        assert captions(build(path)) == ["a face", "its own", ""]
+        monkeypatch.setattr(sources_module, "_FILES_IN_SOURCE", 1)  # image and caption must be in one share
+        index = build(path)
+        assert {index.key(row): caption for row, caption in enumerate(captions(index))} == {
+            names[0]: "a face", names[1]: "its own", names[2]: "",
+        }  # fmt: skip
+
+    def test_json_beside_an_image_is_its_caption(self, pictures):
+        path = pictures({"a.jpg": (16, 8), "a.json": '{"caption": "a dog"}', "b.jpg": (16, 8), "b.json": "[1]"})
+        pictures({"c.jpg": (16, 8), "c.json": '{"caption": NaN}', "d.jpg": (16, 8), "d.json": "{"})
+        index = build(path, ".json")
+        assert captions(index) == ["a dog", "", ""]
+        ((name, reason),) = index.bad
+        assert name == str(path / "d.jpg") and reason.startswith("its caption is no JSON")
 
     def test_sizes_are_those_of_the_upright_picture(self, tmp_path):
         exif = Image.Exif()
@@ -292,7 +380,7 @@ class TestFolders:
         (path / "2.txt").write_bytes(b"\xff\xfe\xfa")
         with pytest.raises(SampleError, match="No such file"):
             Reader(index).image(0)
-        with pytest.raises(SampleError, match=r"caption.*utf-8"):
+        with pytest.raises(SampleError, match="its caption is no whole UTF-16 text"):
             Reader(index).caption(1)
 
 

@@ -137,6 +137,13 @@ def test_one_line_of_several_and_one_of_the_alternatives_are_taken():
     assert process(text) == "a {red|blue} cat"
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0c", "\x0b", "\x1c", "\x1d", "\x1e"])
+def test_only_line_feeds_and_carriage_returns_end_a_line(separator):
+    assert process(f"a cat{separator}sits on a mat") == "a cat sits on a mat"
+    for end in ("\n", "\r\n", "\r", f"{separator}\n"):
+        assert process(f"{end}a cat{end}sits") == "a cat"
+
+
 def test_prefix_and_suffix_go_with_whichever_line_is_taken():
     found = {
         process("a\nb", seed, enable_wildcard=True, caption_prefix="{p|q}", caption_suffix="s") for seed in range(40)
@@ -153,6 +160,14 @@ def test_prefix_and_suffix_go_with_whichever_line_is_taken():
         ("a}|b", {"a}|b"}),
         ("{}", {"{}"}),
         ("{{a|b}}", {"{a|b}"}),
+        ("{a|{b|c}}", {"a", "b", "c"}),
+        ("{{a|b}|c}", {"a", "b", "c"}),
+        ("{{a|b}|{c|d}}", set("abcd")),
+        ("{x|{{y}}}", {"x", "{y}"}),
+        ("{{{a|b}}}", {"{a}", "{b}"}),
+        ("{{ and }}", {"{ and }"}),
+        ("}} and {{", {"} and {"}),
+        ("{{{{a}}}}", {"{{a}}"}),
         ("{x, y|z}, w", {"x, y, w", "z, w"}),
     ],
 )
