@@ -11,6 +11,7 @@ micro_batch         what goes through the model together, and which part of a gl
 indexed_batches     micro-batches of one rank out of an index
 loader              micro-batches read ahead by worker processes
 caption_text        a caption out of the bytes of its file: encodings, lines, JSON
+image_formats/      size, orientation and colour profile of each kind of image, read from its bytes
 image_header        an encoded image's size, and whether it can be decoded at a bearable cost
 fit                 how an image meets its bucket: scaled, cut out, mirrored
 bad_samples         samples that cannot be used, how many may be so, and what is said where there are more

@@ -1,12 +1,13 @@
 """Rows of images in a folder with caption files beside them."""
 
-import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 from library.data.bad_samples import SampleError
 from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_text, check_characters, is_json_name
-from library.data.image_header import HEADER_BYTES, MAX_BYTES, upright_size
+from library.data.image_formats.file_bytes import FileBytes
+from library.data.image_header import MAX_BYTES, upright_size
 from library.data.index.extras import FolderExtras, extra_arrays, places_in_folder
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
@@ -46,7 +47,7 @@ def scan_folder(
             if sizes[name] > MAX_BYTES:
                 raise SampleError(f"an image file of {sizes[name]} bytes, {MAX_BYTES} are the most")
             caption = _caption(source, name, sizes, captions.get(name, ""), pool, part)
-            width_height = _size_from_image(source.path / name)
+            width_height = _size_from_image(source.path / name, sizes[name])
             own_extras = places_in_folder(source.extras, extras or {}, name, pool)
         except SampleError as error:
             part.bad.append((name, str(error)))
@@ -113,13 +114,10 @@ def _bytes_of(path: Path, size: int) -> bytes:
         raise SampleError(f"its caption cannot be read: {error.strerror}") from error
 
 
-def _size_from_image(path: Path) -> tuple[int, int]:
-    """The upright size from the image's header: its beginning is enough, unless much metadata comes before."""
+def _size_from_image(path: Path, file_bytes: int) -> tuple[int, int]:
+    """The upright size from the image's header."""
     try:
-        with path.open("rb") as file:
-            start = file.read(HEADER_BYTES)
-            with contextlib.suppress(SampleError):
-                return upright_size(start)
-            return upright_size(start + file.read(MAX_BYTES))
+        with path.open("rb", buffering=0) as file:
+            return upright_size(FileBytes(lambda offset, count: os.pread(file.fileno(), count, offset), file_bytes))
     except OSError as error:
         raise SampleError(f"cannot be read: {error.strerror}") from error

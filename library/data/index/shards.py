@@ -1,6 +1,5 @@
 """Rows of one LAION shard: a tar of KEY.jpg, KEY.json and KEY.txt, and the parquet file beside it."""
 
-import contextlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -8,7 +7,8 @@ from pathlib import Path
 
 from library.data.bad_samples import SampleError
 from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_text, check_characters, is_json_name
-from library.data.image_header import HEADER_BYTES, MAX_BYTES, upright_size
+from library.data.image_formats.file_bytes import FileBytes
+from library.data.image_header import MAX_BYTES, turned_size, upright_size
 from library.data.index.extras import extra_arrays, places_in_shard
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
@@ -42,12 +42,13 @@ class _Facts:
 
 
 def scan_shard(source: Source) -> Part:
-    """One pass over the tar's headers, and over its parquet file; images are opened only where no size is known.
+    """One pass over the tar's headers, and over its parquet file; of images only the headers are read.
 
     The caption is the member with the source's caption extension, else the JSON member's "caption", else the parquet's,
-    else the class words. The size is the parquet's, else the JSON's, else from the image's header. A tar that is cut
-    short gives its whole samples and a warning. What has no image, two of them, not each extra image that the source
-    wants, or a name that leads out of the tar, and what only the parquet knows of, is bad.
+    else the class words. The size is the parquet's, else the JSON's, else from the image's header, and always from
+    there if EXIF turns the image. A tar that is cut short gives its whole samples and a warning. What has no image, two
+    of them, not each extra image that the source wants, or a name that leads out of the tar, and what only the parquet
+    knows of, is bad.
 
     Raises:
         OSError: the shard cannot be opened.
@@ -163,12 +164,12 @@ def _row(
         caption = (CaptionKind.STORED, *pool.add(source.class_words))
     else:
         caption = (CaptionKind.ABSENT, 0, 0)
-    if facts is not None and has_size:
-        size = facts.width, facts.height
-    elif json_facts.width > 0 and json_facts.height > 0:
-        size = json_facts.width, json_facts.height
+    told = facts if facts is not None and has_size else json_facts
+    if told.width > 0 and told.height > 0:
+        # Those who write such files give the size as stored: of what EXIF turns, the header is asked.
+        size = turned_size(_bytes_of(fd, image)) or (told.width, told.height)
     else:
-        size = _size_from_image(fd, image)
+        size = upright_size(_bytes_of(fd, image))
     if text and "\n" in caption_lines(text):
         part.many_lines.append(key)
     return (image.offset, image.size, *caption, *pool.add(key), *size)
@@ -187,11 +188,9 @@ def _plain_caption(fd: int, member: Member | None) -> str:
     return caption_text(os.pread(fd, member.size, member.offset), is_json=False)
 
 
-def _size_from_image(fd: int, image: Member) -> tuple[int, int]:
-    """The upright size from the image's header: its beginning is enough, unless much metadata comes before."""
-    with contextlib.suppress(SampleError):
-        return upright_size(os.pread(fd, min(image.size, HEADER_BYTES), image.offset))
-    return upright_size(os.pread(fd, image.size, image.offset))
+def _bytes_of(fd: int, image: Member) -> FileBytes:
+    """An image's bytes in the shard."""
+    return FileBytes(lambda offset, count: os.pread(fd, count, image.offset + offset), image.size)
 
 
 def _read_json(fd: int, member: Member | None) -> _Facts:

@@ -24,7 +24,7 @@ from library.data.index.sources import Listed, Source, Subset, find_sources, ima
 from library.errors import InputError
 
 # The number is raised whenever a scan of unchanged data gives another table.
-_VERSION = [5, *ROW.descr]
+_VERSION = [6, *ROW.descr]
 
 Progress = Callable[[int, int], None]
 

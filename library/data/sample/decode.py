@@ -10,15 +10,25 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from library.data.fit import Fit, SizeIds
-from library.data.image_header import is_turned, open_image, orientation, reported, upright_size_of
+from library.data.image_formats.jpeg_data import ends_grey
+from library.data.image_header import Picture, open_picture, reported
 from library.data.sample.scaling import Filter, scaled_crop
 
 # A JPEG is decoded smaller only if this many times the wanted size is left for the Lanczos filter: nearer to 1 the
 # result is farther from a Lanczos of the full picture than averaging all pixels (OpenCV's INTER_AREA) is.
 DRAFT_MARGIN = 1.25
+_UPRIGHT = {  # what undoes an EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(
@@ -54,18 +64,18 @@ def _decode(
     by: Filter | None,
     with_alpha: bool,
 ) -> tuple[np.ndarray, SizeIds]:
-    image = open_image(data)
-    width, height = upright_size_of(image)
+    picture = open_picture(data)
+    image, (width, height) = picture.image, picture.upright_wh_px
     found = fit(width, height)
     (scaled_w, scaled_h), (left, top) = found.scaled_wh_px, found.crop_xy_px
     bucket_w, bucket_h = bucket_wh_px
     wanted = (int(scaled_w * DRAFT_MARGIN), int(scaled_h * DRAFT_MARGIN))
     # None where the format cannot.
-    drafted = None if by is not None else image.draft(None, wanted[::-1] if is_turned(image) else wanted)
+    drafted = None if by is not None else image.draft(None, wanted[::-1] if picture.is_turned else wanted)
     # The decoded size is rounded up: the picture itself ends a fraction of a pixel before the edge.
     shrink = 1.0 if drafted is None else max(width, height) / max(drafted[1])
-    plain = shrink == 1 and _is_plain_jpeg(image) and not with_alpha
-    pixels_HWC = _plain_jpeg(data) if plain else _pixels(image, with_alpha)
+    plain_HWC = _plain_jpeg(picture) if shrink == 1 and not with_alpha else None
+    pixels_HWC = _pixels(picture, with_alpha) if plain_HWC is None else plain_HWC
     step_xy_px = width / shrink / scaled_w, height / shrink / scaled_h
     best = Filter.BICUBIC if shrink == 1 else Filter.LANCZOS
     scaled_HWC = scaled_crop(pixels_HWC, step_xy_px, (left, top), bucket_wh_px, by or best)
@@ -74,23 +84,29 @@ def _decode(
     return scaled_HWC, (height, width, top, found.seen_left_px(bucket_w), bucket_h, bucket_w)
 
 
-def _is_plain_jpeg(image: Image.Image) -> bool:
-    """True where decoding alone gives upright RGB."""
-    return image.format == "JPEG" and image.mode == "RGB" and orientation(image) == 1
+def _plain_jpeg(picture: Picture) -> np.ndarray | None:
+    """(height, width, 3) uint8 of a JPEG that is upright RGB once it is decoded; None of others.
 
-
-def _plain_jpeg(data: bytes) -> np.ndarray:
-    """(height, width, 3) uint8. torchvision's tensor is a turned view of just that."""
+    torchvision's tensor is a turned view of just that.
+    """
+    jpeg = picture.jpeg
+    if jpeg is None or not jpeg.ended or picture.image.mode != "RGB" or picture.orientation != 1:
+        return None
     from torchvision.io import ImageReadMode, decode_jpeg  # takes a second, which what only reads headers need not wait
 
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy, since torch warns of bytes as read-only
-    return decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    encoded = torch.frombuffer(bytearray(jpeg.data), dtype=torch.uint8)  # a copy, since torch warns of read-only bytes
+    pixels_HWC = decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    return None if ends_grey(pixels_HWC) else pixels_HWC
 
 
-def _pixels(image: Image.Image, with_alpha: bool) -> np.ndarray:
+def _pixels(picture: Picture, with_alpha: bool) -> np.ndarray:
     """(height, width, 3) uint8 RGB of any image, upright; (height, width, 4) with alpha."""
-    if orientation(image) != 1:
-        ImageOps.exif_transpose(image, in_place=True)
+    image = picture.image
+    image.load()
+    if picture.watched is not None:
+        picture.watched.check()
+    if picture.orientation != 1:
+        image = image.transpose(_UPRIGHT[picture.orientation])
     image = _eight_bit(image)
     if with_alpha:
         return np.asarray(image.convert("RGBA"))

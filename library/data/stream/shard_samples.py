@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from library.address import shown
 from library.data.bad_samples import SampleError
 from library.data.caption_text import MAX_CAPTION_BYTES, caption_text, is_json_name
+from library.data.image_formats.file_bytes import FileBytes
 from library.data.image_header import MAX_BYTES, upright_size
 from library.data.index.rows import IMAGE_EXTENSIONS, printable
 from library.data.index.tar_headers import TornTarError, walk
@@ -142,7 +143,7 @@ def _sample(number: int, name: str, key: str, members: dict[str, bytes | None], 
     image = by_extension[images[0]]
     if image is None:
         raise SampleError(f"an image file of more than {MAX_BYTES} bytes")
-    size_px = upright_size(image)
+    size_px = upright_size(FileBytes.of(image))
     extras = {extra: _extra(by_extension, extra) for extra in subset.extras}
     return StreamSample(number, name, "", image, size_px, _caption(by_extension, subset), others, extras)
 

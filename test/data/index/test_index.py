@@ -761,6 +761,29 @@ class TestManyProcesses:
         assert captions(pickle.loads(sent)) == captions(index)
 
 
+@pytest.mark.parametrize("told", ["parquet", "json", "nothing"])
+@pytest.mark.parametrize(("extension", "format"), [("jpg", "JPEG"), ("webp", "WEBP"), ("png", "PNG"), ("avif", "AVIF")])
+def test_an_image_that_exif_turns_has_its_upright_size_whatever_the_parquet_says(
+    tmp_path, make_tar, told, extension, format
+):
+    """img2dataset without re-encoding stores the picture as it is, with the size of the picture as it is stored."""
+    members, rows = [], []
+    for number, orientation in enumerate((1, 3, 6, 8)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = io.BytesIO()
+        Image.new("RGB", (40, 20)).save(file, format, exif=exif)
+        facts = {"key": f"{number:09d}", "status": "success", "width": 40, "height": 20, "caption": "c"}
+        rows.append(facts)
+        members += [(f"{number:09d}.{extension}", file.getvalue()), (f"{number:09d}.txt", b"c")]
+        if told == "json":
+            members.append((f"{number:09d}.json", json.dumps(facts).encode()))
+    make_tar(tmp_path / "00000.tar", members)
+    if told == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "00000.parquet")
+    assert sizes(build(tmp_path)) == [(40, 20), (40, 20), (20, 40), (20, 40)]
+
+
 def test_progress_counts_to_the_end(tmp_path, make_shard, pictures):
     path = pictures({f"{number}.jpg": (16, 8) for number in range(3)} | {"0.txt": "a"})
     make_shard(path, 0, [(20, 10)])

@@ -9,7 +9,7 @@ from PIL import Image
 from library.data import image_header
 from library.data.bad_samples import SampleError
 from library.data.fit import Fit
-from library.data.image_header import upright_size
+from library.data.image_formats.file_bytes import FileBytes
 from library.data.order.buckets import BucketOptions, fit
 from library.data.sample import decode as decode_module
 from library.data.sample import scaling
@@ -21,6 +21,10 @@ def encoded(image, format="PNG", **options):
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+def upright_size(data):
+    return image_header.upright_size(FileBytes.of(data))
 
 
 def smooth(width, height, seed=0):
@@ -159,10 +163,21 @@ def test_other_formats(format):
 
 def test_sizes_come_from_the_beginning_of_a_file():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8))
-    for format in ("PNG", "JPEG", "BMP"):  # WebP and AVIF want the whole file
-        data = encoded(noise, format)
-        assert len(data) > 60_000
-        assert upright_size(data[:50_000]) == (400, 400), format
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for format in ("PNG", "JPEG", "BMP", "WEBP", "AVIF"):
+        for turned in (False, True):
+            data = encoded(noise.crop((0, 0, 400, 390)), format, **({"exif": exif} if turned else {}))
+            assert len(data) > 40_000
+            asked = []
+
+            def read_at(offset, count, data=data, asked=asked):
+                asked.append(count)
+                return data[offset : offset + count]
+
+            expected = (390, 400) if turned and format != "BMP" else (400, 390)
+            assert image_header.upright_size(FileBytes(read_at, len(data))) == expected, format
+            assert sum(asked) <= 8192, format
 
 
 @pytest.mark.parametrize(
@@ -327,3 +342,27 @@ def test_a_part_of_an_enlarged_image_as_long_as_the_image_itself_is_enlarged_too
     for left, top, width, height in [(0, 0, 29, 20), (3, 0, 29, 27), (0, 2, 32, 18), (2, 1, 30, 19)]:
         part = scaled_crop(pixels, step, (left, top), (width, height), by).astype(int)
         assert abs(part - whole[top : top + height, left : left + width]).max() <= 2
+
+
+def test_thousands_of_sizes_are_scaled_and_cut_as_pillow_does():
+    """Enlarged and shrunk, crops at the centre and at random, with sides as long as the source's among them."""
+    random = np.random.default_rng(0)
+    picture = np.asarray(smooth(90, 90).convert("RGB"))
+    worst = 0
+    for number in range(3000):
+        columns, rows = (int(side) for side in random.integers(8, 90, 2))
+        pixels = picture[:rows, :columns]
+        factor = float(random.uniform(0.4, 2.5)) if number % 2 else float(random.uniform(1, 1.1))
+        scaled_w, scaled_h = max(8, round(columns * factor)), max(8, round(rows * factor))
+        width, height = (int(random.integers(8, side + 1)) for side in (scaled_w, scaled_h))
+        if number % 3 == 0:
+            width = min(columns, scaled_w)
+        if number % 5 == 0:
+            height = min(rows, scaled_h)
+        left, top = int(random.integers(scaled_w - width + 1)), int(random.integers(scaled_h - height + 1))
+        by = (Filter.LANCZOS, Filter.BICUBIC, Filter.BILINEAR)[number % 3]
+        ours = scaled_crop(pixels, (columns / scaled_w, rows / scaled_h), (left, top), (width, height), by)
+        whole = Image.fromarray(pixels).resize((scaled_w, scaled_h), by.value)
+        expected = np.asarray(whole.crop((left, top, left + width, top + height)), int)
+        worst = max(worst, int(np.abs(ours - expected).max()))
+    assert worst <= 2

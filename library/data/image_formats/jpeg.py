@@ -1,0 +1,171 @@
+"""Segments of JPEG (ITU-T T.81, annex B): size, orientation and colour profile, and the file without metadata."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from library.data.image_formats.exif import orientation_of
+from library.data.image_formats.file_bytes import Facts, FileBytes
+
+START = b"\xff\xd8"
+END = b"\xff\xd9"
+_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # a frame's header: precision, height, width, components
+_SEQUENTIAL = frozenset({0xC0, 0xC1})  # the sequential frames with Huffman codes, which nearly all files are
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_SOS, _EOI, _DRI = 0xDA, 0xD9, 0xDD
+_APP0, _APP1, _APP2, _APP14, _APP15, _COM = 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
+_NO_CONTENT = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a segment
+_ICC = b"ICC_PROFILE\0"  # then the number of this part, from 1, and how many there are (ICC.1:2022, B.4)
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+# In entropy-coded data 0xFF is followed by 0 or is a restart marker; whatever else follows ends the data.
+_MARKER_IN_DATA = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_BETWEEN_SCANS = frozenset({0xC4, 0xCC, 0xDB, _DRI, _COM, *range(_APP0, 0xF0)})  # tables and metadata
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """A JPEG without its metadata.
+
+    Attributes:
+        data: the file with all segments that pixels depend on, up to its end mark.
+        icc: its colour profile; b"" if it has none.
+        orientation: EXIF's, 1 to 8.
+        scans: how often the data pass over the picture.
+        progressive: whether each scan refines the picture.
+        data_start, data_end: where the entropy-coded bytes are in `data`, if they are one sequential scan; else 0.
+        ended: an end mark was there.
+    """
+
+    data: bytes
+    icc: bytes
+    orientation: int
+    scans: int
+    progressive: bool
+    data_start: int
+    data_end: int
+    ended: bool
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A marker with the place of its content."""
+
+    marker: int
+    begin: int
+    end: int
+
+
+def facts(read: FileBytes) -> Facts:
+    """Size and orientation.
+
+    Raises:
+        OSError: no frame's header is found.
+    """
+    size: tuple[int, int] | None = None
+    exif = xmp = b""
+    for segment in _segments(read):
+        if segment.marker in _SOF:
+            size = _size(read(segment.begin, 5))
+            break
+        if segment.marker == _APP1 and (content := read(segment.begin, segment.end - segment.begin)):
+            exif, xmp = _of_app1(content, exif, xmp)
+    if size is None:
+        raise OSError("image file is truncated: a JPEG without a frame's header")
+    return Facts(*size, orientation_of(exif, xmp))
+
+
+def without_metadata(data: bytes) -> Jpeg:
+    """The file as its pixels need it.
+
+    Raises:
+        OSError: its frame or its first scan is missing.
+    """
+    read = FileBytes.of(data)
+    kept, exif, xmp = [START], b"", b""
+    parts: dict[int, bytes] = {}  # of the profile, by their numbers
+    frame: tuple[int, int] | None = None  # marker and components
+    scan: _Segment | None = None
+    for segment in _segments(read):
+        content = data[segment.begin : segment.end]
+        if segment.marker == _APP1:
+            exif, xmp = _of_app1(content, exif, xmp)
+        elif segment.marker == _APP2 and content.startswith(_ICC):
+            parts.setdefault(content[len(_ICC)] if len(content) > len(_ICC) else 0, content[len(_ICC) + 2 :])
+        if segment.marker in _SOF and len(content) > 5:
+            frame = segment.marker, content[5]
+        if _is_needed(segment, content):
+            kept.append(data[segment.begin - 4 : segment.end])
+        if segment.marker == _SOS:
+            scan = segment
+    if frame is None or scan is None:
+        raise OSError("image file is truncated: a JPEG without picture data")
+    one_scan = frame[0] in _SEQUENTIAL and data[scan.begin : scan.begin + 1] == bytes([frame[1]])
+    end, scans, ended = _end_of_data(data, scan.end, one_scan)
+    head = b"".join(kept)
+    bare = head + data[scan.end : end] + END
+    data_start, data_end = (len(head), len(head) + end - scan.end) if one_scan else (0, 0)
+    icc = b"".join(parts[number] for number in sorted(parts))
+    progressive = frame[0] in _PROGRESSIVE
+    return Jpeg(bare, icc, orientation_of(exif, xmp), scans, progressive, data_start, data_end, ended)
+
+
+def _segments(read: FileBytes) -> Iterator[_Segment]:
+    """The segments up to the first scan's header, that one included; fewer of a file that is cut."""
+    position = len(START)
+    while len(head := read(position, 4)) == 4:
+        if head[0] != 0xFF or head[1] in (0, 0xFF):  # what stands between segments is passed over, as libjpeg does
+            position += 1
+            continue
+        marker = head[1]
+        if marker in _NO_CONTENT:
+            position += 2
+            continue
+        length = int.from_bytes(head[2:], "big")
+        if marker == _EOI or length < 2:
+            return
+        yield _Segment(marker, position + 4, position + 2 + length)
+        if marker == _SOS:
+            return
+        position += 2 + length
+
+
+def _is_needed(segment: _Segment, content: bytes) -> bool:
+    """Whether decoding asks for it: JFIF's and Adobe's segments say which colours these are, others are metadata."""
+    if segment.marker == _APP0:
+        return content.startswith(b"JFIF\0") and len(content) >= 14
+    if segment.marker == _APP14:
+        return content.startswith(b"Adobe") and len(content) >= 12
+    return not (_APP0 <= segment.marker <= _APP15 or segment.marker == _COM)
+
+
+def _end_of_data(data: bytes, position: int, one_scan: bool) -> tuple[int, int, bool]:
+    """Where the data of the last scan end, how many scans there are, and whether an end mark follows.
+
+    Args:
+        position: of the first entropy-coded byte.
+        one_scan: nothing belongs to the picture behind the first scan.
+    """
+    scans = 1
+    while match := _MARKER_IN_DATA.search(data, position):
+        marker, position = data[match.start() + 1], match.start()
+        if marker == _EOI or one_scan:
+            return position, scans, marker == _EOI
+        if marker != _SOS and marker not in _BETWEEN_SCANS:
+            return position, scans, False
+        scans += marker == _SOS
+        position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
+    return len(data), scans, False
+
+
+def _of_app1(content: bytes, exif: bytes, xmp: bytes) -> tuple[bytes, bytes]:
+    """EXIF and XMP with what a segment has of them; the first of each kind counts."""
+    if not exif and content.startswith(b"Exif\0"):
+        exif = content
+    elif not xmp and content.startswith(_XMP):
+        xmp = content
+    return exif, xmp
+
+
+def _size(frame: bytes) -> tuple[int, int] | None:
+    """(width, height) of a frame's header."""
+    return (int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big")) if len(frame) == 5 else None
