@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from library.errors import InputError
+from library.redaction import remember, shown_address
 
 _SCHEME = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
-_URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)(?:[^/@\s'\"]*@)?(?P<rest>[^?#\s'\"]*)[^\s'\"]*")
 
 
 class Address:
@@ -14,9 +14,10 @@ class Address:
 
     def __init__(self, text: str) -> None:
         self.text = text
+        remember(text)
 
     def __str__(self) -> str:
-        return shown(self.text)
+        return shown_address(self.text)
 
     def __repr__(self) -> str:
         return f"Address({str(self)!r})"
@@ -41,15 +42,14 @@ class Address:
             raise InputError(f"{flag} {self}: cannot be expanded ({error})") from error
 
 
-def shown(address: str) -> str:
-    """The address for messages, without credentials and query string."""
-    if not address.startswith("pipe:"):
-        return _URL.sub(lambda match: match["scheme"] + match["rest"], address)
-    words = address.removeprefix("pipe:").split()
-    files = [shown(word.strip("'\"")) for word in words[1:] if "://" in word or ".tar" in word]
-    return f"pipe:{' '.join(words[:1])} … {' '.join(files[-1:])}".rstrip()
-
-
 def location(text: str) -> Path | Address:
-    """Convert a command-line value: an `Address` if it is spelt as an address, else a path."""
-    return Address(text) if _SCHEME.match(text) else Path(text)
+    """Convert a command-line value: an `Address` if it is spelt as an address, else a path.
+
+    A spelling that only a path has (./data/laion, data/laion/) would be lost in a `Path`, and data/laion may be a
+    repository's name on the hub: such a path becomes an absolute one.
+    """
+    if _SCHEME.match(text):
+        return Address(text)
+    path = Path(text)
+    looks_like_name = path.as_posix().count("/") == 1 and path.as_posix() != text
+    return path.absolute() if looks_like_name else path

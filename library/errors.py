@@ -4,16 +4,19 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from library.redaction import redacted
+
 
 class InputError(ValueError):
     """Bad input from the user: a flag, a file, a data set.
 
     The message names the flag or file, says what is wrong with it and what to do; where several things are wrong, each
-    stands on a line of its own. Scripts print it to standard error and exit with status 2.
+    stands on a line of its own. Addresses in it lose their secrets. Scripts print it to standard error and exit with
+    status 2.
     """
 
     def __init__(self, *problems: str) -> None:
-        super().__init__(*problems)
+        super().__init__(*(redacted(str(problem)) for problem in problems))
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -49,6 +52,9 @@ class Problems:
 
 class TrainingError(RuntimeError):
     """Training cannot continue (loss not finite, loss scale exhausted). Scripts print the message and exit with 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class Stopped(Exception):  # noqa: N818

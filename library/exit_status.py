@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from library.errors import InputError, Stopped, TrainingError
+from library.redaction import redacted
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -50,9 +51,9 @@ def run_main(work: Callable[[], object]) -> int:
     """
     # device.py imports torch_npu. Left to itself torch would, and die where CANN's environment is not set.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("httpx", "PIL", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -76,8 +77,16 @@ def run_main(work: Callable[[], object]) -> int:
     return EXIT_OK
 
 
+class _RedactingFormatter(logging.Formatter):
+    """Lines of the log, tracebacks among them, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def _failed(message: str, status: int, expected: bool = True) -> int:
     """Show the error, and write it to a file for a launcher that started several processes."""
+    message = redacted(message)
     print(message.rstrip(), file=sys.stderr, flush=True)
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # torchrun's name for it; it reads `message` and `timestamp`
     if file:

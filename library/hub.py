@@ -6,14 +6,24 @@ login` gives access to what is not public.
 
 import contextlib
 import errno
+import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from library.errors import InputError
+from library.redaction import redacted
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# No repository is called so: a text that ends like this is the path of a file.
+_OF_FILES = (
+    *(".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".tar", ".gz", ".tgz", ".zip", ".parquet"),
+    *(".json", ".jsonl", ".csv", ".toml", ".yaml", ".txt"),
+)
 _TIMEOUT_S = 20
 
 
@@ -41,7 +51,38 @@ class Wanted:
 
 def is_hub_name(source: str) -> bool:
     """True if a text has the form owner/name; the caller must first check that no such path exists."""
-    return _NAME.fullmatch(source) is not None
+    spelt = _NAME.fullmatch(source) is not None and "--" not in source and ".." not in source
+    return spelt and source[-1] not in ".-" and PurePosixPath(source).suffix.lower() not in _OF_FILES
+
+
+def refuse_missing_path(source: str, flag: str) -> None:
+    """Refuse a text of the form owner/name that is meant as a path: OWNER is here, and NAME is not in it.
+
+    A data disk that is not mounted leaves such a path (data/laion), and the hub may have a stranger's repository of
+    the name.
+
+    Raises:
+        InputError
+    """
+    owner, _, name = source.partition("/")
+    if os.path.lexists(owner):
+        raise InputError(
+            f"{flag} {source}: '{owner}' is here and has no '{name}'. Check spelling and that the disk is mounted. "
+            f"It is not looked for on the Hugging Face hub, since it reads as a path; if the hub's {source} is meant, "
+            f"download it and give its folder, or start where there is no '{owner}'."
+        )
+
+
+def say_what_is_fetched(wanted: Wanted) -> None:
+    """Log what comes from where, before the first byte."""
+    from huggingface_hub import constants
+
+    what = f"{wanted}: no such path here; it is taken as the {wanted.kind} repository of that name"
+    if constants.HF_HUB_OFFLINE:
+        logger.info("%s in the hub's cache, %s", what, constants.HF_HUB_CACHE)
+        return
+    place = f"{redacted(constants.ENDPOINT)}/{'datasets/' * (wanted.kind == 'dataset')}{wanted.name}"
+    logger.info("%s: %s is fetched into %s, as far as it is not there yet", what, place, constants.HF_HUB_CACHE)
 
 
 def snapshot(wanted: Wanted, choose: Callable[[Iterable[str]], list[str]], cached: Sequence[str]) -> Path:
@@ -59,6 +100,8 @@ def snapshot(wanted: Wanted, choose: Callable[[Iterable[str]], list[str]], cache
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    say_what_is_fetched(wanted)
+    endpoint = redacted(constants.ENDPOINT)
     try:
         # Not list_repo_files: it tries again for 23 s when there is no network.
         ask = HfApi().dataset_info if wanted.kind == "dataset" else HfApi().model_info
@@ -71,7 +114,7 @@ def snapshot(wanted: Wanted, choose: Callable[[Iterable[str]], list[str]], cache
     except RepositoryNotFoundError as error:
         raise InputError(
             f"{wanted}: no file or folder of this name here, and no such {wanted.kind} repository at "
-            f"{constants.ENDPOINT} (or it is private: hf auth login). {wanted.way_out}"
+            f"{endpoint} (or it is private: hf auth login). {wanted.way_out}"
         ) from error
     except Exception as error:
         # Offline, a proxy, a server's fault: the client raises many kinds. A copy in the cache serves for all of them.
@@ -80,13 +123,12 @@ def snapshot(wanted: Wanted, choose: Callable[[Iterable[str]], list[str]], cache
             return found
         raise InputError(
             f"{wanted}: no file or folder of this name here, not in the hub's cache ({constants.HF_HUB_CACHE}), and "
-            f"{constants.ENDPOINT} cannot be reached ({_reason(error)}). {wanted.way_out}"
+            f"{endpoint} cannot be reached ({_reason(error)}). {wanted.way_out}"
         ) from error
     chosen = choose(names)
     if not chosen:
         raise InputError(
-            f"{wanted}: the {wanted.kind} at {constants.ENDPOINT} has none of the files needed ({wanted.needs}). "
-            f"{wanted.way_out}"
+            f"{wanted}: the {wanted.kind} at {endpoint} has none of the files needed ({wanted.needs}). {wanted.way_out}"
         )
     try:
         return Path(snapshot_download(wanted.name, repo_type=wanted.kind, allow_patterns=chosen))
@@ -117,6 +159,6 @@ def cached_snapshot(wanted: Wanted, patterns: Sequence[str]) -> Path | None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's text, or its kind."""
-    text = str(error).strip()
+    """The first line of an error's text, or its kind; the addresses in it may be signed."""
+    text = redacted(str(error).strip())
     return text.splitlines()[0] if text else type(error).__name__

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import toml
-
 from library.atomic_write import write_file
 from library.errors import InputError
 from library.options.flag import Flags, OptionGroup, flag
-from library.options.kinds import in_toml, to_file
+from library.options.kinds import in_toml, toml_line
 from library.options.read_config import read_config
 from library.options.refused import REFUSED
 
@@ -65,7 +63,7 @@ def read_values(path: Path, flags: Flags, script: str) -> dict[str, Any]:
 
 
 def write_values(path: Path, flags: Flags, values: Mapping[str, Any]) -> None:
-    """Write those values that are not their flags' defaults to a file.
+    """Write those values that are not their flags' defaults to a file; no credentials of addresses.
 
     Raises:
         InputError: there is a file of that name, or it cannot be written.
@@ -74,12 +72,12 @@ def write_values(path: Path, flags: Flags, values: Mapping[str, Any]) -> None:
         raise InputError(f"--output_config writes TOML, and --config_file {path} is named otherwise; name a .toml file")
     if path.exists():
         raise InputError(f"--output_config: {path} is there already; move it away, or name another file")
-    written = {
-        each.name: to_file(values[each.name])
+    written = [
+        toml_line(each.name, values[each.name]) + "\n"
         for each in flags
         if each.on_command_line and each.in_config_file and values[each.name] not in (None, each.default)
-    }
-    text = toml.dumps(written)
+    ]
+    text = "".join(written)
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 

@@ -67,8 +67,10 @@ class DataOptions(ValidationOptions, OptionGroup):
     dataset_config: Path | None = flag(
         None, ".toml or .json with several data sets and subsets, in place of --train_data_dir"
     )
-    reg_data_dir: Path | None = flag(
-        None, "regularisation (class) images, laid out as --train_data_dir; an epoch shows as many of them as of those"
+    reg_data_dir: Path | Address | None = flag(
+        None,
+        "regularisation (class) images, laid out as --train_data_dir; an epoch shows as many of them as of those",
+        read=location,
     )
     prior_loss_weight: float = flag(1.0, "weight of the loss of regularisation images", least=0)
     train_batch_size: int = flag(1, "images per device and pass", least=1, at=DATASET, key="batch_size")

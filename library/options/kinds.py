@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import toml
+
 from library.address import Address
+from library.redaction import redacted
 
 Read = Callable[[str], Any]  # a value from its text; ValueError with a sentence that begins with "must"
 
@@ -48,7 +51,7 @@ class Kind:
         try:
             return self.read(text)
         except ValueError as error:
-            raise ValueError(f"{error}, got {text!r:.80}") from None
+            raise ValueError(f"{error}, got {redacted(text)!r:.80}") from None
 
     def from_file(self, value: Any) -> Any:
         """The value of what a TOML or JSON file holds; raises ValueError as `from_text`."""
@@ -85,14 +88,21 @@ class Kind:
 
 
 def in_toml(value: Any) -> str:
-    """A value as a user writes it in a file."""
+    """A value as a user writes it in a file, for messages."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    return repr(value)
+    return redacted(repr(value))
+
+
+def toml_line(name: str, value: Any) -> str:
+    """A flag's line in a TOML file. An address may hold keys: one that does stands there as a comment, without them."""
+    if isinstance(value, Address) and str(value) != value.text:
+        return f"# {toml.dumps({name: str(value)}).strip()}  # without its credentials: give it on the command line"
+    return toml.dumps({name: to_file(value)}).strip()
 
 
 def to_file(value: Any) -> Any:
-    """A flag's value as a value that TOML and JSON have; addresses whole, with what credentials they hold."""
+    """A flag's value as a value that TOML and JSON have; addresses whole: `toml_line` keeps credentials out."""
     if isinstance(value, tuple):
         texts = all(isinstance(entry, str) for entry in value)
         return list(value) if texts else ",".join(map(str, value))

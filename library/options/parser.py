@@ -3,12 +3,14 @@
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from library.options.flag import Flag, Flags
 from library.options.kinds import Kind
 from library.options.refused import REFUSED, Refused
+from library.redaction import redacted, remember_all
 
 _REFUSALS = " refused"  # no name of a flag
 
@@ -29,7 +31,7 @@ class StrictParser(argparse.ArgumentParser):
             hints = [f"did you mean {one}{f' by {flag}' if len(unknown) > 1 else ''}?" for flag, one in meant]
             them = "it" if len(unknown) == 1 else "them"
             message = f"{message}: this script does not take {them}; {' '.join(hints) or '--help lists the flags'}"
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, redacted(f"{self.prog}: error: {message}\n"))
 
 
 def make_parser(flags: Flags, prog: str, description: str = "", epilog: str = "") -> StrictParser:
@@ -53,6 +55,7 @@ def given_values(parser: StrictParser, argv: Sequence[str] | None) -> dict[str, 
     Args:
         argv: without the program's name; None: the process's own.
     """
+    remember_all([word.partition("=")[2] if word[:2] == "--" else word for word in (argv or sys.argv[1:])])
     given = dict(vars(parser.parse_args(argv)))
     refusals = given.pop(_REFUSALS, [])
     if refusals:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import InputError
+from library.redaction import remember_all
 from library.user_text import parse_toml, read_user_text
 
 
@@ -26,4 +27,5 @@ def read_config(path: Path, flag: str) -> dict[str, Any]:
         raise InputError(f"{flag} {path} is no valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{flag} {path} must be a table of keys and values.")
+    remember_all(content)
     return content

@@ -3,12 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import toml
-
-from library.address import Address
 from library.atomic_write import write_file
 from library.options.flag import Flags
-from library.options.kinds import to_file
+from library.options.kinds import toml_line
 from library.options.training import TrainingOptions
 from library.options.values import run_values
 
@@ -36,7 +33,7 @@ def write_config(options: TrainingOptions, seed: int) -> None:
 
 
 def config_text(options: TrainingOptions, seed: int) -> str:
-    """The file's text. Addresses may hold keys: one that does stands there as a comment, without them."""
+    """The file's text."""
     values = run_values(options) | dict(options.data.outer) | {"seed": seed}
     lines = ["# The configuration of this run, as --config_file takes it. --dataset_config is read from its own file."]
     for title, flags in Flags(type(options)).sections().items():
@@ -49,8 +46,4 @@ def config_text(options: TrainingOptions, seed: int) -> str:
 
 def _line(name: str, value: Any) -> str:
     """A flag's line; "" for one without a value."""
-    if value is None:
-        return ""
-    if isinstance(value, Address) and str(value) != value.text:
-        return f"# {toml.dumps({name: str(value)}).strip()}  # without its credentials: give it on the command line"
-    return toml.dumps({name: to_file(value)}).strip()
+    return "" if value is None else toml_line(name, value)

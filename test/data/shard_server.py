@@ -14,7 +14,9 @@ class ShardServer(ThreadingHTTPServer):
         faults: by file name, what the next answers do, one each: a status, or ("cut" or "stall", after so many bytes).
         broken: as a fault that never ends, by file name.
         ranges: whether it knows them.
+        moved: where an answer sends on to, by file name.
         asked: how often for each file.
+        authorization: what was sent as such.
     """
 
     daemon_threads = True
@@ -25,6 +27,7 @@ class ShardServer(ThreadingHTTPServer):
         self.folder, self.ranges = folder, ranges
         self.faults: dict[str, list] = {}
         self.broken: dict[str, object] = {}
+        self.moved: dict[str, str] = {}
         self.asked: Counter[str] = Counter()
         self.authorization: set[str | None] = set()
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
@@ -50,6 +53,11 @@ class _Handler(BaseHTTPRequestHandler):
         name = self.path.partition("?")[0].strip("/")
         self.server.asked[name] += 1
         self.server.authorization.add(self.headers.get("Authorization"))
+        if name in self.server.moved:
+            self.send_response(302)
+            self.send_header("Location", self.server.moved[name])
+            self.end_headers()
+            return
         file, fault = self.server.folder / name, self.server.fault(name)
         if isinstance(fault, int) or not file.is_file():
             self.send_error(fault if isinstance(fault, int) else 404)

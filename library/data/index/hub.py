@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from library.data.index.kept_tables import locked
 from library.data.index.rows import COMMON_CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from library.errors import InputError
-from library.hub import Wanted, cached_snapshot, is_hub_name, snapshot
+from library.hub import Wanted, cached_snapshot, is_hub_name, refuse_missing_path, say_what_is_fetched, snapshot
 from library.signals import leave_signals_to_parent
 
 _POLL_S = 0.2
@@ -28,11 +28,13 @@ def local_data(path: Path, flag: str, caption_extension: str, between: Callable[
         between: called again and again while something is downloaded here or in another process; may raise.
 
     Raises:
-        InputError: it is neither; the download cannot be had, or holds nothing to train on.
+        InputError: it is a path whose beginning alone is here; the download cannot be had, or holds nothing to train
+            on.
     """
     name = path.as_posix()
     if path.exists() or not is_hub_name(name):
         return path
+    refuse_missing_path(name, flag)
     way_out = (
         "If a path is meant, check its spelling. Else give a local folder, or download the data set where there is a "
         "network and set HF_HOME to that cache."
@@ -40,6 +42,7 @@ def local_data(path: Path, flag: str, caption_extension: str, between: Callable[
     needs = "shards, *.tar, or image files; images in the columns of a parquet are not read"
     wanted = Wanted(name, "dataset", flag, needs, way_out)
     patterns = _patterns(caption_extension)
+    say_what_is_fetched(wanted)  # by this process: the one that downloads has no log
     with locked([_lock_folder(name)], between) as waited:
         if waited and (found := cached_snapshot(wanted, patterns)):
             return found

@@ -2,12 +2,12 @@
 
 from itertools import islice
 
-from library.address import shown
 from library.data.index.rows import COMMON_CAPTION_EXTENSIONS
 from library.data.index.tar_headers import TornTarError
 from library.data.stream.shard_bytes import Patience, ShardError, store_file
 from library.data.stream.shard_samples import StreamSample, StreamSubset, shard_samples
 from library.errors import InputError
+from library.redaction import shown_address
 
 _LOOKED_AT = 8  # samples
 _PATIENCE = Patience(timeout_s=30, tries=3)
@@ -19,7 +19,7 @@ def probe(address: str, subset: StreamSubset, flag: str, patience: Patience = _P
     Raises:
         InputError: it cannot be read, has no image, or none of these samples has a caption.
     """
-    what = f"{flag} {shown(address)}"
+    what = f"{flag} {shown_address(address)}"
     _check_store(address, flag)
     found: list[StreamSample] = []
     try:
@@ -48,11 +48,11 @@ def _check_store(address: str, flag: str) -> None:
     """Raise InputError where nothing is installed that reads this kind of address."""
     if address.startswith(("http://", "https://", "pipe:")):
         return
-    scheme = address.partition(":")[0]
+    scheme, place = address.partition(":")[0], shown_address(address)
     try:
         store_file(address)
     except (ImportError, ValueError) as error:
         raise InputError(
-            f"{flag} {shown(address)}: {scheme}:// is read through fsspec, which says: {error}. Install fsspec and its "
-            f"package for {scheme} (s3fs for s3, gcsfs for gs), or use a command: 'pipe:aws s3 cp {shown(address)} -'."
+            f"{flag} {place}: {scheme}:// is read through fsspec, which says: {error}. Install fsspec and its "
+            f"package for {scheme} (s3fs for s3, gcsfs for gs), or use a command: 'pipe:aws s3 cp {place} -'."
         ) from error

@@ -18,7 +18,6 @@ from functools import cached_property
 
 import numpy as np
 
-from library.address import shown
 from library.data.bad_samples import SampleError
 from library.data.index.tar_headers import TornTarError
 from library.data.order.buckets import BucketOptions, bucket_list, bucket_of
@@ -28,6 +27,7 @@ from library.data.stream.shard_bytes import Patience, ShardError
 from library.data.stream.shard_samples import StreamSample, StreamSubset, shard_samples
 from library.errors import InputError
 from library.keyed_random import Stream, generator
+from library.redaction import shown_address
 
 logger = logging.getLogger(__name__)
 
@@ -272,10 +272,10 @@ class StreamReader:
                 number = sample.number + 1
                 yield sample
         except TornTarError as error:
-            self._reject(shown(shard.address), f"{error}; the {number} samples before are used")
+            self._reject(shown_address(shard.address), f"{error}; the {number} samples before are used")
         except ShardError as error:
             lost = max(1, (self._usual - number) // part.shares)
-            self._reject(shown(shard.address), f"given up after {number} samples: {error}", lost)
+            self._reject(shown_address(shard.address), f"given up after {number} samples: {error}", lost)
 
     def _item(self, number: int, part: Part, sample: StreamSample) -> _Item:
         bucket = self._layout.bucket(part.shard.subset, sample.size_px)
@@ -288,9 +288,9 @@ class StreamReader:
     def _stop_if_empty(self, part: Part) -> None:
         if self._empty < _MOST_EMPTY * part.shares:
             return
-        some = "; ".join(": ".join(entry) for entry in self._bad[-3:])
+        some, place = "; ".join(": ".join(entry) for entry in self._bad[-3:]), shown_address(part.shard.address)
         raise InputError(
-            f"--train_data_dir {shown(part.shard.address)}: no image to train on in the last {self._empty} shards. "
+            f"--train_data_dir {place}: no image to train on in the last {self._empty} shards. "
             f"{some or 'They are empty'}. Mend the server or the address, then go on from the last training state."
         )
 
@@ -309,9 +309,9 @@ class StreamReader:
                     found[number, sample.number] = self._item(number, part, sample)
                     missing.discard(sample.number)
             if missing:
-                said = f" ({self._bad[-1][1]})" if self._bad else ""
+                said, place = f" ({self._bad[-1][1]})" if self._bad else "", shown_address(part.shard.address)
                 raise InputError(
-                    f"--resume: {shown(part.shard.address)} has no longer the samples that it had{said}, so this state "
+                    f"--resume: {place} has no longer the samples that it had{said}, so this state "
                     "cannot be gone on from. Mend the shard, or start anew."
                 )
             if number == self._part:

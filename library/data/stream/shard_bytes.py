@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -20,9 +21,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from library.address import shown
+from library.redaction import redacted, secrets_of
 
 _PIECE = 1 << 20  # bytes asked for at once where bytes are passed over
+_LAST_BYTES = 1000  # of a command's errors that are looked at
 _TRANSIENT = frozenset({408, 425, 429})  # and all of 500 and more
 
 
@@ -85,12 +87,13 @@ class ShardStream:
                 return data
             except _ForGoodError as error:
                 self.close()
-                raise ShardError(str(error)) from error
+                raise ShardError(self._shown(str(error))) from error
             except Exception as error:  # of many kinds, by the library that reads
                 self.close()
                 self._failures += 1
                 if self._failures >= self._patience.tries:
                     reason = f"{_reason(error)}; {self._failures} tries at byte {self._position}"
+                    reason = self._shown(reason)
                     raise ShardError(reason) from error
                 if self._failures > 1:
                     wait_s = self._patience.wait_s * 2 ** (self._failures - 2)
@@ -102,6 +105,10 @@ class ShardStream:
         if opened is not None:
             with contextlib.suppress(Exception):
                 opened.close()
+
+    def _shown(self, reason: str) -> str:
+        """A reason without what is secret in the address: other libraries quote parts of it."""
+        return redacted(reason, secrets_of(self._address))
 
     def _attempt(self, size: int) -> bytes:
         if self._opened is None:
@@ -127,16 +134,14 @@ class _Web:
     def __init__(self, address: str, position: int, timeout_s: float) -> None:
         parts = urlsplit(address)
         headers = {"User-Agent": "sdxl-pretrain", "Accept-Encoding": "identity"}
-        if "@" in parts.netloc:
-            user, _, host = parts.netloc.rpartition("@")
-            headers["Authorization"] = "Basic " + base64.b64encode(unquote(user).encode()).decode()
-            parts = parts._replace(netloc=host)
         if position:
             headers["Range"] = f"bytes={position}-"
+        user, at, host = parts.netloc.rpartition("@")
+        credentials = "Basic " + base64.b64encode(unquote(user).encode()).decode() if at else ""
+        request = urllib.request.Request(urlunsplit(parts._replace(netloc=host)), headers=headers)
         try:
-            self._response = urllib.request.urlopen(
-                urllib.request.Request(urlunsplit(parts), headers=headers), timeout=timeout_s
-            )
+            opener = urllib.request.build_opener(_Redirects(credentials))
+            self._response = opener.open(_with(request, credentials), timeout=timeout_s)
         except urllib.error.HTTPError as error:
             error.close()
             said = f"the server says {error.code} {error.reason}"
@@ -158,17 +163,39 @@ class _Web:
         self._response.close()
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows a server to another address; the credentials go along to the same host alone."""
+
+    def __init__(self, credentials: str) -> None:
+        self._credentials = credentials
+
+    def redirect_request(self, req: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
+        new = super().redirect_request(req, *args)
+        if new is None or (new.type, new.host) != (req.type, req.host) or not req.has_header("Authorization"):
+            return new
+        return _with(new, self._credentials)
+
+
+def _with(request: urllib.request.Request, credentials: str) -> urllib.request.Request:
+    """The request with credentials that no redirection copies."""
+    if credentials:
+        request.add_unredirected_header("Authorization", credentials)
+    return request
+
+
 class _Command:
     """From the standard output of a shell's command."""
 
     def __init__(self, address: str, position: int, timeout_s: float) -> None:
         self.total: int | None = None
         self._timeout_s = timeout_s
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(  # a shell, since that is what `pipe:` is for: the user's own command
             address.removeprefix("pipe:"),
             shell=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=self._errors,  # shown as a reason, without secrets, which curl -v and set -x would print
             start_new_session=True,  # so that what the shell has started can be ended with it
         )
         assert self._process.stdout is not None
@@ -184,14 +211,22 @@ class _Command:
             raise TimeoutError(f"the command gave nothing for {self._timeout_s:g} s")
         data = os.read(self._output.fileno(), size)
         if not data and (status := self._process.wait(self._timeout_s)):
-            raise OSError(f"the command ended with status {status}")
+            raise OSError(f"the command ended with status {status}{self._said()}")
         return data
+
+    def _said(self) -> str:
+        """The last line of what the command wrote to standard error."""
+        end = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, end - _LAST_BYTES))
+        lines = self._errors.read().decode("utf-8", "replace").split("\n")
+        return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._output.close()
+        self._errors.close()
 
 
 class _Store:
@@ -236,11 +271,11 @@ def _pass_over(opened: _Opened, count: int) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Without addresses, which these errors do not hold but for fsspec's."""
+    """What an error says of itself."""
     if isinstance(error, urllib.error.URLError):
         error = error.reason if isinstance(error.reason, Exception) else OSError(str(error.reason))
     if isinstance(error, TimeoutError) and not str(error).startswith("the command"):
         return "the server stalls"
     if isinstance(error, (OSError, http.client.HTTPException)):
-        return shown(str(error)) or type(error).__name__
-    return f"{type(error).__name__}: {shown(str(error))}"
+        return str(error) or type(error).__name__
+    return f"{type(error).__name__}: {error}"

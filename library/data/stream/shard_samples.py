@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from library.address import shown
 from library.data.bad_samples import SampleError
 from library.data.caption_text import MAX_CAPTION_BYTES, caption_text, is_json_name
 from library.data.image_formats.file_bytes import FileBytes
@@ -13,6 +12,7 @@ from library.data.image_header import MAX_BYTES, upright_size
 from library.data.index.rows import IMAGE_EXTENSIONS, printable
 from library.data.index.tar_headers import TornTarError, walk
 from library.data.stream.shard_bytes import Patience, ShardStream
+from library.redaction import shown_address
 
 _PIECE = 1 << 16  # bytes that are asked for at once
 
@@ -77,7 +77,7 @@ def shard_samples(address: str, subset: StreamSubset, patience: Patience) -> Ite
         for number, group in enumerate(groups):
             key = group.pop("__key__")
             del group["__url__"]
-            name = printable(f"{shown(address)}:{key}")
+            name = printable(f"{shown_address(address)}:{key}")
             try:
                 if twice:
                     raise SampleError("several members of one name in the tar")

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from library.address import Address, shown
+from library.address import Address
 from library.data.loader import Loader
 from library.data.micro_batch import MicroBatch, Share, Tokenize, micro_batch
 from library.data.order.buckets import BucketOptions, check_options, fit
@@ -27,6 +27,7 @@ from library.data.stream.sample_counts import sample_count
 from library.data.stream.shard_samples import StreamSample, StreamSubset
 from library.errors import InputError
 from library.options.data import DataOptions, SubsetOptions
+from library.redaction import shown_address
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class StreamedData:
         waiting = buckets * (layout.batch_size - 1)
         split = f", each shard by {layout.shares} of them in part" if layout.shares > 1 else ""
         return [
-            f"{len(layout.shards)} shards as a stream, from {shown(layout.shards[0].address)} on",
+            f"{len(layout.shards)} shards as a stream, from {shown_address(layout.shards[0].address)} on",
             f"number of images: {count}",
             f"make buckets: {buckets}; each micro-batch is of one, and those of a step may be of different ones",
             f"readers of the stream: {layout.readers} over all processes{split}",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.hub import is_hub_name
+from library.hub import is_hub_name, refuse_missing_path
 from library.imports import import_pruned
 from library.models.family import EncoderSpec, Family
 from library.models.files import hub, infer_configs, kept_configs, single_file
@@ -119,16 +119,21 @@ def _tokenizer_flag(family: Family, place: int) -> str:
     return f"--tokenizer{place + 1}_path" if len(family.encoders) > 1 else "--tokenizer_path"
 
 
-def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
+def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]], *, given: bool = True) -> Path:
     """A path as it is, or a hub name's folder in the cache.
 
+    Args:
+        given: the user gave it; False for a hub name that the family has, which is not meant as a path.
+
     Raises:
-        InputError: neither.
+        InputError: neither, or a path whose beginning alone is here.
     """
     path = Path(source).expanduser()
     if path.exists():
         return path
     if is_hub_name(source):
+        if given:
+            refuse_missing_path(source, flag)
         return hub.snapshot(source, flag, choose)
     raise InputError(f"{flag} {source}: no such file or folder, and not spelt as a hub name (owner/name).")
 
@@ -309,7 +314,7 @@ def _tokenizer(spec: EncoderSpec, flag: str, source: str | None, own: Path | Non
     if source is None and own is not None:
         path = own
     else:
-        path = locate(source or spec.tokenizer, flag, hub.tokenizer_files)
+        path = locate(source or spec.tokenizer, flag, hub.tokenizer_files, given=source is not None)
     inside = path / spec.tokenizer_folder
     if inside.is_dir():  # a whole pipeline was given
         path = inside

@@ -13,7 +13,7 @@ import pytest
 
 from library.data.dataset import prepare_data
 from library.data.index import hub as hub_data
-from library.errors import Stopped
+from library.errors import InputError, Stopped
 from test.models.files.hub_server import TOKEN, Hub
 
 ROOT = Path(__file__).parents[3]
@@ -130,6 +130,41 @@ def test_the_folder_in_the_cache_is_indexed_unless_there_is_a_path_of_the_name(
     (tmp_path / "tiny").mkdir()
     (client.base / "images").rename(tmp_path / "tiny" / "shards")
     assert len(prepare_data(options, 1, rank=0, world_size=1, accumulation=1).index) == 1
+
+
+def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(monkeypatch, tmp_path, make_options):
+    """data/laion on a disk that is not mounted: a stranger's laion of an owner called data would be trained on."""
+    monkeypatch.setattr(hub_data, "_download_in_process", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "disk").symlink_to("/nowhere/disk")
+    for given in ("data/laion", "disk/laion"):
+        with pytest.raises(InputError, match=f"--train_data_dir {given}: '{given[:4]}' is here and has no 'laion'"):
+            prepare_data(make_options(given), 1, rank=0, world_size=1, accumulation=1)
+    for given in ("./other/laion", "other/laion/", "other//laion", "other/laion.tar", "other/la--ion", "öther/laion"):
+        with pytest.raises(InputError, match=r"laion\S*: there is no such folder|la--ion: there is no such folder"):
+            prepare_data(make_options(given), 1, rank=0, world_size=1, accumulation=1)
+    reg = make_options(tmp_path / "data", "--reg_data_dir=./other/laion").subsets[1]
+    assert reg.train_data_dir == tmp_path / "other" / "laion"
+
+
+def test_what_is_fetched_is_said_before_it_is(monkeypatch, tmp_path, caplog):
+    def download(*_):
+        said.extend(caplog.messages)
+        return tmp_path
+
+    said = []
+    monkeypatch.setattr(hub_data, "_download_in_process", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://me:p@ss/word@hub.test")
+    with caplog.at_level("INFO"):
+        hub_data.local_data(Path("tiny/shards"), "--train_data_dir", ".txt")
+    (line,) = said
+    assert line == (
+        "--train_data_dir tiny/shards: no such path here; it is taken as the dataset repository of that name: "
+        f"https://hub.test/datasets/tiny/shards is fetched into {tmp_path / 'cache'}, as far as it is not there yet"
+    )
 
 
 def test_a_signal_ends_a_download_at_once(tmp_path, monkeypatch):

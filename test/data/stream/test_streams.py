@@ -282,6 +282,23 @@ class TestAddresses:
         pids = (tmp_path / "pids").read_text().split()
         assert len(pids) == 3 and not any(is_running(int(pid)) for pid in pids)
 
+    def test_what_a_command_says_of_its_end_is_the_reason(self):
+        address = 'pipe:KEY=s3cr3t99; echo "no $KEY" >&2; exit 3 # 0.tar'
+        with pytest.raises(Exception, match=r"^the command ended with status 3: no …; 3 tries at byte 0$"):
+            next(shard_samples(address, StreamSubset(".txt"), QUICK))
+
+    def test_credentials_go_to_their_host_alone_wherever_it_redirects_to(self, server, tmp_path):
+        other = ShardServer(server.folder)
+        try:
+            server.moved = {"a.tar": f"{server.address}/00000.tar", "b.tar": f"{other.address}/00000.tar"}
+            for name in ("a.tar", "b.tar"):
+                address = f"{server.address}/{name}".replace("//", "//me:secret@", 1)
+                assert len(list(shard_samples(address, StreamSubset(".txt"), QUICK))) == 12
+            assert server.authorization == {"Basic bWU6c2VjcmV0"}
+            assert other.authorization == {None}
+        finally:
+            other.stop()
+
     def test_what_fsspec_reaches(self, server, prepare):
         (data,) = prepare(f"file://{server.folder}/{{00000..00008}}.tar")
         (direct,) = prepare(every(server))

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from library.errors import InputError
 from library.families import SDXL
 from library.models.files import hub
-from library.models.files.read import load_model
+from library.models.files.read import load_model, load_tokenizers, load_vae, locate
 from library.models.files.weight_files import choose_weights, files_of
 from library.models.files.write import save_model
 from test.models.files.hub_server import Hub
@@ -122,9 +123,34 @@ def test_offline_and_not_cached_says_what_was_looked_for_and_the_way_out(report)
 
 def test_a_mistyped_path_is_not_asked_of_the_hub(monkeypatch):
     monkeypatch.setattr(hub, "snapshot", lambda *_: pytest.fail("asked the hub"))
-    for source in ("models/sdxl/base", "./sdxl", "sdxl", "/nowhere/model"):
+    names = (
+        "models/sdxl/base",
+        "./sdxl",
+        "sdxl",
+        "/nowhere/model",
+        "models/sdxl/",
+        "./models/sdxl",
+        "sd/xl.safetensors",
+    )
+    for source in names:
         with pytest.raises(InputError, match="no such file or folder"):
             load_model(source, SDXL)
+
+
+def test_a_missing_path_in_a_folder_that_is_here_is_not_asked_of_the_hub(monkeypatch, tmp_path):
+    """The hub may have a model of that name, of a stranger; the family's own tokenizers are not meant as paths."""
+    monkeypatch.setattr(hub, "snapshot", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for load in (lambda: load_model("models/sdxl", SDXL), lambda: load_vae("models/sdxl", SDXL, torch.float32)):
+        with pytest.raises(InputError, match="models/sdxl: 'models' is here and has no 'sdxl'"):
+            load()
+    with pytest.raises(InputError, match="models/clip: 'models' is here"):
+        load_tokenizers("whatever", SDXL, ("models/clip", "models/clip"))
+    (tmp_path / "openai").mkdir()
+    monkeypatch.setattr(hub, "snapshot", lambda name, *_: (_ for _ in ()).throw(LookupError(name)))
+    with pytest.raises(LookupError, match="openai/clip-vit-large-patch14"):
+        locate("openai/clip-vit-large-patch14", "--tokenizer", hub.tokenizer_files, given=False)
 
 
 def test_full_precision_is_chosen_before_a_variant_and_safetensors_before_pickles():

@@ -1,0 +1,77 @@
+"""Nothing secret of an address, a command or the environment is in a text that a run shows."""
+
+import pytest
+
+from library import redaction
+from library.address import Address
+from library.errors import InputError, TrainingError
+from library.redaction import redacted, secrets_of, shown_address
+
+# Address: (what is shown of it, what may be nowhere else)
+URLS = {
+    "https://host.test/a/{0..9}.tar": ("https://host.test/a/{0..9}.tar", set()),
+    "https://me:passwd@host.test/a.tar?sig=x1y2z3": ("https://host.test/a.tar", {"passwd", "x1y2z3"}),
+    "https://user:p@ss/word@host.test/a.tar": ("https://host.test/a.tar", {"p@ss/word", "word"}),
+    "https://user:pa/ssword@host.test/a.tar": ("https://host.test/a.tar", {"pa/ssword", "ssword"}),
+    "https://user:1234/ssword@host.test/a.tar": ("https://host.test/a.tar", {"1234/ssword", "1234", "ssword"}),
+    "https://user:pass?word@host.test/a.tar": ("https://…", {"pass", "pass?word"}),
+    "https://user:p%40ssword@host.test/a.tar": ("https://host.test/a.tar", {"p%40ssword", "p@ssword"}),
+    "https://token99@host.test/a.tar": ("https://host.test/a.tar", {"token99"}),
+    "https://host.test/data@v1/a.tar": ("https://…@v1/a.tar", set()),
+    "https://host.test:8000/a.tar?mail=me@home": ("https://host.test:8000/a.tar", {"me@home"}),
+    "https://host.test/a.tar?X-Amz-Credential=AKIA%2F1&X-Amz-Signature=5eaf00d#part": (
+        "https://host.test/a.tar", {"AKIA%2F1", "AKIA/1", "5eaf00d#part"},
+    ),
+    "https://u:passwd@[::1]:80/{0..3}.tar": ("https://[::1]:80/{0..3}.tar", {"passwd"}),
+    "https://host.test:{80..83}/a.tar": ("https://host.test:{80..83}/a.tar", set()),
+    "s3://bucket/x@y/a.tar": ("s3://bucket/x@y/a.tar", set()),
+    "s3://AKIA:SEC/RET@bucket/a.tar": ("s3://bucket/a.tar", {"SEC/RET"}),
+    "simplecache::https://u:passwd@host.test/a.tar": ("simplecache::https://host.test/a.tar", {"passwd"}),
+}  # fmt: skip
+PIPES = {
+    "KEY=s3cr3t aws s3 cp s3://b/{0..9}.tar -": ("aws … s3://b/{0..9}.tar", {"s3cr3t"}),
+    "env A='two words' B=s3cr3t aws s3 cp s3://b/0.tar -": ("env … s3://b/0.tar", {"two words", "s3cr3t"}),
+    "export KEY=s3cr3t; aws s3 cp s3://b/0.tar -": ("export … s3://b/0.tar", {"s3cr3t"}),
+    "bash -c 'KEY=s3cr3t aws s3 cp s3://b/0.tar -'": ("bash … s3://b/0.tar", {"s3cr3t"}),
+    "(KEY=s3cr3t cat x/0.tar)": ("cat … x/0.tar", {"s3cr3t"}),
+    "KEY=s3cr3t' cat 0.tar": ("cat … 0.tar", {"s3cr3t"}),
+    "curl -s -u me:s3cr3t https://h.test/0.tar | cat": ("curl … https://h.test/0.tar", {"s3cr3t", "me:s3cr3t"}),
+    "curl -H 'Authorization: Bearer s3cr3t' https://me:pw99@h.test/0.tar?sig=5eaf00d": (
+        "curl … https://h.test/0.tar", {"s3cr3t", "pw99", "5eaf00d"},
+    ),
+    "./get --token=s3cr3t --url=https://h.test/0.tar": ("./get … https://h.test/0.tar", {"s3cr3t"}),
+    "sshpass -p s3cr3t scp me@h:/data/0.tar /dev/stdout": ("sshpass … 0.tar", {"s3cr3t"}),
+    "cat /data/{0..9}.tar": ("cat … /data/{0..9}.tar", set()),
+}  # fmt: skip
+ALL = [*URLS.items(), *((f"pipe:{text}", (f"pipe:{shown}", hidden)) for text, (shown, hidden) in PIPES.items())]
+
+
+@pytest.mark.parametrize(("address", "expected"), ALL)
+def test_an_address_is_shown_without_what_is_secret_in_it(address, expected):
+    shown, hidden = expected
+    assert str(Address(address)) == shown_address(address) == shown
+    assert hidden <= secrets_of(address)
+    for text in (repr(Address(address)), f"cannot read {address!r}: no", *map(str, errors(address))):
+        assert not [secret for secret in hidden if secret in redacted(text, secrets_of(address))], text
+
+
+def errors(address):
+    """Errors that quote an address that was given on the command line."""
+    redaction.remember_all({"image_dir": [address]})
+    return InputError(f"{address}: no"), TrainingError(f"{address} has no end")
+
+
+def test_what_an_error_of_another_library_quotes_is_hidden():
+    address = "https://user:pa/ssword@host.test/a.tar"
+    assert redacted("nonnumeric port: 'pa/ssword'", secrets_of(address)) == "nonnumeric port: '…'"
+
+
+def test_tokens_of_the_environment_are_hidden(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
+    assert str(InputError("401 for hf_abcdefgh, wJalrXUtnFEMI")) == "401 for …, …"
+
+
+def test_other_texts_stay_as_they_are():
+    for text in ("a: b = c@d/e.tar, 3 % of 'x'", "/data/a@b/0.tar:key", "see https://host.test/docs/a.md for more"):
+        assert redacted(text) == text
