@@ -141,14 +141,7 @@ def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(monkeypatch, tmp_pa
     for given in ("data/laion", "disk/laion"):
         with pytest.raises(InputError, match=f"--train_data_dir {given}: '{given[:4]}' is here and has no 'laion'"):
             prepare_data(make_options(given), 1, rank=0, world_size=1, accumulation=1)
-    for given in (
-        "./other/laion",
-        "other/laion/",
-        "other//laion",
-        "other/laion.tar",
-        "öther/laion",
-        "/".join(("other", "la--ion")),
-    ):
+    for given in ("./other/laion", "other/laion/", "other//laion", "other/laion.tar", "öther/laion"):
         with pytest.raises(InputError, match=r"laion\S*: there is no such folder"):
             prepare_data(make_options(given), 1, rank=0, world_size=1, accumulation=1)
     reg = make_options(tmp_path / "data", "--reg_data_dir=./other/laion").subsets[1]
