@@ -65,12 +65,13 @@ class Reading:
                 return made.setdefault(source, shelf(self, source))
 
             making = LatentMaking(self.index, self.buckets, [Treatment().images], "stand-in", moments, BATCH)
+            self.settings = making.settings
             blocks = [block for source in range(len(self.index.sources)) for block in blocks_of(self.index, source)]
             fill(making, self.index, shelves, blocks)
             began = time.process_time()
             fill(making, self.index, shelves, blocks)
             self.fill_seconds = time.process_time() - began
-            caches = Caches(latents=Cache(self.index, shelves, {}))
+            caches = Caches(latents=Cache(self.index, shelves, {}, making.settings))
         plan = Plan(self.buckets, repeated(self.buckets.images_SK, self.index.repeats_S), 0, BATCH)
         self._dataset = MicroBatchDataset(self.index, self.buckets, plan, Share(BATCH), [Treatment()], caches=caches)
 
@@ -88,7 +89,7 @@ class Reading:
             record = self.index.record(first + index)
             path = self.index.sources[source].path / self.index.key(first + index)
             size = (int(record["width"]), int(record["height"]))
-            return Picture(path, size, self.buckets.size(int(buckets[index])))
+            return Picture(path, self.settings(first + index), size, self.buckets.size(int(buckets[index])))
 
         return of
 

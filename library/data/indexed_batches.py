@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from library.data.bad_samples import SampleError
-from library.data.cache.entries import NO_CACHES, Caches
+from library.data.cache.entries import NO_CACHES, Caches, digest_bytes
 from library.data.index.table import Index
 from library.data.loader import Loader
 from library.data.micro_batch import MicroBatch, Share, Tokenize, micro_batch
@@ -132,7 +132,10 @@ class MicroBatchDataset(Dataset):
             encoded = self._caches.latents.read(row).variant
             sample = prepare_cached(name, encoded, text, treatment, size, fit, at, extras)
         if self._caches.text is not None:
-            sample = replace(sample, text=self._caches.text.read(row, empty=not sample.caption).tensors)
+            entry = self._caches.text.read(row, empty=not sample.caption)
+            if entry.made.content not in ("", digest_bytes(sample.caption.encode())):
+                raise SampleError("its caption has changed since it was encoded; a new start encodes it anew")
+            sample = replace(sample, text=entry.tensors)
         return sample
 
 

@@ -35,6 +35,7 @@ from library.data.cache.locations import (
     text_outputs_of,
 )
 from library.data.cache.npz_files import TextLayout
+from library.data.cache.settings import Settings
 from library.data.dataset import TrainingData
 from library.data.index.mapped_file import Opened
 from library.errors import InputError, Stopped, TrainingError
@@ -109,12 +110,12 @@ def make_caches(
         images = [treatment.images for treatment in data.treatments(0)]
         making = LatentMaking(data.index, data.buckets, images, encoders.image_digest(), encoders.encode_images, size)
         needed = _latent_bytes(data, encoders)
-        on_disk, encoder = asked.cache_latents_to_disk, encoders.image_digest()
         mirrored = [entry.flip_aug for entry in images]
         ending, latent_px = encoders.latents_ending, encoders.latent_px
-        beside = partial(pictures_of, data.index, data.buckets, mirrored, ending, latent_px)
-        shelves = work.shelves("latents", on_disk, needed, encoder, beside)
-        latents = Cache(data.index, shelves, work.filled("latents", making, shelves))
+        beside = partial(pictures_of, data.index, data.buckets, making.settings, mirrored, ending, latent_px)
+        shelves = work.shelves("latents", asked.cache_latents_to_disk, needed, making.settings, beside)
+        bad = work.filled("latents", making, shelves)
+        latents = Cache(data.index, shelves, bad, making.settings, foreign=asked.skip_cache_check)
     if asked.text:
         size = asked.text_encoder_batch_size or batch_size
         captions = CaptionMaking(
@@ -128,9 +129,10 @@ def make_caches(
             tuple(tensor.dtype for tensor in empty.tensors),
             encoders.first_text_width,
         )
-        outputs = partial(text_outputs_of, data.index, layout)
-        shelves = work.shelves("text_encoder_outputs", on_disk, needed, encoders.caption_digest(), outputs)
-        text = Cache(data.index, shelves, work.filled("text_encoder_outputs", captions, shelves), empty)
+        outputs = partial(text_outputs_of, data.index, captions.settings, layout)
+        shelves = work.shelves("text_encoder_outputs", on_disk, needed, captions.settings, outputs)
+        bad = work.filled("text_encoder_outputs", captions, shelves)
+        text = Cache(data.index, shelves, bad, captions.settings, empty, foreign=asked.skip_cache_check)
     encoders.release(asked.latents, asked.text)
     progress.at(0, PREPARING)
     _check_bad(data, {**(latents.bad if latents else {}), **(text.bad if text else {})}, options)
@@ -149,7 +151,7 @@ class _Work:
         self._rounds = 0
 
     def shelves(
-        self, kind: str, on_disk: bool, needed_bytes: int, encoder: str, beside: BesideOf
+        self, kind: str, on_disk: bool, needed_bytes: int, settings: Settings, beside: BesideOf
     ) -> Callable[[int], Shelf]:
         """Where the entries of each source go."""
         if not on_disk:
@@ -161,7 +163,7 @@ class _Work:
             clear_left_behind(root)
         logger.info("cache %s on disk: %.2f GiB in all", kind, needed_bytes / _GIB)
         npz = sources_beside_images(self._index)
-        return Opened(partial(disk_shelf, self._index, kind, encoder, beside, roots, npz)).__getitem__
+        return Opened(partial(disk_shelf, self._index, kind, settings, beside, roots, npz)).__getitem__
 
     def filled(self, kind: str, making: Making, shelves: Callable[[int], Shelf]) -> dict[int, str]:
         """Fill this process's share and wait for the others; returns the reasons of rows without entry."""

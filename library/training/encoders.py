@@ -89,10 +89,11 @@ class Encoders:
             # Its shape and numbers differ with the number of chunks, and with and without weighted captions.
             tokens = self._tokenize(["a (caption:1.5)"])
             example = [tensor.tolist() for tensor in (*tokens.ids, *tokens.weights)]
-            words = [sorted(tokenizer.get_vocab().items()) for tokenizer in self._tokenizers]
+            words = [_tokenizer_facts(tokenizer) for tokenizer in self._tokenizers]
             weights = _weights_digest(*self._module.text_encoders)
             uses = [asdict(use) for use in self._module.uses]
-            return hashlib.sha256(json.dumps([example, words, weights, uses]).encode()).hexdigest()
+            facts = [example, words, weights, uses, self._autocast_dtype()]
+            return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
         return self._digest("caption", compute)
 
@@ -148,10 +149,26 @@ class Encoders:
                 encoder.to("cpu")
         devices.release_memory(self._device)
 
+    def _autocast_dtype(self) -> str:
+        """The precision that products are computed in, whatever that of the weights: of --mixed_precision."""
+        kind = self._device.type
+        with self._autocast():
+            return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "weights"
+
     def _digest(self, of: str, compute: Callable[[], str]) -> str:
         if of not in self._digests:
             self._digests[of] = compute()
         return self._digests[of]
+
+
+def _tokenizer_facts(tokenizer: Any) -> Any:
+    """All that a tokenizer's words depend on, as JSON has it; not how long texts are cut, which calls change."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        ranks = getattr(tokenizer, "bpe_ranks", {})
+        return [sorted(tokenizer.get_vocab().items()), sorted((str(pair), rank) for pair, rank in ranks.items())]
+    content = json.loads(backend.to_str())
+    return [content[part] for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens", "model")]
 
 
 def _weights_digest(*networks: nn.Module | None) -> str:

@@ -231,7 +231,7 @@ def test_cached_latents_leave_them_as_they_are(shard, prepare):
     images = [treatment.images for treatment in data.treatments(0)]
     making, shelf = LatentMaking(data.index, data.buckets, images, "v", encode, 4), MemoryShelf()
     fill(making, data.index, lambda source: shelf, list(blocks_of(data.index, 0)))
-    cached = replace(data, caches=Caches(latents=Cache(data.index, lambda source: shelf, {})))
+    cached = replace(data, caches=Caches(latents=Cache(data.index, lambda source: shelf, {}, making.settings)))
     for plain, batch in zip(batches_of(data), batches_of(cached), strict=True):
         assert batch.images_BHWC is None and batch.mirrored == plain.mirrored
         for name, expected in plain.extras.items():

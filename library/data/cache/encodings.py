@@ -1,17 +1,17 @@
 """What a cache's entries are made of: images through the VAE, captions through the text encoders."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from library.data.cache.entries import Entry, Made, digest_bytes, digest_of
+from library.data.cache.entries import Entry, Made, digest_bytes
 from library.data.cache.fill import Loaded
+from library.data.cache.settings import CaptionSettings, LatentSettings
 from library.data.fit import Fit
-from library.data.index.mapped_file import Opened
 from library.data.index.table import Index
 from library.data.order.bucket_rows import Buckets
 from library.data.order.row_fit import row_fit
@@ -24,8 +24,6 @@ from library.keyed_random import Stream, generator
 
 EncodeImages = Callable[[Tensor], tuple[Tensor, ...]]
 EncodeCaptions = Callable[[Sequence[str]], tuple[Tensor, ...]]
-
-_VERSION = 1  # raise it whenever the same image and settings are decoded to other pixels
 
 
 class LatentMaking:
@@ -47,22 +45,13 @@ class LatentMaking:
             encode: from images (B, rows, columns, 3) in uint8 to mean and standard deviation.
         """
         self.batch_size = batch_size
-        self._index, self._buckets, self._images = index, buckets, images
-        self._encoder, self._encode = encoder, encode
+        self.settings = LatentSettings(index, buckets, images, encoder)
+        self._index, self._buckets, self._encode = index, buckets, encode
         self._reader = Reader(index)
-        self._buckets_of: Opened[np.ndarray] = Opened(buckets.buckets_of)
 
     def group(self, row: int) -> tuple[int, bool]:
         """The bucket, and whether the mirrored image is encoded, too."""
-        return self._bucket(row), self._options(row).flip_aug
-
-    def settings(self, row: int) -> str:
-        """Bucket and what made it, how images are scaled and whether they are mirrored, and the VAE."""
-        bucket, images = self._bucket(row), self._options(row)
-        options = asdict(self._buckets.options_of(bucket))
-        filter_ = images.resize_interpolation
-        scaling = [None if filter_ is None else filter_.name, images.flip_aug]
-        return digest_of(_VERSION, self._encoder, self._buckets.size(bucket), options, scaling)
+        return self.settings.bucket(row), self.settings.images(row).flip_aug
 
     def content(self, row: int) -> str:
         """Of the image's file."""
@@ -70,7 +59,7 @@ class LatentMaking:
 
     def load(self, row: int) -> Loaded:
         """The image decoded and cropped; with flip_aug also mirrored."""
-        image, bucket, options = self._reader.image(row), self._bucket(row), self._options(row)
+        image, bucket, options = self._reader.image(row), self.settings.bucket(row), self.settings.images(row)
         fits: list[Fit] = []
 
         def fit(width: int, height: int) -> Fit:
@@ -91,13 +80,6 @@ class LatentMaking:
         images_VBHWC = torch.from_numpy(np.ascontiguousarray(np.stack(items, axis=1)))
         return tuple(moment_BCHW for images_BHWC in images_VBHWC for moment_BCHW in self._encode(images_BHWC))
 
-    def _bucket(self, row: int) -> int:
-        source, place = self._index.place(row)
-        return int(self._buckets_of[source][place])
-
-    def _options(self, row: int) -> ImageOptions:
-        return self._images[self._index.source(row).subset]
-
 
 class CaptionMaking:
     """Text-encoder outputs: text states and pooled text for each caption as it is trained when it is not dropped."""
@@ -112,20 +94,13 @@ class CaptionMaking:
             encode: from captions to text states and pooled text.
         """
         self.batch_size = batch_size
-        self._index, self._encoder, self._encode = index, digest_of(encoder), encode
-        self._captions = [
-            replace(treatment.captions, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0)
-            for treatment in treatments
-        ]
+        self.settings = CaptionSettings(index, [treatment.captions for treatment in treatments], encoder)
+        self._index, self._encode = index, encode
         self._reader = Reader(index)
 
     def group(self, row: int) -> int:
         """Every caption has the same number of chunks."""
         return 0
-
-    def settings(self, row: int) -> str:
-        """The text encoders."""
-        return self._encoder
 
     def content(self, row: int) -> str:
         """Of the caption."""
@@ -142,8 +117,8 @@ class CaptionMaking:
 
     def empty(self) -> Entry:
         """The entry of a caption that is dropped."""
-        return Entry(Made(digest_bytes(b""), self._encoder), (), tuple(tensor[0] for tensor in self._encode([""])))
+        return Entry(Made(digest_bytes(b""), ""), (), tuple(tensor[0] for tensor in self._encode([""])))
 
     def _caption(self, row: int) -> str:
-        options = self._captions[self._index.source(row).subset]
+        options = self.settings.captions[self._index.source(row).subset]
         return process_caption(self._reader.caption(row), options, generator(0, Stream.CAPTION), step=0, epoch=0)

@@ -125,20 +125,24 @@ class Cache:
     Attributes:
         shelves: of each source, by its number.
         bad: reasons why rows have no entry.
+        settings: from a row to what its entry must have been made with (library.data.cache.settings).
         empty: the entry of an empty caption, in a cache of captions.
+        foreign: entries of other programs, which do not say what they were made of, are taken (--skip_cache_check).
     """
 
     index: Index
     shelves: Callable[[int], Shelf]
     bad: Mapping[int, str]
+    settings: Callable[[int], str]
     empty: Entry | None = None
+    foreign: bool = False
 
     def read(self, row: int, empty: bool = False) -> Entry:
         """The entry of a row, or of the empty caption that stands for its own.
 
         Raises:
             SampleError: it was not possible to make one.
-            DamagedEntryError: it is gone or damaged.
+            DamagedEntryError: it is gone, damaged, or made with other settings.
         """
         if empty and self.empty is not None:
             return self.empty
@@ -146,9 +150,16 @@ class Cache:
             raise SampleError(self.bad[row])
         source, place = self.index.place(row)
         try:
-            return self.shelves(source).read(place)
+            entry = self.shelves(source).read(place)
         except KeyError as error:
             raise DamagedEntryError(f"the cache's entry of {self.index.name(row)} is gone") from error
+        found = entry.made.settings
+        if found != self.settings(row) and not (self.foreign and not found):
+            by = "with other settings, by another run" if found else "by another program"
+            raise DamagedEntryError(
+                f"the cache's entry of {self.index.name(row)} has been written {by} since this one began"
+            )
+        return entry
 
 
 @dataclass(frozen=True)

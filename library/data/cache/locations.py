@@ -10,6 +10,7 @@ from pathlib import Path
 from library.data.cache.block_files import BlockShelf
 from library.data.cache.entries import Shelf
 from library.data.cache.npz_files import Beside, NpzShelf, Picture, TextLayout, TextOutputs
+from library.data.cache.settings import Settings
 from library.data.index.kept_tables import digest, kept_name
 from library.data.index.table import Index
 from library.data.order.bucket_rows import Buckets
@@ -43,15 +44,16 @@ def sources_beside_images(index: Index) -> frozenset[int]:
 def disk_shelf(
     index: Index,
     kind: str,
-    encoder: str,
+    settings: Settings,
     beside: BesideOf,
     roots: Sequence[Path],
     npz: frozenset[int],
     number: int,
 ) -> Shelf:
-    """The shelf of a source; another encoder has another.
+    """The shelf of a source; other settings have another.
 
     Args:
+        settings: what the entries are made with.
         roots: of each subset, the folder of its block files.
         npz: the sources whose entries lie beside the images.
     """
@@ -59,16 +61,23 @@ def disk_shelf(
     if number in npz:
         return NpzShelf(beside(number))
     name = str(source.path.relative_to(index.subsets[source.subset].path))
-    made_from = [source.subset, source.share, source.caption_extension, encoder]
+    made_from = [source.subset, source.share, source.caption_extension, settings.of_source(number)]
     return BlockShelf(roots[source.subset] / kind / kept_name(name, made_from, index.tables[number].notes["digest"]))
 
 
 def pictures_of(
-    index: Index, buckets: Buckets, mirrored: Sequence[bool], ending: str, latent_px: int, number: int
+    index: Index,
+    buckets: Buckets,
+    settings: Settings,
+    mirrored: Sequence[bool],
+    ending: str,
+    latent_px: int,
+    number: int,
 ) -> Callable[[int], Picture]:
     """The .npz of the latents of a source's images, by place.
 
     Args:
+        settings: what the entries are made with.
         mirrored: of each subset, whether the latents of mirrored images are kept, too.
         ending: of the files' names, by the model's family.
         latent_px: pixels a side that one latent stands for.
@@ -82,15 +91,15 @@ def pictures_of(
         path = source.path / index.key(first + place)
         size = buckets.size(int(buckets_n[place]))
         size_wh_px = (int(record["width"]), int(record["height"]))
-        return Picture(path, size_wh_px, size, ending, mirrored[source.subset], latent_px)
+        return Picture(path, settings(first + place), size_wh_px, size, ending, mirrored[source.subset], latent_px)
 
     return picture
 
 
-def text_outputs_of(index: Index, layout: TextLayout, number: int) -> Callable[[int], TextOutputs]:
+def text_outputs_of(index: Index, settings: Settings, layout: TextLayout, number: int) -> Callable[[int], TextOutputs]:
     """The .npz of what the text encoders make of a source's captions, by place."""
     folder, first = index.sources[number].path, int(index.starts_S[number])
-    return lambda place: TextOutputs(folder / index.key(first + place), layout)
+    return lambda place: TextOutputs(folder / index.key(first + place), settings(first + place), layout)
 
 
 def clear_left_behind(root: Path) -> None:

@@ -1,6 +1,7 @@
 """Shelves beside images: .npz that sd-scripts reads and writes, of an image's latents or its caption's encoding."""
 
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +24,23 @@ _TEXT_ENDING_OF_ONE = "_sd_te_outputs.npz"  # ours: sd-scripts keeps no outputs 
 _TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")
 # The keys of .npz files that are this project's own: of what they were made, and the moments of latents.
 _FACTS, _MOMENT = "made_of", "moment"
+_SETTINGS_DIGITS = 8  # of the settings' digest, in names of files
 
 
 class Beside(Protocol):
     """The .npz of one image: where it is, and how an entry lies in it."""
 
     @property
-    def candidates(self) -> Sequence[Path]:
-        """Where it may be; the first is where it is written."""
+    def settings(self) -> str:
+        """What its entry must have been made with."""
+
+    @property
+    def path(self) -> Path:
+        """Where other programs look for it."""
+
+    @property
+    def older(self) -> Sequence[Path]:
+        """Where other programs kept it once; only read."""
 
     def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
         """What is written, by key."""
@@ -44,7 +54,11 @@ class Beside(Protocol):
 
 
 class NpzShelf:
-    """Beside every image a file of its own."""
+    """Beside every image a file of its own.
+
+    It has the name that other programs look for, unless a file of that name is of another program or of other settings:
+    that one stays, and the name of this one has a digest of its settings in it.
+    """
 
     def __init__(self, beside: Callable[[int], Beside]) -> None:
         """
@@ -60,18 +74,16 @@ class NpzShelf:
         return found
 
     def read(self, place: int) -> Entry:
-        """As Shelf."""
-        beside = self._beside(place)
-        path = next((path for path in beside.candidates if path.is_file()), None)
-        if path is None:
+        """As Shelf; where there is none of the settings that are wanted, one of others."""
+        beside, of_others = self._beside(place), []
+        for path in (_own_path(beside), beside.path, *beside.older):
+            entry = _load(path, beside)
+            if entry is not None and entry.made.settings == beside.settings:
+                return entry
+            of_others += [] if entry is None else [entry]
+        if not of_others:
             raise KeyError(place)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return beside.entry(file)
-        except KeyError:
-            raise
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DamagedEntryError(f"{path} is damaged") from error
+        return of_others[0]
 
     def write(self, entries: Mapping[int, Entry]) -> None:
         """As Shelf."""
@@ -83,7 +95,56 @@ class NpzShelf:
                 with path.open("wb") as file:  # given a path, numpy would add an ending of its own
                     np.savez(file, **arrays)  # type: ignore[arg-type]
 
-            write_shared(beside.candidates[0], save)
+            target = _target(beside)
+            write_shared(target, save)
+            if target != beside.path and not beside.path.exists():
+                _rename_unless_there(target, beside.path)
+
+
+def _own_path(beside: Beside) -> Path:
+    """A name that no other settings have; it does not end as sd-scripts' names do, which it takes apart."""
+    return beside.path.with_name(f"{beside.path.stem}.{beside.settings[:_SETTINGS_DIGITS]}.npz")
+
+
+def _load(path: Path, beside: Beside) -> Entry | None:
+    """What a file says; None where there is none, or it holds nothing that can be used here.
+
+    Raises:
+        DamagedEntryError
+    """
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return beside.entry(file)
+    except KeyError:
+        return None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DamagedEntryError(f"{path} is damaged") from error
+
+
+def _target(beside: Beside) -> Path:
+    """Where an entry is written: over one of the same settings or a damaged one, else under its own name at first."""
+    own = _own_path(beside)
+    if own.is_file() or not beside.path.exists():
+        return own
+    try:
+        there = _load(beside.path, beside)
+    except DamagedEntryError:
+        return beside.path
+    return beside.path if there is not None and there.made.settings == beside.settings else own
+
+
+def _rename_unless_there(path: Path, to: Path) -> None:
+    """Rename a file unless another process has just made one of that name."""
+    try:
+        os.link(path, to)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        path.replace(to)
+    else:
+        path.unlink()
 
 
 @dataclass(frozen=True)
@@ -93,7 +154,8 @@ class Picture:
     A file that another program made has latents alone: they are the mean, and the standard deviation is 0.
 
     Attributes:
-        path: the image's file.
+        image: the image's file.
+        settings: what the entry must have been made with.
         size_wh_px: the image's.
         bucket_wh_px: that it is cropped to.
         ending: of the file's name after the image's size, by the model's family.
@@ -101,7 +163,8 @@ class Picture:
         latent_px: pixels a side that one latent stands for.
     """
 
-    path: Path
+    image: Path
+    settings: str
     size_wh_px: tuple[int, int]
     bucket_wh_px: tuple[int, int]
     ending: str
@@ -109,14 +172,15 @@ class Picture:
     latent_px: int = 8
 
     @property
-    def candidates(self) -> list[Path]:
-        """As Beside; the last as sd-scripts named them once."""
+    def path(self) -> Path:
+        """As Beside."""
         width, height = self.size_wh_px
-        stem = self.path.with_suffix("")
-        return [
-            stem.with_name(f"{stem.name}_{width:04d}x{height:04d}{self.ending}"),
-            stem.with_name(f"{stem.name}.npz"),
-        ]
+        return self.image.with_name(f"{self.image.stem}_{width:04d}x{height:04d}{self.ending}")
+
+    @property
+    def older(self) -> list[Path]:
+        """As Beside."""
+        return [self.image.with_name(f"{self.image.stem}.npz")]
 
     def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
         """One sample in sd-scripts' keys, whose noise is a function of what was encoded, and the moments in ours."""
@@ -197,18 +261,25 @@ class TextOutputs:
     """The .npz of what the text encoders make of an image's caption, each encoder's states by themselves.
 
     Attributes:
-        path: the image's file.
+        image: the image's file.
+        settings: what the entry must have been made with.
         layout: of what is trained with; outputs for another --max_token_length or of other encoders are not taken.
     """
 
-    path: Path
+    image: Path
+    settings: str
     layout: TextLayout
 
     @property
-    def candidates(self) -> list[Path]:
+    def path(self) -> Path:
         """As Beside."""
         ending = _TEXT_ENDING if _TEXT_KEYS[1] in self.layout.parts else _TEXT_ENDING_OF_ONE
-        return [self.path.with_name(f"{self.path.stem}{ending}")]
+        return self.image.with_name(f"{self.image.stem}{ending}")
+
+    @property
+    def older(self) -> list[Path]:
+        """As Beside."""
+        return []
 
     def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
         """The numbers in sd-scripts' keys, and of what they were made in ours."""

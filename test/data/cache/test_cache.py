@@ -1,12 +1,19 @@
+import errno
+from dataclasses import replace
+from functools import partial
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 
 from library.data.bad_samples import SampleError
+from library.data.cache import npz_files
 from library.data.cache.block_files import BlockShelf
 from library.data.cache.encodings import CaptionMaking, LatentMaking
-from library.data.cache.entries import BLOCK, Cache, Caches, Entry, Made, MemoryShelf, blocks_of
+from library.data.cache.entries import BLOCK, Cache, Caches, DamagedEntryError, Entry, Made, MemoryShelf, blocks_of
 from library.data.cache.fill import fill
+from library.data.cache.locations import disk_shelf, pictures_of, sources_beside_images
 from library.data.cache.npz_files import NpzShelf, Picture, TextLayout, TextOutputs
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
@@ -15,8 +22,10 @@ from library.data.micro_batch import Share
 from library.data.order.bucket_rows import bucket_rows
 from library.data.order.buckets import BucketOptions
 from library.data.order.plan import Plan, repeated
+from library.data.sample.augmentation import ImageOptions
 from library.data.sample.captions import CaptionOptions
 from library.data.sample.prepare import Treatment
+from library.data.sample.scaling import Filter
 from library.errors import InputError
 from library.families import FAMILIES
 
@@ -35,13 +44,12 @@ def moments(images_BHWC):
 class Data:
     """An indexed folder with the latents of its images, of which the encoded ones are counted."""
 
-    def __init__(self, folder, shelves, encoder="vae", options=OPTIONS, batch_size=4):
+    def __init__(self, folder, shelves, encoder="vae", options=OPTIONS, batch_size=4, images=TREATMENT.images):
         self.index = build_index([Subset(folder, ".txt")], use_cache=False)
         self.buckets = bucket_rows(self.index, [options])
+        self.encoded, self.images = 0, [images]
+        self.making = LatentMaking(self.index, self.buckets, self.images, encoder, self._encode, batch_size)
         self.shelves = shelves(self)
-        self.encoded = 0
-        images = [TREATMENT.images]
-        self.making = LatentMaking(self.index, self.buckets, images, encoder, self._encode, batch_size)
 
     def _encode(self, images_BHWC):
         self.encoded += len(images_BHWC)
@@ -55,6 +63,11 @@ class Data:
         self.encoded = 0
         blocks = self.blocks if blocks is None else blocks
         return fill(self.making, self.index, self.shelves, blocks, **options)
+
+    def entries(self):
+        """All, as training reads them."""
+        cache = Cache(self.index, self.shelves, {}, self.making.settings)
+        return [cache.read(row) for row in range(len(self.index))]
 
     def batches(self, caches, steps=8):
         share = Share(4)
@@ -77,7 +90,8 @@ def npz_shelf(data):
             record = data.index.record(first + place)
             path = data.index.sources[source].path / data.index.key(first + place)
             size = int(record["width"]), int(record["height"])
-            return Picture(path, size, data.buckets.size(int(buckets[place])), "_sdxl.npz")
+            settings = data.making.settings(first + place)
+            return Picture(path, settings, size, data.buckets.size(int(buckets[place])), "_sdxl.npz")
 
         return NpzShelf(picture)
 
@@ -113,7 +127,7 @@ def test_the_loader_reads_what_the_images_would_give(folder, tmp_path, kind):
     filled = data.fill(workers=1)
     assert (filled.computed, filled.kept, filled.bad, data.encoded) == (12, 0, {}, 12)
     plain = data.batches(Caches())
-    cached = data.batches(Caches(latents=Cache(data.index, data.shelves, {})))
+    cached = data.batches(Caches(latents=Cache(data.index, data.shelves, {}, data.making.settings)))
     for one, other in zip(plain, cached, strict=True):
         mean, std = moments(one.images_BHWC)
         assert other.images_BHWC is None
@@ -207,7 +221,7 @@ def test_damage_that_is_met_while_training_is_an_error_that_says_what_to_do(fold
     content[-20] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"000000\.safetensors.*damaged.*without --skip_cache_check"):
-        data.batches(Caches(latents=Cache(data.index, data.shelves, {})), steps=12)
+        data.batches(Caches(latents=Cache(data.index, data.shelves, {}, data.making.settings)), steps=12)
 
 
 def test_a_bad_image_gives_the_same_quarantine_with_a_cache_as_without(folder, tmp_path):
@@ -215,7 +229,7 @@ def test_a_bad_image_gives_the_same_quarantine_with_a_cache_as_without(folder, t
     data = Data(folder, block_shelf(tmp_path / "cache"))
     filled = data.fill()
     assert list(filled.bad) == [4] and filled.computed == 11
-    cache = Cache(data.index, data.shelves, filled.bad)
+    cache = Cache(data.index, data.shelves, filled.bad, data.making.settings)
     with pytest.raises(SampleError):
         cache.read(4)
     plain, cached = data.batches(Caches()), data.batches(Caches(latents=cache))
@@ -223,6 +237,95 @@ def test_a_bad_image_gives_the_same_quarantine_with_a_cache_as_without(folder, t
         (batch.names, batch.quarantined, batch.replaced) for batch in plain
     ]
     assert any(batch.replaced for batch in plain)
+
+
+OTHER_SETTINGS = {
+    "resolution": {"options": BucketOptions((48, 48), True, 16, 64, 8)},
+    "steps": {"options": BucketOptions((32, 32), True, 16, 64, 16)},
+    "no_upscale": {"options": replace(OPTIONS, bucket_no_upscale=True)},
+    "flip": {"images": ImageOptions(flip_aug=True)},
+    "filter": {"images": ImageOptions(resize_interpolation=Filter.AREA)},
+    "vae": {"encoder": "another"},
+}
+
+
+@pytest.mark.parametrize("kind", ["blocks", "npz"])
+@pytest.mark.parametrize("other", OTHER_SETTINGS)
+def test_two_runs_with_other_settings_leave_each_other_their_entries(folder, tmp_path, kind, other):
+    """Both over one folder, the second while the first trains."""
+
+    def on_disk(data):
+        settings, npz = data.making.settings, sources_beside_images(data.index) if kind == "npz" else frozenset()
+        mirrored = [images.flip_aug for images in data.images]
+        beside = partial(pictures_of, data.index, data.buckets, settings, mirrored, "_sdxl.npz", 8)
+        return partial(disk_shelf, data.index, "latents", settings, beside, [tmp_path / "cache"], npz)
+
+    first, second = Data(folder, on_disk), Data(folder, on_disk, **OTHER_SETTINGS[other])
+    first.fill()
+    before = first.entries()
+    assert second.fill().computed == 12
+    after = first.entries()
+    for one, again in zip(before, after, strict=True):
+        assert one.made == again.made and one.size_ids == again.size_ids
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(one.tensors, again.tensors, strict=True))
+    assert {entry.made.settings for entry in second.entries()}.isdisjoint(entry.made.settings for entry in before)
+    for data in (first, second, Data(folder, on_disk)):
+        assert data.fill().kept == 12 and data.encoded == 0
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_runs_that_write_one_npz_at_once_the_second_takes_another_name(folder, monkeypatch, links):
+    first, second = Data(folder, npz_shelf), Data(folder, npz_shelf, encoder="another")
+    real, begun = npz_files._target, []
+
+    def target(beside):
+        found = real(beside)
+        if not begun:  # the first run writes all between the second one's look and its renaming
+            begun.append(True)
+            first.fill()
+        return found
+
+    if not links:
+        monkeypatch.setattr(npz_files.os, "link", Mock(side_effect=OSError(errno.EPERM, "no links here")))
+    monkeypatch.setattr(npz_files, "_target", target)
+    second.fill()
+    assert len(first.entries()) == len(second.entries()) == 12
+    names = {path.name for path in folder.glob("*.npz")}
+    assert len(names) == 24 and sum(name.endswith("_sdxl.npz") for name in names) == 12
+
+
+def test_an_npz_of_sd_scripts_stays_as_it_is(folder):
+    path = folder / "00_0040x0030_sdxl.npz"
+    arrays = {"latents": np.zeros((3, 4, 4), np.float32), "original_size": [40, 30], "crop_ltrb": [5, 0, 37, 32]}
+    np.savez(path, **arrays)
+    content = path.read_bytes()
+    data = Data(folder, npz_shelf)
+    assert data.fill().foreign == 1
+    assert path.read_bytes() == content
+    assert len(data.entries()) == 12
+    again = Data(folder, npz_shelf).fill()
+    assert (again.foreign, again.kept) == (0, 12)
+
+
+@pytest.mark.parametrize("made", [Made("c", "other"), Made("", "")])
+def test_what_another_run_wrote_over_an_entry_is_never_trained(folder, made):
+    """However it came there: each read looks at what the entry was made with."""
+    data = Data(folder, memory_shelves)
+    data.fill()
+    entry = data.shelves(0).read(3)
+    data.shelves(0).write({3: replace(entry, made=made)})
+    cache = Cache(data.index, data.shelves, {}, data.making.settings)
+    cache.read(2)
+    with pytest.raises(DamagedEntryError, match=r"03\.png has been written .*since this one began"):
+        cache.read(3)
+    with pytest.raises(InputError, match=r"since this one began\. Start again"):
+        data.batches(Caches(latents=cache))
+    unchecked = replace(cache, foreign=True)
+    if made.settings:
+        with pytest.raises(DamagedEntryError):
+            unchecked.read(3)
+    else:
+        assert unchecked.read(3).tensors
 
 
 def test_npz_files_are_what_sd_scripts_reads(folder):
@@ -276,13 +379,15 @@ def test_text_entries_are_of_the_caption_and_dropped_ones_are_the_empty_one(fold
         making = CaptionMaking(index, [TREATMENT], encoder, encode, 5)
         shelves = lambda source: BlockShelf(tmp_path / "text")  # noqa: E731
         found = fill(making, index, shelves, list(blocks_of(index, 0)))
-        return found, Cache(index, shelves, found.bad, making.empty())
+        return found, Cache(index, shelves, found.bad, making.settings, making.empty())
 
     found, cache = filled()
     assert found.computed == 12 and sorted(seen)[1] == "number 0"
     data = Data(folder, block_shelf(tmp_path / "latents"))
     data.fill()
-    batches = data.batches(Caches(latents=Cache(data.index, data.shelves, {}), text=cache), steps=12)
+    batches = data.batches(
+        Caches(latents=Cache(data.index, data.shelves, {}, data.making.settings), text=cache), steps=12
+    )
     captions = [caption for batch in batches for caption in batch.captions]
     assert "" in captions and any(captions)
     told = [length for batch in batches for length in batch.text[1][:, 0].tolist()]
@@ -301,11 +406,11 @@ TEXT_LAYOUT = TextLayout(((5, 7), (4,)), (torch.float32, torch.float32), 3)
 class Captions:
     """Text-encoder outputs beside the images of a folder, of a stand-in for the encoders."""
 
-    def __init__(self, folder, encoder="clip", layout=TEXT_LAYOUT):
-        index = build_index([Subset(folder, ".txt")], use_cache=False)
+    def __init__(self, folder, encoder="clip", layout=TEXT_LAYOUT, captions=TREATMENT.captions, **subset):
+        index = build_index([Subset(folder, subset.pop("extension", ".txt"), **subset)], use_cache=False)
         self._index = index
-        self.shelf = NpzShelf(lambda place: TextOutputs(folder / index.key(place), layout))
-        self.making = CaptionMaking(index, [TREATMENT], encoder, self._encode, 5)
+        self.shelf = NpzShelf(lambda place: TextOutputs(folder / index.key(place), self.making.settings(place), layout))
+        self.making = CaptionMaking(index, [replace(TREATMENT, captions=captions)], encoder, self._encode, 5)
 
     def _encode(self, captions):
         numbers_BN = torch.tensor([[float(len(caption) + n) for n in range(35)] for caption in captions])
@@ -313,6 +418,45 @@ class Captions:
 
     def fill(self, **options):
         return fill(self.making, self._index, lambda source: self.shelf, list(blocks_of(self._index, 0)), **options)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"encoder": "another"},
+        {"captions": CaptionOptions(caption_prefix="photo of")},
+        {"captions": CaptionOptions(secondary_separator=" ")},
+        {"extension": ".tags"},
+    ],
+    ids=["encoder", "prefix", "separator", "extension"],
+)
+def test_two_runs_with_other_captions_leave_each_other_their_text(folder, other):
+    for path in folder.glob("*.txt"):
+        path.with_suffix(".tags").write_text(f"tags, {path.stem}")
+    first, second = Captions(folder), Captions(folder, **other)
+    assert first.fill().computed == 12
+    before = [first.shelf.read(place) for place in range(12)]
+    assert second.fill().computed == 12
+    for place, one in enumerate(before):
+        again = first.shelf.read(place)
+        assert again.made == one.made and torch.equal(again.tensors[0], one.tensors[0])
+        assert second.shelf.read(place).made != one.made
+    assert first.fill().kept == second.fill().kept == 12
+
+
+def test_a_caption_that_changes_while_training_is_not_trained_with_the_text_of_another(folder, tmp_path):
+    captions = Captions(folder)
+    captions.fill()
+    data = Data(folder, block_shelf(tmp_path / "latents"))
+    data.fill()
+    making = captions.making
+    text = Cache(data.index, lambda source: captions.shelf, {}, making.settings, making.empty())
+    (folder / "03.txt").write_text("edited")
+    batches = data.batches(Caches(latents=Cache(data.index, data.shelves, {}, data.making.settings), text=text), 12)
+    bad = {entry for batch in batches for entry in batch.quarantined}
+    reason = "its caption has changed since it was encoded; a new start encodes it anew"
+    assert bad == {(str(folder / "03.png"), reason)}
+    assert not any("edited" in batch.captions for batch in batches)
 
 
 def test_text_outputs_beside_images_are_what_sd_scripts_reads(folder):
@@ -380,8 +524,8 @@ def test_text_outputs_of_one_encoder_without_pooled_text_come_back(folder):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_latents_have_the_names_of_sd_scripts_by_family(tmp_path, family):
-    first, *_ = Picture(tmp_path / "a.png", (40, 30), (40, 32), family.latents_ending).candidates
-    assert first.name == {"sdxl": "a_0040x0030_sdxl.npz"}.get(family.name, "a_0040x0030_sd.npz")
+    path = Picture(tmp_path / "a.png", "b", (40, 30), (40, 32), family.latents_ending).path
+    assert path.name == {"sdxl": "a_0040x0030_sdxl.npz"}.get(family.name, "a_0040x0030_sd.npz")
 
 
 def test_precisions_survive_the_disk(tmp_path):
@@ -389,7 +533,7 @@ def test_precisions_survive_the_disk(tmp_path):
     tensors = tuple(torch.randn(3, 4, 5).to(dtype) for dtype in (torch.bfloat16, torch.float32))
     entry = Entry(Made("a", "b"), (30, 40, 0, 1, 32, 40), tensors)
     block = BlockShelf(tmp_path / "block")
-    npz = NpzShelf(lambda place: Picture(tmp_path / "image.png", (40, 30), (40, 32), "_sdxl.npz"))
+    npz = NpzShelf(lambda place: Picture(tmp_path / "image.png", "b", (40, 30), (40, 32), "_sdxl.npz"))
     for shelf in (block, npz):
         shelf.write({0: entry})
         again = shelf.read(0)
@@ -398,7 +542,7 @@ def test_precisions_survive_the_disk(tmp_path):
     assert block.read(0).tensors[0].dtype == torch.bfloat16
     layout = TextLayout(((4, 5), (5,)), (torch.bfloat16, torch.float16), 2)
     text = Entry(Made("a", "b"), (), (torch.randn(4, 5).bfloat16(), torch.randn(5).half()))
-    beside = NpzShelf(lambda place: TextOutputs(tmp_path / "image.png", layout))
+    beside = NpzShelf(lambda place: TextOutputs(tmp_path / "image.png", "b", layout))
     beside.write({0: text})
     for one, other in zip(beside.read(0).tensors, text.tensors, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
