@@ -24,10 +24,7 @@ class InputError(ValueError):
         return tuple(map(str, self.args))
 
     def __str__(self) -> str:
-        problems = self.problems
-        if len(problems) == 1:
-            return problems[0]
-        return "\n  ".join([f"{len(problems)} things are wrong:", *problems])
+        return "\n".join(self.problems)
 
 
 class Problems:

@@ -47,7 +47,7 @@ def run_main(work: Callable[[], object]) -> int:
     """Run the work of a script; returns its exit status.
 
     0: done. 1: training failed (a traceback for an unexpected error, a line for a `TrainingError`).
-    2: bad input, a line that says what to do. 143, 130: stopped by SIGTERM, SIGINT.
+    2: bad input, a line for each thing that is wrong, which says what to do. 143, 130: stopped by SIGTERM, SIGINT.
     """
     # device.py imports torch_npu. Left to itself torch would, and die where CANN's environment is not set.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
@@ -59,7 +59,7 @@ def run_main(work: Callable[[], object]) -> int:
     try:
         work()
     except InputError as error:
-        return _failed(f"error: {error}", EXIT_BAD_INPUT)
+        return _failed("\n".join(f"error: {problem}" for problem in error.problems), EXIT_BAD_INPUT)
     except TrainingError as error:
         return _failed(f"training stopped: {error}", EXIT_FAILED)
     except Stopped as stopped:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,12 +10,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from library.exit_status import run_main, run_script
+from library.exit_status import EXIT_OK, run_main, run_script
 from library.imports import import_quickly
+from library.options.config_file import write_values
 from library.options.flag import Flags
-from library.options.parse import make_options, parse_values
-from library.options.parser import StrictParser, make_parser
-from library.options.rules import check_options
+from library.options.parse import checked_options, make_options, parse
+from library.options.parser import make_parser
+from library.options.rules import log_idle_flags
 from library.signals import Signals
 
 
@@ -47,18 +49,31 @@ class Script:
         """All flags, in the order of --help."""
         return Flags(self.options_type, self.defaults)
 
-    def parser(self) -> StrictParser:
-        """The parser of the command line."""
+    def parser(self) -> ArgumentParser:
+        """What prints --help."""
         summary, _, details = (self.doc or "").partition("\n")
         return make_parser(self.flags, self.name, summary, details)
 
-    def options(self, argv: Sequence[str] | None = None) -> Any:
-        """The options of a command line, not yet checked against each other; as argparse it ends at bad words.
+    def values(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The value of every flag, by name, as the command line and its --config_file have them.
 
         Raises:
-            InputError: what the words name is not there, or cannot be read.
+            InputError: words or keys are no flags, or values are not what their flags take; it names all of them.
         """
-        return make_options(self.flags, parse_values(self.flags, self.parser(), argv))
+        parsed = parse(self.flags, self.name, argv)
+        parsed.problems.raise_any()
+        return parsed.values
+
+    def options(self, argv: Sequence[str]) -> Any:
+        """The options of a command line, not yet checked against each other.
+
+        Raises:
+            InputError: as `values`, or a file that a flag names has mistakes.
+        """
+        parsed = parse(self.flags, self.name, argv)
+        options = make_options(self.flags, parsed)
+        parsed.problems.raise_any()
+        return options
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run the script; returns its exit status.
@@ -67,18 +82,27 @@ class Script:
             argv: without the program's name; None: the process's own.
         """
         started = time.perf_counter()
-        values = parse_values(self.flags, self.parser(), argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        if {"-h", "--help"} & set(words):
+            self.parser().print_help()
+            return EXIT_OK
         with Signals() as signals:
-            return run_main(lambda: self._train(values, signals, started))
+            return run_main(lambda: self._train(words, signals, started))
 
     def run(self) -> NoReturn:
         """Run the script as the whole work of this process, and exit with its status."""
         run_script(self.main)
 
-    def _train(self, values: dict[str, Any], signals: Signals, started: float) -> None:
+    def _train(self, words: Sequence[str], signals: Signals, started: float) -> None:
         """Make the options, check them, and only then import what needs torch."""
-        options = make_options(self.flags, values)
-        check_options(self.flags, options)
+        parsed = parse(self.flags, self.name, words)
+        if parsed.values["output_config"]:
+            parsed.problems.raise_any()
+            write_values(parsed.values["config_file"], self.flags, parsed.values)
+            print(f"written: {parsed.values['config_file']}")
+            return
+        options = checked_options(self.flags, parsed)
+        log_idle_flags(self.flags, options)
         module, _, name = self.recipe.partition(":")
         import_quickly("library.training.run", module, "third_patch")
         from library.training.run import run

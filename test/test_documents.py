@@ -13,6 +13,7 @@ import pytest
 import sdxl_pretrain
 from library.data.cache import locations
 from library.data.index import kept_tables
+from library.options.command_line import read_command_line
 from library.options.refused import REFUSED
 from tools import write_flag_docs
 
@@ -371,19 +372,18 @@ def test_the_files_that_a_page_names_exist(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_commands_are_right(name):
-    parser = sdxl_pretrain.SCRIPT.parser()
     for line in "\n".join(bash_blocks(read(name))).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         scripts = [word for word in words if word.endswith((".sh", ".py"))]
         absent = [word for word in scripts if not (ROOT / word).exists()]
         assert not absent, f"{name}: no such script in: {line}"
         for script in SCRIPTS.keys() & set(words):
-            SCRIPTS[script].parser().parse_args(words[words.index(script) + 1 :])  # ends with status 2 at unknown flags
+            assert not read_command_line(SCRIPTS[script].flags, words[words.index(script) + 1 :]).problems
         if words and words[0] == "...":  # flags that are added to a command
-            parser.parse_args([*words[1:], "--pretrained_model_name_or_path=model", "--output_dir=output"])
+            assert not read_command_line(sdxl_pretrain.SCRIPT.flags, words[1:]).problems
         end = words.index("--") if "--" in words else len(words)
         if words[end:]:  # flags that a launcher passes on to the script
-            parser.parse_args([*words[end + 1 :], "--pretrained_model_name_or_path=model", "--output_dir=output"])
+            assert not read_command_line(sdxl_pretrain.SCRIPT.flags, words[end + 1 :]).problems
         given = {word[2:].partition("=")[0] for word in words[:end] if re.match(r"--\w+=", word)} - {"without"}
         for launcher in [Path(word).name for word in scripts if Path(word).name in LAUNCHERS]:
             assert given <= set(launcher_defaults(launcher)), f"{name}: {launcher} does not take all of: {line}"

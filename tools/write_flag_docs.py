@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from library.options.flag import Flag, Level  # noqa: E402
+from library.options.flag import Flag, Level, in_words  # noqa: E402
 from library.options.refused import REFUSED  # noqa: E402
 from library.script import Script  # noqa: E402
 
@@ -67,7 +67,9 @@ def _row(flag: Flag) -> tuple[str, str, str]:
     if flag.kind.choices:
         meaning += f". One of {', '.join(_code(str(choice)) for choice in flag.kind.choices)}"
     if flag.needs:
-        meaning += f". Needs {flag.needs_in_words}"
+        meaning += f". Needs {in_words(flag.needs)}"
+    if flag.idle_without:
+        meaning += f". Does nothing without {in_words(flag.idle_without)}"
     return ", ".join(map(_code, flag.spellings())), _default(flag), _with_code(meaning)
 
 

@@ -2,7 +2,8 @@
 
 flag                what a flag is, the base of a group, and `Flags`, the listing of a script's
 kinds               how a value is read from the command line and from files
-parser              the command line of a script
+command_line        a command line as values of flags, with all that is wrong in it
+parser              --help of a script
 parse               command line over configuration file over defaults, and the script's options out of them
 values              the values of all flags out of a script's options
 rules               what is checked before anything loads: `needs` of each flag, then each group's own rules

@@ -1,10 +1,10 @@
 """Options of the caches: which encodings are computed once, before training, and where they are kept."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from library.address import Address
-from library.errors import InputError
 from library.options.data import SubsetOptions
 from library.options.flag import OptionGroup, flag
 
@@ -67,20 +67,20 @@ class CacheOptions(OptionGroup):
         """The flag that asks for text-encoder outputs."""
         return "--cache_text_encoder_outputs" + ("_to_disk" if self.cache_text_encoder_outputs_to_disk else "")
 
-    def check(self, options: "TrainingOptions") -> None:
-        """Raise InputError where data is a stream, or something random stands against a cache."""
+    def check(self, options: "TrainingOptions") -> Iterator[str]:
+        """Say where data is a stream, or something random stands against a cache."""
         for subset in options.data.subsets:
             if (self.latents or self.text) and isinstance(subset.train_data_dir, Address):
-                raise InputError(
+                yield (
                     f"{self.latents_flag if self.latents else self.text_flag} needs an index, and --train_data_dir "
                     f"{subset.train_data_dir} is a stream. Leave it out, or download the shards"
                 )
             if self.latents:
-                self._check_pixels(subset)
+                yield from self._check_pixels(subset)
             if self.text:
-                self._check_captions(subset)
+                yield from self._check_captions(subset)
 
-    def _check_pixels(self, subset: SubsetOptions) -> None:
+    def _check_pixels(self, subset: SubsetOptions) -> Iterator[str]:
         against = {
             "--random_crop": subset.random_crop,
             "--color_aug": subset.color_aug,
@@ -89,12 +89,12 @@ class CacheOptions(OptionGroup):
         }
         for flag_, forbids in against.items():
             if forbids:
-                raise InputError(
+                yield (
                     f"{self.latents_flag} encodes each image once, as it is, and {flag_} needs its pixels; leave out "
                     "one"
                 )
 
-    def _check_captions(self, subset: SubsetOptions) -> None:
+    def _check_captions(self, subset: SubsetOptions) -> Iterator[str]:
         against = {
             "--shuffle_caption": subset.shuffle_caption,
             "--enable_wildcard": subset.enable_wildcard,
@@ -103,7 +103,7 @@ class CacheOptions(OptionGroup):
         }
         for flag_, forbids in against.items():
             if forbids:
-                raise InputError(
+                yield (
                     f"{self.text_flag} encodes each caption once, and {flag_} makes it another at each step; leave out "
                     "one (the dropout of whole captions goes together with the cache)"
                 )

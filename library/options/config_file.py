@@ -4,23 +4,23 @@ Any long flag without its dashes is a key; sections only order them. What the co
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from library.atomic_write import write_file
-from library.errors import InputError
+from library.errors import InputError, Problems
 from library.options.flag import Flags, OptionGroup, flag
 from library.options.kinds import in_toml, toml_line
-from library.options.read_config import read_config
+from library.options.read_config import KINDS, read_config
 from library.options.refused import REFUSED
 
 
 def toml_path(text: str) -> Path:
-    """The path of a file whose extension may be left out."""
+    """The path of a file whose extension may be left out; other dots in its name are no extension (run_v1.2)."""
     path = Path(text)
-    return path if path.suffix else path.with_suffix(".toml")
+    return path if path.suffix.lower() in KINDS else Path(f"{text}.toml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +44,35 @@ class ConfigFileOptions(OptionGroup):
     )
 
 
-def read_values(path: Path, flags: Flags, script: str) -> dict[str, Any]:
-    """The values that a file has for flags, by their names.
+@dataclass
+class FileValues:
+    """What a file says of flags.
 
-    Raises:
-        InputError: the file cannot be read, or has unknown keys or values that their flags do not take: all are named.
+    Attributes:
+        values: by the flags' names.
+        wrong: names of flags whose values could not be read, or that may have been meant.
     """
-    values: dict[str, Any] = {}
-    wrong: list[str] = []
-    for key, value in _flat(read_config(path, "--config_file")):
-        try:
-            values |= _of_key(key, value, flags, script, values)
-        except ValueError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise InputError(f"--config_file {path}: {'; '.join(wrong)}")
-    return values
+
+    values: dict[str, Any] = field(default_factory=dict)
+    wrong: set[str] = field(default_factory=set)
+
+
+def read_values(path: Path, flags: Flags, script: str, line_has: Collection[str], problems: Problems) -> FileValues:
+    """The values that a file has for flags.
+
+    Args:
+        script: its name, for messages.
+        line_has: keys that the command line has, too, or something in their place: it wins.
+        problems: takes up that the file cannot be read, its unknown keys, and values that their flags do not take.
+    """
+    found = FileValues()
+    with problems.noted():
+        for key, value in _flat(read_config(path, "--config_file")):
+            try:
+                _take(key, value, flags, script, line_has, found)
+            except ValueError as error:
+                problems.found.append(f"--config_file {path}: {error}")
+    return found
 
 
 def write_values(path: Path, flags: Flags, values: Mapping[str, Any]) -> None:
@@ -89,36 +102,40 @@ def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _of_key(key: str, value: Any, flags: Flags, script: str, before: Mapping[str, Any]) -> dict[str, Any]:
-    """What one key says; ValueError with what is wrong with it."""
+def _take(key: str, value: Any, flags: Flags, script: str, line_has: Collection[str], found: FileValues) -> None:
+    """Take up what one key says; ValueError with what is wrong with it."""
     if key in flags.shorthands:
-        of, short_for = flags.shorthands[key]
+        of, result = flags.shorthands[key]
         if not isinstance(value, bool):
             raise ValueError(f"{key} = {in_toml(value):.80} must be true or false")
-        if not value:
-            return {}
-        found, result = of, short_for
-    else:
-        known = flags.by_key.get(key)
-        if known is None or not (known.on_command_line and known.in_config_file):
-            if key not in REFUSED:
-                raise ValueError(_unknown(key, flags, script))
-            if refusal := REFUSED[key].refusal(str(value)):
-                raise ValueError(refusal)
-            return {}
-        found = known
+        if not value or key in line_has:
+            return
+    elif (known := flags.by_key.get(key)) is not None and known.on_command_line and known.in_config_file:
+        of = known
         try:
             result = known.kind.from_file(value)
         except ValueError as error:
+            found.wrong.add(known.name)
             raise ValueError(f"{key} {error}") from error
-    if found.name in before and before[found.name] != result:
-        raise ValueError(f"{key} = {in_toml(value):.80} is a second value of {found.name}; keep one of them")
-    return {found.name: result}
+    elif key in REFUSED:
+        if key not in line_has and (refusal := REFUSED[key].refusal_of(value)):
+            raise ValueError(refusal)
+        return
+    else:
+        raise ValueError(_unknown(key, flags, script, found.wrong))
+    if of.name in line_has:
+        return
+    if of.name in found.values and found.values[of.name] != result:
+        raise ValueError(f"{key} = {in_toml(value):.80} is a second value of {of.name}; keep one of them")
+    found.values[of.name] = result
 
 
-def _unknown(key: str, flags: Flags, script: str) -> str:
-    """That a key is none, and which one may be meant."""
+def _unknown(key: str, flags: Flags, script: str, wrong: set[str]) -> str:
+    """That a key is none, and which one may be meant, which is noted among the wrong ones."""
     keys = [name for name, each in flags.by_key.items() if each.on_command_line and each.in_config_file]
     near = difflib.get_close_matches(key, [*keys, *flags.shorthands], n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists the flags, each of which can be a key"
+    hint = "--help lists the flags, each of which can be a key"
+    if near:
+        hint = f"did you mean {near[0]}?"
+        wrong.add(flags.by_key[near[0]].name if near[0] in flags.by_key else flags.shorthands[near[0]][0].name)
     return f"{key} is no flag of {script}; {hint}"

@@ -1,12 +1,12 @@
 """Options of the data set: where its samples are, and how they become batches."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.address import Address, location
-from library.errors import InputError
+from library.errors import Problems
 from library.options.buckets import BucketOptions
 from library.options.captions import CaptionOptions
 from library.options.flag import DATASET, ONE_SUBSET, SUBSET, OptionGroup, flag
@@ -32,6 +32,7 @@ class SourceOptions(OptionGroup):
         read=location,
         at=ONE_SUBSET,
         key="image_dir",
+        replaces=("dataset_config",),
     )
     in_json: Path | None = flag(
         None,
@@ -65,7 +66,9 @@ class DataOptions(ValidationOptions, OptionGroup):
     outer: Mapping[str, Any] = field(default_factory=dict)  # of subsets' flags, where --dataset_config says nothing
 
     dataset_config: Path | None = flag(
-        None, ".toml or .json with several data sets and subsets, in place of --train_data_dir"
+        None,
+        ".toml or .json with several data sets and subsets, in place of --train_data_dir",
+        replaces=("train_data_dir", "in_json", "reg_data_dir"),
     )
     reg_data_dir: Path | Address | None = flag(
         None,
@@ -101,18 +104,18 @@ class DataOptions(ValidationOptions, OptionGroup):
         return self.subsets[0].resolution
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> "DataOptions":
+    def from_values(cls, values: Mapping[str, Any], problems: Problems) -> "DataOptions":
         """The data of the command line, or of the file of --dataset_config if there is one."""
         from library.options.dataset_config import data_options
 
-        return data_options(cls, values)
+        return data_options(cls, values, problems)
 
-    def check(self, options: "TrainingOptions") -> None:
-        """Raise InputError where options of the data cannot go together."""
+    def check(self, options: "TrainingOptions") -> Iterator[str]:
+        """Say where a page is asked for in a dry run, or masks where there are none."""
         if self.debug_dataset and options.run.dry_run:
-            raise InputError("--debug_dataset writes a page, and --dry_run writes nothing; give one of them")
+            yield "--debug_dataset writes a page, and --dry_run writes nothing; give one of them"
         if self.masked_loss and not any(subset.alpha_mask for subset in self.subsets):
-            raise InputError(
+            yield (
                 "--masked_loss has no masks: they come from the images' alpha channel; add --alpha_mask (or alpha_mask "
                 "in --dataset_config), or leave it out"
             )

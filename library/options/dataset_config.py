@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.errors import InputError
+from library.errors import Problems
 from library.options.data import DataOptions, SubsetOptions
 from library.options.flag import DATASET, ONE_SUBSET, SUBSET, Flag, Level, flag_names, flags_of_group, nested_group
 from library.options.read_config import read_config
@@ -35,15 +35,14 @@ class _Keys:
         return {key: flag for key, flag in self.by_key.items() if flag.at in levels}
 
 
-def data_options(data_type: type[DataOptions], values: Mapping[str, Any]) -> DataOptions:
+def data_options(data_type: type[DataOptions], values: Mapping[str, Any], problems: Problems) -> DataOptions:
     """The options of a run's data from the command line, and from the file of --dataset_config if there is one.
 
     Args:
         data_type: the script's; its `subsets` say of which type they are.
         values: of the command line and --config_file, by the flags' names.
-
-    Raises:
-        InputError: no data is named, or it is named twice; or as read_dataset_config.
+        problems: takes up all that is wrong: no data is named, or it is named twice; or as `read_dataset_config`. The
+            subsets in which nothing is wrong are returned nevertheless.
     """
     nested = nested_group(data_type)
     if nested is None or not issubclass(nested[1], SubsetOptions):
@@ -54,117 +53,137 @@ def data_options(data_type: type[DataOptions], values: Mapping[str, Any]) -> Dat
     base = {name: values[name] for name in flag_names(subset_type)}
     of_run = {name: values[name] for name in flag_names(data_type)}
     if values["dataset_config"] is None:
-        for name in ("train_data_dir", "resolution"):
-            if values[name] is None:
-                raise InputError(f"--{name} is missing; give it, or --dataset_config.")
-        found = [base]
-        if values["reg_data_dir"] is not None:
+        missing = [name for name in ("train_data_dir", "resolution") if values[name] is None]
+        problems.found += [f"--{name} is missing; give it, or --dataset_config." for name in missing]
+        found = [] if missing else [base]
+        if values["reg_data_dir"] is not None and not missing:
             found.append(base | {"train_data_dir": values["reg_data_dir"], "in_json": None, "is_reg": True})
     else:
         for name in ("train_data_dir", "in_json", "reg_data_dir"):
             if values[name] is not None:
-                raise InputError(f"--{name} and --dataset_config are two places of the data: give one of them.")
+                problems.found.append(f"--{name} and --dataset_config are two places of the data: give one of them.")
         keys = {flag.key: flag for flag in flags_of_group(data_type) if flag.at is not Level.RUN}
-        shared = {flag.name for flag in keys.values() if flag.name in of_run}
+        shared = {key: flag for key, flag in keys.items() if flag.name in of_run}
         path = values["dataset_config"]
-        found = read_dataset_config(path, _Keys(keys), base | {name: of_run[name] for name in shared})
-        of_run |= _common(path, {key: flag for key, flag in keys.items() if flag.name in shared}, found)
-        found = [{name: value for name, value in subset.items() if name not in shared} for subset in found]
+        outer = base | {flag.name: of_run[flag.name] for flag in shared.values()}
+        found = read_dataset_config(path, _Keys(keys), outer, problems)
+        of_run |= _common(path, shared, found, problems)
+        found = [
+            {name: value for name, value in subset.items() if name not in {flag.name for flag in shared.values()}}
+            for subset in found
+        ]
     return data_type(subsets=tuple(subset_type(**subset) for subset in found), outer=base, **of_run)
 
 
-def _common(path: Path, keys: Mapping[str, Flag], found: list[dict[str, Any]]) -> dict[str, Any]:
+def _common(path: Path, keys: Mapping[str, Flag], found: list[dict[str, Any]], problems: Problems) -> dict[str, Any]:
     """What a run has one value of, though a data set may state it."""
     for key, flag in keys.items():
         values = {subset[flag.name] for subset in found}
         if len(values) > 1:
-            raise InputError(
+            problems.found.append(
                 f"{path}: {key} differs between the data sets ({', '.join(map(str, sorted(values)))}). A run has one: "
                 "give the same for all."
             )
-    return {flag.name: found[0][flag.name] for flag in keys.values()}
+    return {flag.name: found[0][flag.name] for flag in keys.values()} if found else {}
 
 
-def read_dataset_config(path: Path, keys: _Keys, base: dict[str, Any]) -> list[dict[str, Any]]:
-    """The options of each subset, by their names on the command line.
+def read_dataset_config(path: Path, keys: _Keys, base: dict[str, Any], problems: Problems) -> list[dict[str, Any]]:
+    """The options of each subset that says where its data are, by their names on the command line.
 
     Args:
         keys: that the file may hold.
         base: the options of the command line.
-
-    Raises:
-        InputError: the file cannot be read; a table is missing; a key is unknown, at a level that does not hold it, or
-            not implemented; a value is not what its key takes.
+        problems: takes up all that is wrong: the file cannot be read; a table is missing; a key is unknown, at a level
+            that does not hold it, or not implemented; a value is not what its key takes.
     """
-    content = read_config(path, "--dataset_config")
-    _check_keys(path, "the file", content, {"general", "datasets"}, keys)
+    content: dict[str, Any] = {}
+    with problems.noted():
+        content = read_config(path, "--dataset_config")
+    if not content and problems.found:
+        return []
+    file = _File(path, keys, problems)
+    file.check_keys("the file", content, {"general", "datasets"})
     of_dataset, of_subset = keys.at(DATASET, SUBSET), keys.at(SUBSET, ONE_SUBSET)
-    general = _table(path, "[general]", content.get("general", {}))
-    base = base | _values(path, "[general]", general, of_dataset, keys)
+    general = file.table("[general]", content.get("general", {}))
+    base = base | file.values("[general]", general, of_dataset)
     found: list[dict[str, Any]] = []
-    for number, dataset in enumerate(_tables(path, "datasets", content.get("datasets")), start=1):
+    for number, dataset in enumerate(file.tables("datasets", content.get("datasets")), start=1):
         where = f"[[datasets]] {number}"
         own = {key: value for key, value in dataset.items() if key != "subsets"}
-        outer = base | _values(path, where, own, of_dataset, keys)
-        if outer["resolution"] is None:
-            raise InputError(f"{path}: {where} has no resolution. Give it there, in [general], or as --resolution.")
-        for position, subset in enumerate(_tables(path, f"subsets of {where}", dataset.get("subsets")), start=1):
+        outer = base | file.values(where, own, of_dataset)
+        if outer["resolution"] is None and "resolution" not in {*general, *own}:
+            file.note(f"{where} has no resolution. Give it there, in [general], or as --resolution.")
+        of_this = []
+        for position, subset in enumerate(file.tables(f"subsets of {where}", dataset.get("subsets")), start=1):
             inner = f"[[datasets.subsets]] {position} of {where}"
-            values = outer | _values(path, inner, subset, of_subset, keys) | {"dataset": number - 1}
-            if values["train_data_dir"] is None:
-                raise InputError(f"{path}: {inner} lacks image_dir, the folder or address of its images or shards.")
-            found.append(values)
-        if all(values["is_reg"] for values in found if values["dataset"] == number - 1):
-            raise InputError(
-                f"{path}: {where} has only subsets of is_reg = true. Regularisation images are shown as often as the "
-                "others of their data set: add a subset to train on, or take is_reg out."
+            values = outer | file.values(inner, subset, of_subset) | {"dataset": number - 1}
+            if values["train_data_dir"] is None and not subset.get("image_dir"):
+                file.note(f"{inner} lacks image_dir, the folder or address of its images or shards.")
+            of_this.append(values)
+        if of_this and all(values["is_reg"] for values in of_this):
+            file.note(
+                f"{where} has only subsets of is_reg = true. Regularisation images are shown as often as the others of "
+                "their data set: add a subset to train on, or take is_reg out."
             )
-    return found
+        found += of_this
+    return [values for values in found if None not in (values["train_data_dir"], values["resolution"])]
 
 
-def _table(path: Path, where: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: {where} must be a table of keys and values.")
-    return value
+@dataclass(frozen=True)
+class _File:
+    """A file that is being read, and what was found to be wrong with it."""
 
+    path: Path
+    keys: _Keys
+    problems: Problems
 
-def _tables(path: Path, where: str, value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{path}: there are no {where}. It needs [[datasets]], each with [[datasets.subsets]].")
-    return [_table(path, where, entry) for entry in value]
+    def note(self, what: str) -> None:
+        """Take note of something that is wrong."""
+        self.problems.found.append(f"{self.path}: {what}")
 
+    def table(self, where: str, value: Any) -> dict[str, Any]:
+        """A value as a table; an empty one where it is none."""
+        if isinstance(value, dict):
+            return value
+        self.note(f"{where} must be a table of keys and values.")
+        return {}
 
-def _check_keys(path: Path, where: str, table: Mapping[str, Any], known: set[str], keys: _Keys) -> None:
-    for key, value in table.items():
-        if key in known:
-            continue
-        if key in keys.by_key:
-            level = keys.by_key[key].at
-            raise InputError(f"{path}: {key} does not belong in {where}; it goes into {level.value}.")
-        if key in _NOT_YET:
-            if value in _NOT_YET[key]:
+    def tables(self, where: str, value: Any) -> list[dict[str, Any]]:
+        """A value as tables; none where it is no list of them."""
+        if not isinstance(value, list) or not value:
+            self.note(f"there are no {where}. It needs [[datasets]], each with [[datasets.subsets]].")
+            return []
+        return [self.table(where, entry) for entry in value]
+
+    def check_keys(self, where: str, table: Mapping[str, Any], known: set[str]) -> None:
+        """Note the keys that a table may not hold."""
+        for key, value in table.items():
+            if key in known:
                 continue
-            off = f", or set it to {json.dumps(_NOT_YET[key][0])}" if _NOT_YET[key] else ""
-            raise InputError(f"{path}: {key} in {where} is not available here yet: take it out{off}.")
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known there: {', '.join(sorted(known))}."
-        raise InputError(f"{path}: {key} in {where} is not known. {hint}")
+            if key in self.keys.by_key:
+                level = self.keys.by_key[key].at
+                self.note(f"{key} does not belong in {where}; it goes into {level.value}.")
+            elif key in _NOT_YET:
+                if value not in _NOT_YET[key]:
+                    off = f", or set it to {json.dumps(_NOT_YET[key][0])}" if _NOT_YET[key] else ""
+                    self.note(f"{key} in {where} is not available here yet: take it out{off}.")
+            else:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"Known there: {', '.join(sorted(known))}."
+                self.note(f"{key} in {where} is not known. {hint}")
 
+    def values(self, where: str, table: Mapping[str, Any], of_level: Mapping[str, Flag]) -> dict[str, Any]:
+        """A table's values by the names of their flags; those that can be read.
 
-def _values(
-    path: Path, where: str, table: Mapping[str, Any], of_level: Mapping[str, Flag], keys: _Keys
-) -> dict[str, Any]:
-    """A table's values by the names of their flags.
-
-    Args:
-        of_level: the flags that the table may hold.
-    """
-    _check_keys(path, where, table, set(of_level), keys)
-    values = {}
-    for key, value in table.items():
-        if key in of_level:
-            try:
-                values[of_level[key].name] = of_level[key].kind.from_file(value)
-            except ValueError as error:
-                raise InputError(f"{path}: {key} in {where} {error}.") from error
-    return values
+        Args:
+            of_level: the flags that the table may hold.
+        """
+        self.check_keys(where, table, set(of_level))
+        values = {}
+        for key, value in table.items():
+            if key in of_level:
+                try:
+                    values[of_level[key].name] = of_level[key].kind.from_file(value)
+                except ValueError as error:
+                    self.note(f"{key} in {where} {error}.")
+        return values

@@ -3,13 +3,14 @@
 import dataclasses
 import inspect
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from library.address import Address
+from library.errors import Problems
 from library.options.kinds import TEXT, Kind, Read, choice, kind_of
 
 _SPECIFICATION = "flag"  # key of a field's metadata
@@ -37,6 +38,14 @@ class Required:
 REQUIRED = Required()
 
 
+class PathTo(Enum):
+    """What a path of the user's must name, for messages."""
+
+    FILE = "file"
+    FOLDER = "folder"
+    DATA = "file or folder"  # a folder, or one shard
+
+
 @dataclass(frozen=True)
 class Flag:
     """One flag.
@@ -54,6 +63,9 @@ class Flag:
         shorthands: flags without a value of their own, each with the value that it gives this flag and its help.
         needs: conditions of which at least one must hold, or the flag has nothing to act on: a flag's name,
             `name=value`, or `name & name` where both must be given.
+        idle_without: conditions as those of `needs`; where none holds, the log says that the flag does nothing.
+        replaces: flags that a configuration file has in vain where this one stands on the command line.
+        path_to: what its path must name, where it names something that is read.
         told_on_resume: a run that goes on with another value says so.
         same_on_ranks: all processes of a run must have the same value. Paths may always differ.
         on_command_line: False for what only a --dataset_config can say.
@@ -71,6 +83,9 @@ class Flag:
     aliases: tuple[str, ...]
     shorthands: Mapping[str, tuple[Any, str]]
     needs: tuple[str, ...]
+    idle_without: tuple[str, ...]
+    replaces: tuple[str, ...]
+    path_to: PathTo | None
     told_on_resume: bool
     same_on_ranks: bool
     on_command_line: bool
@@ -86,14 +101,6 @@ class Flag:
         """The help with the default behind it, where there is one."""
         nothing = self.default is None or self.default is False or self.default in ("", ())
         return self.help if nothing else f"{self.help} ({self.default})"
-
-    @property
-    def needs_in_words(self) -> str:
-        """What it needs, as a user writes it: `--a`, `--a and --b`, `--a, --b, or --c with --d`."""
-        if len(self.needs) == 1:
-            return " and ".join(f"--{name}" for name in self.needs[0].split(" & "))
-        *first, last = (" with ".join(f"--{name}" for name in needed.split(" & ")) for needed in self.needs)
-        return f"{', '.join(first)}{',' * (len(first) > 1)} or {last}"
 
     def spellings(self) -> tuple[str, ...]:
         """Its name and aliases on the command line."""
@@ -128,6 +135,9 @@ def flag(
     aliases: tuple[str, ...] = (),
     shorthands: Mapping[str, tuple[Any, str]] | None = None,
     needs: str | tuple[str, ...] = (),
+    idle_without: str | tuple[str, ...] = (),
+    replaces: tuple[str, ...] = (),
+    path_to: PathTo | None = None,
     told_on_resume: bool = True,
     same_on_ranks: bool = True,
     on_command_line: bool = True,
@@ -152,6 +162,9 @@ def flag(
         "aliases": aliases,
         "shorthands": shorthands or {},
         "needs": (needs,) if isinstance(needs, str) else needs,
+        "idle_without": (idle_without,) if isinstance(idle_without, str) else idle_without,
+        "replaces": replaces,
+        "path_to": path_to,
         "told_on_resume": told_on_resume,
         "same_on_ranks": same_on_ranks,
         "on_command_line": on_command_line,
@@ -174,16 +187,29 @@ class OptionGroup:
     page: ClassVar[str] = ""  # of docs/ that is about it
 
     @classmethod
-    def from_values(cls: type[Group], values: Mapping[str, Any]) -> Group:
-        """The group with the values that the command line and --config_file have for its flags, by their names."""
+    def from_values(cls: type[Group], values: Mapping[str, Any], problems: Problems) -> Group:
+        """The group with the values that the command line and --config_file have for its flags, by their names.
+
+        Args:
+            problems: takes up what is wrong with files that the flags name.
+        """
         return cls(**{name: values[name] for name in flag_names(cls)})
 
-    def check(self, options: Any) -> None:
-        """Raise InputError where flags of this group cannot go together, or not with those of other groups.
+    def check(self, options: Any) -> Iterator[str]:
+        """Say which flags of this group cannot go together, or not with those of other groups.
 
         Args:
             options: all groups of the script, as `library.options.training.TrainingOptions` has them.
         """
+        yield from ()
+
+
+def in_words(conditions: Sequence[str]) -> str:
+    """What a flag needs, as a user writes it: `--a`, `--a and --b`, `--a, --b, or --c with --d`."""
+    if len(conditions) == 1:
+        return " and ".join(f"--{name}" for name in conditions[0].split(" & "))
+    *first, last = (" with ".join(f"--{name}" for name in needed.split(" & ")) for needed in conditions)
+    return f"{', '.join(first)}{',' * (len(first) > 1)} or {last}"
 
 
 def flag_names(group_type: type[OptionGroup]) -> list[str]:
@@ -227,7 +253,8 @@ class Flags:
                     each = dataclasses.replace(each, default=defaults.pop(each.name))
                 found[each.name] = each
         for each in found.values():
-            for needed in (part.partition("=")[0] for needs in each.needs for part in needs.split(" & ")):
+            conditions = (*each.needs, *each.idle_without, *each.replaces)
+            for needed in (part.partition("=")[0] for needs in conditions for part in needs.split(" & ")):
                 if needed not in found:
                     raise TypeError(f"--{each.name} needs --{needed}, which {options_type.__name__} does not have")
         if defaults:

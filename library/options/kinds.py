@@ -1,6 +1,7 @@
 """Kinds of values that flags take: how one is read from a word of the command line or from a file, and written back."""
 
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import toml
 from library.address import Address
 from library.redaction import redacted
 
+_CONTROL = re.compile(r"[\x00-\x1f]")  # no character of a path or name that anybody means
 Read = Callable[[str], Any]  # a value from its text; ValueError with a sentence that begins with "must"
 
 
@@ -46,12 +48,20 @@ class Kind:
         Raises:
             ValueError: the text is no such value; a sentence that begins with "must".
         """
+        return self._value(text, repr(redacted(text)))
+
+    def _value(self, text: str, as_written: str) -> Any:
         if self.empty_is_unset and not text.strip():
             return None
         try:
+            if self.empty_is_unset and _CONTROL.search(text):
+                raise ValueError(
+                    "has a tab or line break in it, as TOML and JSON read \\t and \\n in double quotes: write paths "
+                    "with /, with doubled backslashes or, in TOML, in single quotes"
+                )
             return self.read(text)
         except ValueError as error:
-            raise ValueError(f"{error}, got {redacted(text)!r:.80}") from None
+            raise ValueError(f"{error}, got {as_written:.80}") from None
 
     def from_file(self, value: Any) -> Any:
         """The value of what a TOML or JSON file holds; raises ValueError as `from_text`."""
@@ -70,10 +80,7 @@ class Kind:
         if self.many:
             return tuple(value)
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        try:
-            return None if self.empty_is_unset and not text.strip() else self.read(text)
-        except ValueError as error:
-            raise ValueError(f"{error}, got {in_toml(value):.80}") from None
+        return self._value(text, in_toml(value))
 
     @property
     def what(self) -> str:

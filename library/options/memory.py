@@ -1,9 +1,9 @@
 """Options that save a device's memory: recomputing, updates in backward, blocks in the CPU's memory."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from library.errors import InputError
 from library.options.flag import OptionGroup, flag
 
 if TYPE_CHECKING:
@@ -47,25 +47,23 @@ class MemoryOptions(OptionGroup):
         least=1,
     )
 
-    def check(self, options: "TrainingOptions") -> None:
-        """Raise InputError where what is recomputed has no limit, or updates in backward miss what they need."""
+    def check(self, options: "TrainingOptions") -> Iterator[str]:
+        """Say where what is recomputed has no limit, or updates in backward miss what they need."""
         if self.checkpoint_policy == "auto" and self.checkpoint_memory_gb is None:
-            raise InputError(
+            yield (
                 "--checkpoint_policy=auto needs to know what a step may take; add --checkpoint_memory_gb, or use "
                 "--checkpoint_policy=full"
             )
         if self.fused_backward_pass:
-            self._check_fused_backward(options)
+            yield from self._check_fused_backward(options)
 
-    def _check_fused_backward(self, options: "TrainingOptions") -> None:
+    def _check_fused_backward(self, options: "TrainingOptions") -> Iterator[str]:
         flag_ = "--fused_backward_pass updates each weight as soon as its gradient is there"
         accumulation = options.run.gradient_accumulation_steps
         if accumulation > 1:
-            raise InputError(
+            yield (
                 f"{flag_}, so gradients cannot be added up over --gradient_accumulation_steps={accumulation}; raise "
                 "--train_batch_size instead, or leave one of the two out"
             )
         if options.precision.mixed_precision == "fp16":
-            raise InputError(
-                f"{flag_}, and fp16's loss scaling must see all of them before; use --mixed_precision=bf16 or no"
-            )
+            yield (f"{flag_}, and fp16's loss scaling must see all of them before; use --mixed_precision=bf16 or no")

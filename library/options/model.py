@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from library.options.flag import REQUIRED, OptionGroup, flag
 
-TOKEN_LENGTHS = (77, 150, 225, 512)
+TOKEN_LENGTHS = (75, 77, 150, 225, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ModelOptions(OptionGroup):
     )
     max_token_length: int | None = flag(
         None,
-        "longest caption in tokens: 150, 225 and 512 mean chunks of 75 (2, 3 and 7); 77 and unset mean one chunk",
+        "longest caption in tokens: 150, 225 and 512 mean chunks of 75 (2, 3 and 7); 75, 77 and unset mean one chunk",
         choices=TOKEN_LENGTHS,
     )
     weighted_captions: bool = flag(

@@ -1,10 +1,10 @@
 """Options of the optimizer and its learning rates."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from library.errors import InputError
 from library.options.flag import OptionGroup, flag
 
 if TYPE_CHECKING:
@@ -12,6 +12,17 @@ if TYPE_CHECKING:
 
 SHARDINGS = ("none", "oss", "zero1", "fsdp")  # library.training.engine.sharding
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+def learning_rates(text: str) -> tuple[float, ...]:
+    """Numbers of at least 0, with commas between."""
+    try:
+        rates = tuple(map(float, text.split(",")))
+    except ValueError:
+        rates = (math.nan,)
+    if not all(0 <= rate < math.inf for rate in rates):
+        raise ValueError("must be learning rates, numbers of at least 0 with commas between")
+    return rates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,69 +64,49 @@ class OptimizerOptions(OptionGroup):
         """Learning rates of the U-Net's blocks; () where all of it has one."""
         return ()
 
-    def check(self, options: "TrainingOptions") -> None:
-        """Raise InputError where the warm-up does nothing or is longer than the run."""
-        warmup = self.lr_warmup_steps
+    def check(self, options: "TrainingOptions") -> Iterator[str]:
+        """Say where the warm-up does nothing or is longer than the run."""
+        warmup, steps = self.lr_warmup_steps, options.run.max_train_steps
         if self.lr_scheduler == "constant" and warmup:
-            raise InputError(
-                f"--lr_warmup_steps={warmup} has no effect with --lr_scheduler=constant; use constant_with_warmup"
-            )
-        if options.run.max_train_epochs is None:
-            check_warmup(warmup, options.run.max_train_steps)
+            yield f"--lr_warmup_steps={warmup} has no effect with --lr_scheduler=constant; use constant_with_warmup"
+        if options.run.max_train_epochs is None and warmup > steps:
+            yield warmup_too_long(warmup, steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockRateOptimizerOptions(OptimizerOptions):
     """The optimizer, with a learning rate for each block of the U-Net."""
 
-    block_lr: str | None = flag(
+    block_lr: tuple[float, ...] | None = flag(
         None,
         "learning rates of the U-Net's blocks in place of --learning_rate, with commas between: the embeddings of time "
         "and size, the input blocks, the middle block's 3 layers, the output blocks, the last layer; 23 for SDXL, or "
         "one for all; 0: not trained",
+        read=learning_rates,
+        is_text=False,
         metavar="RATE,RATE,...",
     )
 
     @property
     def block_rates(self) -> tuple[float, ...]:
         """Learning rates of the U-Net's blocks; () where all of it has one."""
-        return () if self.block_lr is None else _rates(self.block_lr)
+        return self.block_lr or ()
 
-    def check(self, options: "TrainingOptions") -> None:
-        """Raise InputError where the rates are no numbers, or all are 0, besides what is checked of any optimizer."""
-        super().check(options)
+    def check(self, options: "TrainingOptions") -> Iterator[str]:
+        """Say where all rates are 0, or frozen blocks would be rounded, besides what any optimizer says."""
+        yield from super().check(options)
         if self.block_rates and not any(self.block_rates):
-            raise InputError("--block_lr: all rates are 0, so nothing of the U-Net trains; leave it out, or raise one")
+            yield "--block_lr: all rates are 0, so nothing of the U-Net trains; leave it out, or raise one"
         if options.precision.full_bf16 and not all(self.block_rates):
-            raise InputError(
+            yield (
                 "--full_bf16 rounds all of the U-Net to bf16, also the blocks that --block_lr freezes by a rate of 0, "
                 "and checkpoints would have them rounded; leave one of the two out"
             )
 
 
-def _rates(text: str) -> tuple[float, ...]:
-    """Numbers with commas between.
-
-    Raises:
-        InputError: something is no number of at least 0.
-    """
-    rates = []
-    for word in text.split(","):
-        try:
-            rate = float(word)
-        except ValueError:
-            rate = math.nan
-        if not 0 <= rate < math.inf:
-            raise InputError(
-                f"--block_lr: {word.strip()!r} is no learning rate; give numbers of at least 0, with commas"
-            )
-        rates.append(rate)
-    return tuple(rates)
-
-
-def check_warmup(warmup_steps: int, max_train_steps: int) -> None:
-    """Raise InputError if the warm-up is longer than the run."""
-    if warmup_steps > max_train_steps:
-        raise InputError(
-            f"--lr_warmup_steps={warmup_steps} is longer than the run of {max_train_steps} steps; shorten the warm-up"
-        )
+def warmup_too_long(warmup_steps: int, max_train_steps: int) -> str:
+    """A sentence about a warm-up that is longer than the run."""
+    return (
+        f"--lr_warmup_steps={warmup_steps} is longer than the run of {max_train_steps} steps, as --max_train_steps or "
+        "--max_train_epochs has it; shorten the warm-up"
+    )

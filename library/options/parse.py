@@ -1,48 +1,82 @@
 """From a command line to a script's option groups: what it gives, over --config_file, over the defaults."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from library.errors import InputError
-from library.options.config_file import read_values, write_values
+from library.errors import Problems
+from library.options.command_line import CommandLine, read_command_line
+from library.options.config_file import FileValues, read_values
 from library.options.flag import Flags
-from library.options.parser import StrictParser, given_values
+from library.options.rules import problems_of
 
 
-def parse_values(flags: Flags, parser: StrictParser, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The value of every flag, by name. It ends the process as argparse does: status 2 on bad input.
+@dataclass(frozen=True)
+class Parsed:
+    """The values of all flags, and what is wrong with those that are given.
+
+    Attributes:
+        values: by name; the default stands for one that could not be read.
+        wrong: names of flags whose values are not what was meant.
+    """
+
+    values: dict[str, Any]
+    problems: Problems = field(default_factory=Problems)
+    wrong: frozenset[str] = frozenset()
+
+
+def parse(flags: Flags, script: str, argv: Sequence[str]) -> Parsed:
+    """Read a command line and the file of its --config_file.
 
     Args:
-        argv: without the program's name; None: the process's own.
+        script: its name, for messages.
+        argv: without the program's name.
     """
-    given = given_values(parser, argv)
-    path, write = given.get("config_file"), given.get("output_config", False)
-    if write and path is None:
-        parser.error("--output_config needs --config_file, the file to write to")
-    try:
-        from_file = read_values(path, flags, parser.prog) if path is not None and not write else {}
-        defaults = flags.defaults()
-        found = defaults | from_file | given
-        values = {name: defaults[name] if value is None else value for name, value in found.items()}
-        missing = [f"--{flag.name}" for flag in flags if flag.required and values[flag.name] is None]
-        if missing:
-            parser.error(
-                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: no run starts without; give "
-                f"{'it' if len(missing) == 1 else 'them'} here or in --config_file"
-            )
-        if write and path is not None:
-            write_values(path, flags, values)
-            parser.exit(0, f"written: {path}\n")
-    except InputError as error:
-        parser.error(str(error))
-    return values
+    problems = Problems()
+    line = read_command_line(flags, argv)
+    problems.found += line.problems
+    path, writes = line.values.get("config_file"), line.values.get("output_config", False)
+    file = FileValues()
+    if writes and path is None:
+        problems.found.append("--output_config needs --config_file, the file to write to")
+    elif path is not None and not writes:
+        file = read_values(path, flags, script, _line_has(line, flags), problems)
+    defaults = flags.defaults()
+    found = {**defaults, **file.values, **line.values}
+    values = {name: defaults[name] if value is None else value for name, value in found.items()}
+    wrong = line.wrong | file.wrong
+    missing = [flag.name for flag in flags if flag.required and values[flag.name] is None]
+    for name in missing:
+        if name not in wrong:
+            problems.found.append(f"--{name} is missing: no run starts without; give it here or in --config_file")
+    return Parsed(values, problems, frozenset({*wrong, *missing}))
 
 
-def make_options(flags: Flags, values: dict[str, Any]) -> Any:
-    """The script's options out of the values of all flags.
+def checked_options(flags: Flags, parsed: Parsed) -> Any:
+    """The script's options, checked against each other; all that is wrong with flags and files is said at once.
 
     Raises:
-        InputError: no data is named, or --dataset_config cannot be read.
+        InputError: anything is wrong.
     """
-    groups = {name: group_type.from_values(values) for name, group_type in flags.groups.items()}
+    problems = parsed.problems
+    options = make_options(flags, parsed)
+    # What follows only from a value that is not what was meant would be no help.
+    wrong = re.compile("|".join(rf"--{name}\b" for name in sorted(parsed.wrong)) or "(?!)")
+    problems.found += [problem for problem in problems_of(flags, options) if not wrong.search(problem)]
+    problems.raise_any()
+    return options
+
+
+def make_options(flags: Flags, parsed: Parsed) -> Any:
+    """The script's options out of the values of all flags; what is wrong with files that they name is noted."""
+    groups = {name: group_type.from_values(parsed.values, parsed.problems) for name, group_type in flags.groups.items()}
     return flags.options_type(**groups)
+
+
+def _line_has(line: CommandLine, flags: Flags) -> set[str]:
+    """Keys of a file that the command line wins over: its own, and those in whose place its flags stand."""
+    names = set(line.values)
+    for name in list(line.values):
+        names.update(flags.by_name[name].replaces)
+    return names | line.keys

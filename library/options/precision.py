@@ -1,10 +1,10 @@
 """Options of precision: what is computed, kept and updated in which format."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from library.errors import InputError
 from library.options.flag import OptionGroup, flag
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ class PrecisionOptions(OptionGroup):
         needs="full_bf16",
     )
 
-    def check(self, options: "TrainingOptions") -> None:
-        """Raise InputError where weights in bf16 cannot train; a warning where many gradients are added up."""
+    def check(self, options: "TrainingOptions") -> Iterator[str]:
+        """Say where weights in bf16 cannot train; a warning where many gradients are added up."""
         if self.full_bf16 and self.mixed_precision != "bf16":
-            raise InputError(
+            yield (
                 f"--full_bf16 trains bf16 weights, and --mixed_precision={self.mixed_precision} computes with others; "
                 "add --mixed_precision=bf16, or leave it out"
             )

@@ -1,12 +1,12 @@
 """Options of the pictures that are sampled while training."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from library.diffusion.samplers import NAMES
-from library.errors import InputError
+from library.errors import Problems
 from library.options.flag import OptionGroup, flag, flag_names
 from library.options.prompts import PromptFile, read_prompts
 
@@ -31,14 +31,15 @@ class PreviewOptions(OptionGroup):
     sample_sampler: str = flag("ddim", "where a prompt names none", choices=NAMES)
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> "PreviewOptions":
+    def from_values(cls, values: Mapping[str, Any], problems: Problems) -> "PreviewOptions":
         """The options, and the prompts, read once: the run draws what stands in the file now."""
-        path = values["sample_prompts"]
-        prompts = None if path is None else read_prompts(path)
+        prompts, path = None, values["sample_prompts"]
+        with problems.noted():
+            prompts = None if path is None else read_prompts(path)
         return cls(prompts=prompts, **{name: values[name] for name in flag_names(cls)})
 
-    def check(self, options: "TrainingOptions") -> None:
-        """Raise InputError where pictures are asked for without prompts."""
+    def check(self, options: "TrainingOptions") -> Iterator[str]:
+        """Say where pictures are asked for without prompts."""
         asked = self.sample_at_first or self.sample_every_n_steps or self.sample_every_n_epochs
         if asked and self.sample_prompts is None:
-            raise InputError("--sample_at_first and --sample_every_n_... sample nothing without --sample_prompts")
+            yield "--sample_at_first and --sample_every_n_... sample nothing without --sample_prompts; add that"

@@ -8,6 +8,8 @@ from library.errors import InputError
 from library.redaction import remember_all
 from library.user_text import parse_toml, read_user_text
 
+KINDS = (".toml", ".json")  # extensions of files of options
+
 
 def read_config(path: Path, flag: str) -> dict[str, Any]:
     """The file's table.
@@ -18,13 +20,18 @@ def read_config(path: Path, flag: str) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, is not TOML or JSON, or is no table.
     """
-    if path.suffix.lower() not in (".toml", ".json"):
+    kind = path.suffix.lower()
+    if kind not in KINDS:
         raise InputError(f"{flag} {path} must be a .toml or a .json file.")
     text = read_user_text(path, flag)
     try:
-        content = parse_toml(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        content = parse_toml(text) if kind == ".toml" else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{flag} {path} is no valid {path.suffix[1:].upper()}: {error}") from error
+        hint = ""
+        if "\\" in text:
+            hint = ". In double quotes a backslash begins an escape: write paths with / or doubled backslashes"
+            hint += ", or in single quotes" if kind == ".toml" else ""
+        raise InputError(f"{flag} {path} is no valid {kind[1:].upper()}: {error}{hint}") from error
     if not isinstance(content, dict):
         raise InputError(f"{flag} {path} must be a table of keys and values.")
     remember_all(content)

@@ -14,9 +14,13 @@ class RunOptions(OptionGroup):
     title: ClassVar[str] = "run"
     page: ClassVar[str] = "running.md"
 
-    max_train_steps: int = flag(1600, "optimizer steps", least=1)
+    max_train_steps: int = flag(1600, "optimizer steps", least=1, replaces=("max_train_epochs",))
     max_train_epochs: int | None = flag(
-        None, "epochs; takes precedence over the steps", least=1, aliases=("max_train_epoch",)
+        None,
+        "epochs; takes precedence over the steps",
+        least=1,
+        aliases=("max_train_epoch",),
+        replaces=("max_train_steps",),
     )
     gradient_accumulation_steps: int = flag(1, "passes per optimizer step", least=1)
     seed: int | None = flag(

@@ -1,9 +1,9 @@
 """Options of the text encoders: their tokenizers, and whether and how fast they train."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from library.errors import InputError
 from library.options.flag import OptionGroup, flag
 
 if TYPE_CHECKING:
@@ -56,17 +56,15 @@ class SDXLTextEncoderOptions(TextEncoderOptions):
         own = self.learning_rate_te1, self.learning_rate_te2
         return tuple(learning_rate if rate is None else rate for rate in own)
 
-    def check(self, options: "TrainingOptions") -> None:
-        """Raise InputError where an encoder trains and is cached, or has a rate and does not train."""
+    def check(self, options: "TrainingOptions") -> Iterator[str]:
+        """Say where an encoder trains and is cached, or has a rate and does not train."""
         for flag_, rate in (
             ("--learning_rate_te1", self.learning_rate_te1),
             ("--learning_rate_te2", self.learning_rate_te2),
         ):
             if rate and not self.train_text_encoder:
-                raise InputError(
-                    f"{flag_}={rate:g} trains nothing without --train_text_encoder; add that, or leave it out"
-                )
-        _check_cached(self.train_text_encoder, options)
+                yield (f"{flag_}={rate:g} trains nothing without --train_text_encoder; add that, or leave it out")
+        yield from _trains_and_is_cached(self.train_text_encoder, options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +90,19 @@ class SDTextEncoderOptions(TextEncoderOptions):
             return (0.0,)
         return (learning_rate if self.learning_rate_te is None else self.learning_rate_te,)
 
-    def check(self, options: "TrainingOptions") -> None:
-        """Raise InputError where the encoder trains and is cached, or has a rate and does not train."""
+    def check(self, options: "TrainingOptions") -> Iterator[str]:
+        """Say where the encoder trains and is cached, or has a rate and does not train."""
         if self.learning_rate_te and not self.train_text_encoder:
-            raise InputError(
+            yield (
                 f"--learning_rate_te={self.learning_rate_te:g} trains nothing without --train_text_encoder; add that, "
                 "or leave it out"
             )
-        _check_cached(self.train_text_encoder, options)
+        yield from _trains_and_is_cached(self.train_text_encoder, options)
 
 
-def _check_cached(trains: bool, options: "TrainingOptions") -> None:
-    """Raise InputError where a text encoder trains whose outputs are kept."""
+def _trains_and_is_cached(trains: bool, options: "TrainingOptions") -> Iterator[str]:
+    """Say where a text encoder trains whose outputs are kept."""
     if options.caches.text and trains:
-        raise InputError(
+        yield (
             f"{options.caches.text_flag} keeps what text encoders give that --train_text_encoder changes; leave out one"
         )

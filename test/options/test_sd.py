@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from library.errors import InputError
 from library.options.caches import CacheOptions
 from library.options.flag import Flags
 from library.options.sd import SDOptions
@@ -53,5 +52,5 @@ def test_the_text_encoder_trains_at_its_own_rate_or_the_u_nets():
 )
 def test_flags_that_cannot_go_together_are_refused(values, message):
     options = _options(**values)
-    with pytest.raises(InputError, match=message):
-        options.text_encoders.check(options)
+    (said,) = options.text_encoders.check(options)
+    assert message in said

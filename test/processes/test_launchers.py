@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 
 import sdxl_pretrain
-from library.options.parse import parse_values
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE, EIGHT, MANY = (f"test/pretrain_full_{name}_sdxl.sh" for name in ("1m_1p", "1m_8p", "nm_np"))
@@ -90,7 +89,7 @@ def words(*arguments):
 def flags(*arguments):
     """What the script reads from that command line."""
     script = sdxl_pretrain.SCRIPT
-    return SimpleNamespace(**parse_values(script.flags, script.parser(), words(*arguments)))
+    return SimpleNamespace(**script.values(words(*arguments)))
 
 
 def test_what_follows_two_dashes_wins_over_the_launchers_own_flags():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.errors import InputError
-from library.options.optimizer import check_warmup
+from library.options.optimizer import warmup_too_long
 from library.training.engine.bf16_update import Bf16Update, with_bf16_update
 from library.training.engine.by_element import updates_by_element
 
@@ -245,7 +245,8 @@ def make_lr_schedule(
     """
     from diffusers.optimization import get_scheduler
 
-    check_warmup(warmup_steps, max_train_steps)
+    if warmup_steps > max_train_steps:
+        raise InputError(warmup_too_long(warmup_steps, max_train_steps))
     try:
         return get_scheduler(
             name,
