@@ -99,7 +99,7 @@ def _quieten_torchrun() -> None:
 
 
 def _raise_on_signals() -> None:
-    """Make signals raise SignalException until torchrun sets its own handlers, which do the same."""
+    """Make signals raise SignalException; torchrun's handlers do the same, and it restores these when it has ended."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SignalException(f"received signal {number}", sigval=signal.Signals(number))
@@ -122,14 +122,14 @@ def _run_with_others(options: LaunchOptions) -> Failure | None:
     try:
         store = open_store(group, options.start_timeout)
         hosts = join_group(store, group, facts, options.start_timeout)
+        for name, value in network_variables(options.master_ip, options.master_port).items():
+            os.environ.setdefault(name, value)
         watch = Watch(group, hosts, lambda: connect(group))
     except RuntimeError as error:
         raise InputError(
             f"--master_ip={options.master_ip}: the main machine at {group.main_address} went away before the start; "
             "its launcher says why"
         ) from error
-    for name, value in network_variables(options.master_ip, options.master_port).items():
-        os.environ.setdefault(name, value)
     ended = _run_processes(options)
     failures = list(ended.failures)
     if ended.stopped is not None and not watch.told_to_end:
@@ -146,28 +146,40 @@ class _Ended:
 
 
 def _run_processes(options: LaunchOptions) -> _Ended:
-    """Run torchrun's agent until all processes have ended; if a process fails the agent ends the others."""
+    """Run torchrun's agent until all processes have ended; if a process fails the agent ends the others.
+
+    From then on SIGTERM is ignored: nothing is left to stop, and the watch, which sends it when another machine has
+    failed, may send it just now; the launcher must still report why the run ended.
+    """
+    exits, signalled = {}, None
     with tempfile.TemporaryDirectory(prefix="launch_") as folder:
-        config = LaunchConfig(
-            min_nodes=options.nnodes,
-            max_nodes=options.nnodes,
-            nproc_per_node=options.nproc_per_node,
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-            shutdown_timeout=_STOP_SECONDS,
-            **_rendezvous(options),
-        )
-        exits, signalled = {}, None
         try:
-            elastic_launch(config, "bash")("-c", _WORKER, "worker", sys.executable, *options.command)
-            return _Ended()
-        except ChildFailedError as error:
-            exits = error.failures
+            try:
+                config = _launch_config(options, folder)
+                elastic_launch(config, "bash")("-c", _WORKER, "worker", sys.executable, *options.command)
+            except ChildFailedError as error:
+                exits = error.failures
+            finally:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
         except SignalException as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signalled = error.sigval
         recorded = recorded_failures(options.node_rank, Path(folder))
-        silent = unrecorded_failures(options.node_rank, exits, recorded, options.log)
-        return _Ended([*recorded, *silent], signalled)
+    silent = unrecorded_failures(options.node_rank, exits, recorded, options.log)
+    return _Ended([*recorded, *silent], signalled)
+
+
+def _launch_config(options: LaunchOptions, log_folder: str) -> LaunchConfig:
+    """torchrun's settings: no restarts, and time for processes that are stopped to write a training state."""
+    return LaunchConfig(
+        min_nodes=options.nnodes,
+        max_nodes=options.nnodes,
+        nproc_per_node=options.nproc_per_node,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=log_folder),
+        shutdown_timeout=_STOP_SECONDS,
+        **_rendezvous(options),
+    )
 
 
 def _rendezvous(options: LaunchOptions) -> dict[str, Any]:

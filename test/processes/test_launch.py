@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import sdxl_pretrain
+from library.processes import launch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -221,3 +223,35 @@ def test_a_process_that_is_later_than_the_timeout_ends_the_run(machines, tmp_pat
     ((status, printed),) = machines.end()
     assert status == 1
     assert "rank 0 (machine 0, " in last_report(printed) and "imed out" in last_report(printed)
+
+
+@pytest.mark.parametrize("moment", ["while torchrun ends", "afterwards"])
+def test_a_signal_from_the_watch_that_comes_late_does_not_hide_the_failure(monkeypatch, moment):
+    """Another machine's failure is heard just when this machine's own process has failed."""
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file="")
+
+    def torchrun(config, entrypoint):
+        def run(*command):
+            if moment == "while torchrun ends":
+                signal.raise_signal(signal.SIGTERM)
+            raise launch.ChildFailedError("worker", {0: failure})
+
+        return run
+
+    def recorded(machine, folder):
+        if moment == "afterwards":
+            signal.raise_signal(signal.SIGTERM)
+        return [failure]
+
+    monkeypatch.setattr(launch, "elastic_launch", torchrun)
+    monkeypatch.setattr(launch, "recorded_failures", recorded)
+    monkeypatch.setattr(launch, "unrecorded_failures", lambda *arguments: [])
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        launch._raise_on_signals()
+        options = launch.LaunchOptions(2, 1, 0, "127.0.0.1", 1, 1, "log", ".", ["train.py"])
+        assert launch._run_processes(options).failures == [failure]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
