@@ -17,7 +17,7 @@ updated weights are those of `none`, to rounding.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -37,8 +37,7 @@ from library.training.engine.group_entries import GroupState, exchanges_weights,
 from library.training.engine.meta_copy import without_data
 from library.training.engine.optimizers import ParameterGroup, ScheduleState, parameters_by_name
 from library.training.state.tensor_rows import (
-    Part,
-    by_name,
+    SavedParts,
     check_names,
     make_part,
     read_average,
@@ -211,21 +210,22 @@ class Replicated:
             if self._writes(parameter)
         }
 
-    def read_parts(self, ranks: Sequence[Mapping[str, Part]]) -> None:
+    def read_parts(self, saved: SavedParts) -> None:
         """Take weights and optimizer state out of what the processes of some run have written.
 
         Raises:
             InputError: they are of other parameters.
         """
-        parts = by_name(ranks)
-        check_names(parts, self.named)
+        check_names(saved.names, self.named)
         for name, parameter in self.named.items():
-            read_weight(name, parameter, parts[name], self._first_row(name))
+            first = self._first_row(name)
+            parts = saved.covering(name, first, len(parameter) if parameter.dim() else 1)
+            read_weight(name, parameter, parts, first)
             if self._updates(parameter):
-                read_state(name, parameter, self.own_optimizer, parts[name], self._first_row(name))
+                read_state(name, parameter, self.own_optimizer, parts, first)
             if self.averages is not None and name in self.averages.averages:
                 average = self.averages.averages[name]
-                if not read_average(name, average, parts[name], self._first_row(name)):
+                if not read_average(name, average, parts, first):
                     average.copy_(parameter.detach())
 
     def _first_row(self, name: str) -> int:

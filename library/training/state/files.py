@@ -3,6 +3,7 @@
     NAME-state/
         manifest.json                               size and SHA-256 of every other file, the format's version
         state.json                                  `StateInfo`, and how many ranks wrote
+        rows.json                                   by parameter [rank, first row, rows]: which rank has which
         OBJECT.safetensors, OBJECT.json             what all ranks share: tensors, and the structure around them
         rank00000-of-00004.OBJECT.safetensors, .json    what each rank has of its own
 
@@ -13,7 +14,7 @@ Nothing in it is a pickle. SHA-256 is the fastest strong hash of hashlib where t
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,7 @@ from library.training.state.lineage import Lineage, lineage_of
 from library.training.state.tree import unpack
 
 FORMAT = 1  # of the folder; a reader refuses a higher one
-MANIFEST, INFO = "manifest.json", "state.json"
+MANIFEST, INFO, ROWS = "manifest.json", "state.json", "rows.json"
 _CHUNK_BYTES = 16 << 20
 
 
@@ -58,11 +59,18 @@ class StateInfo:
 
 @dataclass(frozen=True)
 class State:
-    """A state that was read. Tensors are backed by the files: copy before the folder's file system goes away."""
+    """A state. Tensors are backed by the files: copy before the folder's file system goes away.
+
+    Attributes:
+        whole: by name, what all ranks shared.
+        own: what each rank of the run that wrote had of its own, by name; its files are opened when it is asked for.
+        rows: which rank wrote which rows, as `library.training.state.tensor_rows.Rows`, by parameter.
+    """
 
     info: StateInfo
     whole: Mapping[str, Any]
-    own: tuple[Mapping[str, Any], ...]  # by rank of the run that wrote
+    own: Sequence[Mapping[str, Any]]
+    rows: Mapping[str, Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
@@ -139,22 +147,44 @@ def read_state(folder: Path, *, verified: bool = False) -> State:
         verified: True where `verify` was called on it before, by this or another rank.
 
     Raises:
-        InputError: it is not whole.
+        InputError: it is not whole. What ranks have of their own may raise it later, where it is asked for.
     """
     if not verified:
         verify(folder)
     content = _read_json(folder / INFO)
-    info = _info(content, folder)
-    whole: dict[str, Any] = {}
-    own: tuple[dict[str, Any], ...] = tuple({} for _ in range(int(content.get("ranks", 1))))
-    prefixes = {rank_prefix(rank, len(own)): part for rank, part in enumerate(own)}
-    for name in _read_manifest(folder):
-        if name == INFO or not name.endswith(".json"):
-            continue
-        prefix, dot, rest = name.partition(".")
-        part, stem = (prefixes[prefix + dot], rest) if prefix + dot in prefixes else (whole, name)
-        part[stem.removesuffix(".json")] = _read_object(folder, name.removesuffix(".json"))
-    return State(info, whole, own)
+    info, ranks = _info(content, folder), int(content.get("ranks", 1))
+    stems = [name.removesuffix(".json") for name in _read_manifest(folder) if name.endswith(".json")]
+    own = [_Objects(folder, rank_prefix(rank, ranks), stems) for rank in range(ranks)]
+    not_shared = {Path(INFO).stem, Path(ROWS).stem, *(objects.prefix + name for objects in own for name in objects)}
+    shared = [stem for stem in stems if stem not in not_shared]
+    return State(info, {stem: _read_object(folder, stem) for stem in shared}, own, _read_json(folder / ROWS))
+
+
+class _Objects(Mapping[str, Any]):
+    """What one rank wrote of its own, by name, each read once it is asked for."""
+
+    def __init__(self, folder: Path, prefix: str, stems: Iterable[str]) -> None:
+        """
+        Args:
+            prefix: of this rank's files.
+            stems: of all files.
+        """
+        self.prefix, self._folder = prefix, folder
+        self._read: dict[str, Any] = {}
+        self._names = [stem.removeprefix(prefix) for stem in stems if stem.startswith(prefix)]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._read:
+            self._read[name] = _read_object(self._folder, self.prefix + name)
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _read_object(folder: Path, stem: str) -> Any:

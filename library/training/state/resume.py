@@ -19,8 +19,8 @@ from library.training.identity import changed
 from library.training.ranks.main_process import on_main_process
 from library.training.state.choice import newest_valid
 from library.training.state.files import StateInfo, read_state, verify
-from library.training.state.states import Resumed, data_positions, parts_by_process
-from library.training.state.tensor_rows import by_name, check_names
+from library.training.state.states import Resumed, data_positions, parts_in
+from library.training.state.tensor_rows import check_names
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def check_identity(resumed: Resumed, now: Mapping[str, str], anyway: bool) -> No
 
 def check_parameters(resumed: Resumed, names: Collection[str]) -> None:
     """Raise InputError if the state is of other parameters than those that train, by their names."""
-    check_names(by_name(parts_by_process(resumed.state)), dict.fromkeys(names))
+    check_names(parts_in(resumed.state).names, names)
 
 
 def files_in_use(options: TrainingOptions) -> set[Path]:

@@ -1,13 +1,13 @@
 """The training states of a run: when one is due, what goes into it, and taking one up again."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from library.training.state.files import State, StateInfo
-from library.training.state.tensor_rows import Part
+from library.training.state.tensor_rows import Part, SavedParts, rows_of
 from library.training.state.writer import StateWriter
 
 TRAINING, DATA = "training", "data"  # each process's own objects: its parts, and where a stream is
@@ -29,7 +29,7 @@ class Parts(Protocol):
     def own_parts(self) -> Mapping[str, Part]:
         """What this process writes, by parameter; no copies."""
 
-    def read_parts(self, ranks: Sequence[Mapping[str, Part]]) -> None:
+    def read_parts(self, saved: SavedParts) -> None:
         """Take up what the processes of some run have written."""
 
 
@@ -92,12 +92,13 @@ class States:
         if self._saved_step == steps_done and stem is None:
             return
         is_main = self.writer.rank == 0
-        position = self._data_position()
+        position, parts = self._data_position(), self.parts.own_parts()
         self.writer.snapshot(
             stem or self._step_stem(steps_done),
             self._info(steps_done, metrics),
-            {TRAINING: self.parts.own_parts()} | ({} if position is None else {DATA: position}),
+            {TRAINING: parts} | ({} if position is None else {DATA: position}),
             {name: one.state_dict() for name, one in self.objects.items()} if is_main else None,
+            rows_of(parts),
         )
         self._saved_step, self._last_save = steps_done, time.monotonic()
 
@@ -116,15 +117,15 @@ def take_up(state: State, parts: Parts, objects: Mapping[str, Stateful]) -> None
     Raises:
         InputError: the state is of other parameters.
     """
-    parts.read_parts(parts_by_process(state))
+    parts.read_parts(parts_in(state))
     for name, one in objects.items():
         if name in state.whole:
             one.load_state_dict(state.whole[name])
 
 
-def parts_by_process(state: State) -> list[Mapping[str, Part]]:
-    """What each process of the run that saved wrote of weights and optimizer state."""
-    return [own[TRAINING] for own in state.own]
+def parts_in(state: State) -> SavedParts:
+    """What the processes of the run that saved wrote of weights and optimizer state."""
+    return SavedParts(state.rows, lambda rank: state.own[rank][TRAINING])
 
 
 def data_positions(state: State) -> list[Mapping[str, Any]]:
@@ -141,7 +142,7 @@ class Resumed:
 
     def let_go(self) -> None:
         """Once the state has been taken up: keep what it says of itself alone, and let go of its files."""
-        self.state = State(self.state.info, {}, ())
+        self.state = State(self.state.info, {}, (), {})
 
     @property
     def step(self) -> int:

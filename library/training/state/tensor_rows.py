@@ -3,11 +3,12 @@
 A part is some rows (places along the first dimension) of one parameter: `{"start": row, "weight": tensor, "state":
 {"exp_avg": tensor, "step": tensor, ...}, "average": tensor}`, the last where averages are kept. Each process writes the
 parts that it owns; on reading, a process copies the rows that it holds out of whatever parts there are, of any number
-of processes.
+of processes. A state says which process wrote which rows, so that a reader opens the files of those alone that
+it needs.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,69 @@ from torch import Tensor, nn
 from library.errors import InputError
 
 Part = Mapping[str, Any]
+
+
+class Rows(NamedTuple):
+    """Rows of a parameter that one process wrote; a parameter without dimensions counts as one row."""
+
+    rank: int
+    start: int
+    number: int
+
+
+class SavedParts:
+    """The parts of all parameters that the processes of some run wrote, each read when it is needed."""
+
+    def __init__(
+        self, rows: Mapping[str, Iterable[Sequence[int]]], parts_of: Callable[[int], Mapping[str, Part]]
+    ) -> None:
+        """
+        Args:
+            rows: by parameter, who wrote which; as `Rows`.
+            parts_of: gives what a rank wrote, by parameter.
+
+        Raises:
+            TypeError, ValueError: `rows` is something else.
+        """
+        self._rows = {name: sorted((Rows(*found) for found in those), key=_by_start) for name, those in rows.items()}
+        self._parts_of = parts_of
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all parameters."""
+        return self._rows.keys()
+
+    def covering(self, name: str, start: int, number: int) -> list[Part]:
+        """The parts that have rows `start` ... `start + number` of a parameter, in the order of their rows.
+
+        At least one, whose plain values are those of all parts.
+        """
+        those = self._rows[name]
+        needed = [rows for rows in those if rows.start < start + number and start < rows.start + rows.number]
+        return [self._parts_of(rows.rank)[name] for rows in needed or those[:1]]
+
+
+def saved_parts(ranks: Sequence[Mapping[str, Part]]) -> SavedParts:
+    """The parts that processes hold in memory, by their ranks."""
+    return SavedParts(merged_rows(map(rows_of, ranks)), ranks.__getitem__)
+
+
+def rows_of(parts: Mapping[str, Part]) -> dict[str, tuple[int, int]]:
+    """The first row and the number of rows of each part of a process."""
+    return {name: (part["start"], len(part["weight"]) if part["weight"].dim() else 1) for name, part in parts.items()}
+
+
+def merged_rows(ranks: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, list[Rows]]:
+    """By parameter, which rank has which rows, of what `rows_of` gives for each rank."""
+    merged: dict[str, list[Rows]] = {}
+    for rank, rows in enumerate(ranks):
+        for name, (start, number) in rows.items():
+            merged.setdefault(name, []).append(Rows(rank, start, number))
+    return merged
+
+
+def _by_start(rows: Rows) -> int:
+    return rows.start
 
 
 def make_part(
@@ -69,18 +133,9 @@ def read_state(
     optimizer.state[parameter] = state
 
 
-def by_name(ranks: Sequence[Mapping[str, Part]]) -> dict[str, list[Part]]:
-    """The parts of each parameter over all processes that wrote, in the order of their rows."""
-    gathered: dict[str, list[Part]] = {}
-    for parts in ranks:
-        for name, part in parts.items():
-            gathered.setdefault(name, []).append(part)
-    return {name: sorted(parts, key=lambda part: part["start"]) for name, parts in gathered.items()}
-
-
-def check_names(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_names(saved: Collection[str], wanted: Collection[str]) -> None:
     """Raise InputError where a state is of other parameters than those that train."""
-    missing, surplus = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    missing, surplus = sorted({*wanted} - {*saved}), sorted({*saved} - {*wanted})
     if missing or surplus:
         listed = "; ".join(
             f"{len(names)} {what}, such as {', '.join(names[:3])}"

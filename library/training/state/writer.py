@@ -23,9 +23,19 @@ from library.atomic_write import aside, remove, replace_folder, sync
 from library.disk_space import check_space
 from library.errors import TrainingError
 from library.training.state.choice import obsolete, remove_state
-from library.training.state.files import INFO, Entry, StateInfo, rank_prefix, write_json, write_manifest, write_tensors
+from library.training.state.files import (
+    INFO,
+    ROWS,
+    Entry,
+    StateInfo,
+    rank_prefix,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
 from library.training.state.names import state_name
 from library.training.state.retention import Retention
+from library.training.state.tensor_rows import merged_rows
 from library.training.state.tree import pack
 
 logger = logging.getLogger(__name__)
@@ -41,6 +51,7 @@ class _Snapshot:
     info: StateInfo
     tensors: Mapping[str, Mapping[str, Tensor]]
     plain: Mapping[str, Any]
+    rows: Mapping[str, tuple[int, int]]
 
 
 class StateWriter:
@@ -101,6 +112,7 @@ class StateWriter:
         info: StateInfo,
         own: Mapping[str, Any],
         whole: Mapping[str, Any] | None = None,
+        rows: Mapping[str, tuple[int, int]] = {},
         other_ranks_bytes: int = 0,
     ) -> None:
         """Copy what belongs to a state and write it in the background as `{stem}-state`. Called on all ranks.
@@ -110,6 +122,7 @@ class StateWriter:
         Args:
             own: this rank's state objects by name: trees of tensors and plain values, as `state_dict` gives them.
             whole: those that all ranks share; on rank 0 only.
+            rows: first row and number of rows that are in `own`, by parameter; the state tells a reader who has which.
             other_ranks_bytes: what the others will write to this file system, for the check of its space.
 
         Raises:
@@ -131,7 +144,7 @@ class StateWriter:
         tensors = {name: self._copied(name, found) for name, (found, _) in packed.items()}
         devices.synchronize(self.device)
         self._saves += 1
-        snapshot = _Snapshot(state_name(stem), info, tensors, plain)
+        snapshot = _Snapshot(state_name(stem), info, tensors, plain, rows)
         self._thread = threading.Thread(
             target=self._run, args=(snapshot, self._saves), name="state writer", daemon=True
         )
@@ -226,15 +239,20 @@ class StateWriter:
         if self.rank:
             listed = partial / _done(self.rank)
             unready = listed.with_suffix(".unready")
-            write_json(unready, {name: asdict(entry) for name, entry in entries.items()})
+            files = {name: asdict(entry) for name, entry in entries.items()}
+            write_json(unready, {"files": files, "rows": snapshot.rows})
             unready.rename(listed)
         return entries
 
     def _complete(self, partial: Path, snapshot: _Snapshot, entries: dict[str, Entry]) -> None:
         """On rank 0: add what the others wrote, make the state durable, then let obsolete ones go."""
         entries[INFO] = write_json(partial / INFO, {**asdict(snapshot.info), "ranks": self.ranks})
+        rows = [snapshot.rows]
         for rank in range(1, self.ranks):
-            entries |= self._list_of(rank, partial)
+            written, its_rows = self._list_of(rank, partial)
+            entries |= written
+            rows.append(its_rows)
+        entries[ROWS] = write_json(partial / ROWS, merged_rows(rows))
         write_manifest(partial, entries)
         sync(partial)
         replace_folder(partial, self.output_dir / snapshot.name)
@@ -247,8 +265,8 @@ class StateWriter:
             except OSError as error:
                 logger.warning("%s: cannot be removed (%s)", self.output_dir / name, error.strerror)
 
-    def _list_of(self, rank: int, partial: Path) -> dict[str, Entry]:
-        """What another rank has written, once it says so."""
+    def _list_of(self, rank: int, partial: Path) -> tuple[dict[str, Entry], dict[str, tuple[int, int]]]:
+        """The files that another rank has written, and the rows in them, once it says so."""
         done, failed = partial / _done(rank), partial / _failed(rank)
         deadline = time.monotonic() + self.timeout_s
         while not done.exists():
@@ -262,9 +280,9 @@ class StateWriter:
                     "All ranks need one --output_dir on a file system that they share."
                 )
             time.sleep(_POLL_S)
-        entries = {name: Entry(**entry) for name, entry in json.loads(done.read_bytes()).items()}
+        listed = json.loads(done.read_bytes())
         done.unlink()
-        return entries
+        return {name: Entry(**entry) for name, entry in listed["files"].items()}, listed["rows"]
 
 
 def _done(rank: int) -> str:

@@ -20,6 +20,7 @@ from library.training.engine.sharding import shard
 from library.training.engine.swapped_backward import SwappedBlocks, SwappedFusedBackward
 from library.training.memory.estimate import estimate
 from library.training.memory.resident import Training
+from library.training.state.tensor_rows import saved_parts
 from test.models.low_rank import put_low_rank_on
 
 NPU = torch.device("npu", 0)
@@ -154,7 +155,7 @@ def test_a_state_goes_on_with_and_without(swap_first):
     whole, first, then = (parallel_of(network, swap) for swap in ((), chosen[not swap_first], chosen[swap_first]))
     train(whole)
     train(first, steps=range(1))
-    then.read_parts([copy.deepcopy(first.own_parts())])
+    then.read_parts(saved_parts([copy.deepcopy(first.own_parts())]))
     set_schedule(then.schedule.scheduler, 1)
     train(then, steps=range(1, STEPS))
     assert same(numbers(whole), numbers(then))

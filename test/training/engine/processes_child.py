@@ -32,6 +32,7 @@ from library.training.engine.precision import make_accelerator
 from library.training.engine.sharding import KINDS, agree_on_overflow, shard
 from library.training.log.metrics import MetricsWriter
 from library.training.loop import LoopOptions, Trainer
+from library.training.state.tensor_rows import saved_parts
 from third_patch import PATCHES, apply
 
 RANK, FEATURES, BATCH = int(os.environ["RANK"]), 6, 8
@@ -112,7 +113,7 @@ def train(
         states = quiet_states(parallel, folder)
         trainer = Trainer(task, accelerator, parallel, OneEpoch(), options, writer, states, Signals())
         if parts:
-            parallel.read_parts(parts)
+            parallel.read_parts(saved_parts(parts))
             parallel.averages.updates = start
             parallel.group_state.load_state_dict(kept or {})
             set_schedule(parallel.schedule.scheduler, start)

@@ -9,7 +9,7 @@ from torch import nn
 from library.training.engine import bf16_update
 from library.training.engine.bf16_update import REMAINDER, UPDATES_DONE, Bf16Update
 from library.training.engine.optimizers import ParameterGroup, make_optimizer
-from library.training.state.tensor_rows import by_name, make_part, read_state, read_weight
+from library.training.state.tensor_rows import make_part, read_state, read_weight
 
 ADAFACTOR = ("AdaFactor", ["relative_step=False", "scale_parameter=False"])
 KINDS = [
@@ -168,14 +168,14 @@ def test_a_run_that_takes_up_a_state_is_the_run_that_was_not_stopped(kind, how):
     optimizer = optimizer_of(whole, kind, how, seed=4)
     for number in range(2):
         step(whole, optimizer, number)
-    saved = by_name([copy.deepcopy({str(place): make_part(one, optimizer) for place, one in enumerate(whole)})])
+    saved = copy.deepcopy({str(place): make_part(one, optimizer) for place, one in enumerate(whole)})
     for part in saved.values():  # a file keeps no order
-        part[0]["state"] = dict(reversed(part[0]["state"].items()))
+        part["state"] = dict(reversed(part["state"].items()))
     resumed = parameters(torch.bfloat16, seed=9)
     other = optimizer_of(resumed, kind, how, seed=4)
     for place, parameter in enumerate(resumed):
-        read_weight(str(place), parameter, saved[str(place)])
-        read_state(str(place), parameter, other, saved[str(place)])
+        read_weight(str(place), parameter, [saved[str(place)]])
+        read_state(str(place), parameter, other, [saved[str(place)]])
     for number in range(2, 4):
         step(whole, optimizer, number)
         step(resumed, other, number)

@@ -23,6 +23,7 @@ from library.training.log.metrics import MetricsWriter
 from library.training.loop import LoopOptions, Trainer
 from library.training.memory.live_bytes import LiveBytes
 from library.training.state.states import StateCadence, States
+from library.training.state.tensor_rows import saved_parts
 from library.training.state.writer import StateWriter
 from test.training.engine.gradients import NaNGradient
 
@@ -180,7 +181,7 @@ def test_a_state_of_either_pass_goes_on_with_the_other(sdxl, tmp_path, before):
     undisturbed, first, then = (made(sdxl, fused, ADAFACTOR) for fused in (True, before, not before))
     train(undisturbed, tmp_path)
     train(first, tmp_path, end=2)
-    then.read_parts([copy.deepcopy(first.own_parts())])
+    then.read_parts(saved_parts([copy.deepcopy(first.own_parts())]))
     set_schedule(then.schedule.scheduler, 2)
     train(then, tmp_path, start=2)
     assert all(map(torch.equal, weights(then), weights(undisturbed)))

@@ -17,6 +17,7 @@ from library.training.engine.optimizers import ParameterGroup, choose_optimizer,
 from library.training.engine.precision import make_accelerator
 from library.training.engine.sharding import shard
 from library.training.engine.trials import check_exactness
+from library.training.state.tensor_rows import saved_parts
 from library.training.state.tree import pack, unpack
 
 STEPS = 10  # of which so many are before the state
@@ -105,7 +106,7 @@ def saved(parallel):
 
 
 def take_up(parallel, state):
-    parallel.read_parts([state["parts"]])
+    parallel.read_parts(saved_parts([state["parts"]]))
     for name, one in parallel.state_objects().items():
         one.load_state_dict(state["objects"][name])
     return parallel

@@ -104,8 +104,8 @@ def test_an_optimizer_goes_on_from_a_state_bit_by_bit(tmp_path):
 def test_no_pickle_is_in_a_state(tmp_path):
     folder = save(tmp_path, "last", 3)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "manifest.json", "rank00000-of-00001.rng.json", "rank00000-of-00001.rng.safetensors", "state.json",
-        "unet.json", "unet.safetensors",
+        "manifest.json", "rank00000-of-00001.rng.json", "rank00000-of-00001.rng.safetensors", "rows.json",
+        "state.json", "unet.json", "unet.safetensors",
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["last-state"]
 

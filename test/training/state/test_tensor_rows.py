@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from library.errors import InputError
-from library.training.state.tensor_rows import by_name, check_names, make_part, read_state, read_weight
+from library.training.state.files import StateInfo
+from library.training.state.files import read_state as read_state_folder
+from library.training.state.lineage import new_lineage
+from library.training.state.states import TRAINING, parts_in
+from library.training.state.tensor_rows import check_names, make_part, read_state, read_weight, rows_of, saved_parts
+from library.training.state.writer import StateWriter
+
+INFO = StateInfo(1, 7, "", {}, {}, {}, new_lineage(None, 0, []))
 
 
 def trained(seed=0, shape=(10, 3)):
@@ -41,12 +48,13 @@ def split(part, pieces):
 @pytest.mark.parametrize("read_by", [1, 2, 4, 8])
 def test_rows_of_any_number_of_processes_fill_those_of_any_other(written_by, read_by):
     weight, optimizer = trained()
-    parts = by_name(split(make_part(weight, optimizer), written_by))["w"]
+    saved = saved_parts(split(make_part(weight, optimizer), written_by))
     size = -(-len(weight) // read_by)
     for reader in range(read_by):
         start = min(reader * size, len(weight))
         mine = nn.Parameter(torch.zeros_like(weight[start : start + size]))
         own = torch.optim.AdamW([mine], lr=0.1, fused=True)
+        parts = saved.covering("w", start, len(mine))
         read_weight("w", mine, parts, start)
         read_state("w", mine, own, parts, start)
         assert torch.equal(mine, weight[start : start + size])
@@ -94,3 +102,22 @@ def test_other_parameters_are_named():
         InputError, match=r"1 are not in it, such as b; 1 do not train now, such as c.*--train_text_enc"
     ):
         check_names({"a": 1, "c": 1}, {"a": 1, "b": 1})
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_rank_opens_the_files_of_those_alone_whose_rows_it_needs(tmp_path, ranks):
+    """As many processes as wrote: each opens its own file; half as many: two each."""
+    weight, optimizer = trained(shape=(8, 3))
+    writers = [StateWriter(tmp_path, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for writer, parts in zip(writers, split(make_part(weight, optimizer), ranks), strict=True):
+        writer.snapshot("last", INFO, {TRAINING: parts}, rows=rows_of(parts))
+    for writer in writers:
+        writer.finish()
+    for read_by in (ranks, max(ranks // 2, 1)):
+        size = 8 // read_by
+        for reader in range(read_by):
+            state = read_state_folder(tmp_path / "last-state")
+            found = parts_in(state).covering("w", reader * size, size)
+            assert torch.equal(torch.cat([part["weight"] for part in found]), weight[reader * size :][:size])
+            opened = [rank for rank, objects in enumerate(state.own) if objects._read]
+            assert opened == [reader * ranks // read_by + place for place in range(ranks // read_by)]
