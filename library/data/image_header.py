@@ -6,13 +6,14 @@ Sizes are those of the upright picture: EXIF orientation is applied first.
 import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
 from library.data.bad_samples import SampleError
 from library.data.image_formats import avif, jpeg, png, webp
+from library.data.image_formats.colour_profile import Conversion, conversion
 from library.data.image_formats.exif import orientation_of
 from library.data.image_formats.file_bytes import Facts, FileBytes
 from library.data.image_formats.jpeg import Jpeg
@@ -57,22 +58,52 @@ class Picture:
         return self.image.size[::-1] if self.is_turned else self.image.size
 
 
+@dataclass(frozen=True)
+class Header:
+    """What the index wants to know of an image.
+
+    Attributes:
+        upright_wh_px: size of the upright picture.
+        is_turned: whether EXIF exchanges width and height.
+        profile: what its colour profile does.
+    """
+
+    upright_wh_px: tuple[int, int]
+    is_turned: bool = False
+    profile: Conversion = field(default_factory=Conversion)
+
+
 def upright_size(read: FileBytes) -> tuple[int, int]:
     """(width, height) in px of an encoded image as it is to be seen, from its header.
 
     Raises:
         SampleError: not an image, too small or too large.
     """
-    return reported(lambda: _upright(_checked(_facts(read))))
+    return header(read).upright_wh_px
 
 
-def turned_size(read: FileBytes) -> tuple[int, int] | None:
-    """The upright size of an image that EXIF exchanges width and height of; None of all others, damaged ones, too."""
+def header(read: FileBytes) -> Header:
+    """What an image's first bytes say.
+
+    Raises:
+        SampleError: not an image, too small or too large.
+    """
+
+    def look() -> Header:
+        found = _facts(read)
+        _check_size(found.width, found.height)
+        return _header(found)
+
+    return reported(look)
+
+
+def header_if_known(read: FileBytes) -> Header:
+    """The same, but for an image whose size another file gives: what cannot be read says nothing, and costs nothing."""
     try:
-        found: Facts = reported(lambda: _facts_of_header(read))
+        found: Facts | None = reported(lambda: _facts_of_header(read))
     except SampleError:
-        return None
-    return _upright(found) if found is not None and found.orientation in _TURNED else None
+        found = None
+    return Header((0, 0)) if found is None else _header(found)
 
 
 def open_picture(data: bytes) -> Picture:
@@ -127,7 +158,7 @@ def _facts(read: FileBytes) -> Facts:
         except Exception:  # a cut file makes decoders raise anything; the whole one decides
             image = None
     image = _opened(io.BytesIO(read(0, read.size))) if image is None else image
-    return Facts(image.width, image.height, _orientation(image))
+    return Facts(image.width, image.height, _orientation(image), _profile(image))
 
 
 def _facts_of_header(read: FileBytes) -> Facts | None:
@@ -147,13 +178,10 @@ def _facts_of_header(read: FileBytes) -> Facts | None:
     return None
 
 
-def _upright(found: Facts) -> tuple[int, int]:
-    return (found.height, found.width) if found.orientation in _TURNED else (found.width, found.height)
-
-
-def _checked(found: Facts) -> Facts:
-    _check_size(found.width, found.height)
-    return found
+def _header(found: Facts) -> Header:
+    turned = found.orientation in _TURNED
+    size = (found.height, found.width) if turned else (found.width, found.height)
+    return Header(size, turned, conversion(found.icc, found.channels))
 
 
 def _check_size(width: int, height: int) -> None:

@@ -46,6 +46,10 @@ def data_report(index: Index, buckets: Buckets, plan: Plan) -> list[str]:
     lines.append(f"cropped away: {buckets.mean_cropped:.1%} of the scaled images on average")
     lines.append(_upscaled(buckets))
     lines.append(f"dropped images: {_dropped(index)}")
+    if profiles := index.profiles:
+        named = "; ".join(f"{name} ({count})" for name, count in profiles.most_common(_NAMED))
+        more = f"; and {len(profiles) - _NAMED} more profiles" if len(profiles) > _NAMED else ""
+        lines.append(f"converted to sRGB by their colour profile: {profiles.total()} of {len(index)}: {named}{more}")
     lines.append(
         f"steps in the first epoch: {plan.steps_before_epoch(1)}, each of {plan.micro_batches} batches of "
         f"{plan.batch_size} (each full and of one bucket); left over for the next: {plan.carried_over(0)} batches, and "

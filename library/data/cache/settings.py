@@ -17,7 +17,7 @@ from library.data.order.bucket_rows import Buckets
 from library.data.sample.augmentation import ImageOptions
 from library.data.sample.captions import CaptionOptions
 
-_VERSION = 2  # raise it whenever the same image or caption, and settings, give other pixels or another text
+_VERSION = 3  # raise it whenever the same image or caption, and settings, give other pixels or another text
 
 
 class Settings(Protocol):

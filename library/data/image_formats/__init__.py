@@ -10,4 +10,5 @@ jpeg_data           whether a JPEG's data fill its picture
 png                 chunks of PNG: the same
 webp                chunks of WebP: the same
 avif                boxes of AVIF: the same
+colour_profile      what a colour profile does to an image
 """

@@ -1,4 +1,4 @@
-"""Boxes of AVIF (ISO/IEC 14496-12; AV1 Image File Format 1.1): size and orientation, and the file without its EXIF."""
+"""Boxes of AVIF (ISO/IEC 14496-12; AV1 Image File Format 1.1): size, orientation and profile; the file without EXIF."""
 
 import re
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def is_avif(start: bytes) -> bool:
 
 
 def facts(read: FileBytes) -> Facts:
-    """Size and orientation of the primary item. EXIF's orientation does not count in this format.
+    """What is said of the primary item. EXIF's orientation does not count in this format.
 
     Raises:
         SampleError: the boxes do not give them; pictures of unusual structure.
@@ -71,6 +71,7 @@ def _facts(meta: bytes) -> Facts:
     primary = int.from_bytes(primary_box[4:8] if primary_box[0] else primary_box[4:6], "big")
     listed = list(_boxes(properties[b"ipco"]))
     width = height = turns = 0
+    icc = b""
     axis = None
     for number in _associated(properties[b"ipma"], primary):
         kind, content = listed[number - 1]
@@ -80,9 +81,11 @@ def _facts(meta: bytes) -> Facts:
             turns = content[0] & 3
         elif kind == b"imir":
             axis = content[0] & 1
+        elif kind == b"colr" and content[:4] in (b"prof", b"rICC"):
+            icc = content[4:]
     if not width:
         raise KeyError("ispe")
-    return Facts(width, height, _ORIENTATIONS[turns, axis])
+    return Facts(width, height, _ORIENTATIONS[turns, axis], icc)
 
 
 def _associated(box: bytes, item: int) -> list[int]:

@@ -13,11 +13,15 @@ class Facts:
     Attributes:
         width, height: px as they are stored.
         orientation: EXIF's, 1 to 8.
+        icc: the colour profile; b"" if there is none.
+        channels: 1, 3 or 4; alpha is not counted.
     """
 
     width: int
     height: int
     orientation: int = 1
+    icc: bytes = b""
+    channels: int = 3
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from library.data.image_formats.exif import orientation_of
 from library.data.image_formats.file_bytes import Facts, FileBytes
@@ -55,23 +55,52 @@ class _Segment:
     end: int
 
 
+@dataclass
+class _Metadata:
+    """EXIF, XMP and profile; of EXIF and XMP the first that comes counts.
+
+    Attributes:
+        parts: of the profile, by their numbers.
+    """
+
+    exif: bytes = b""
+    xmp: bytes = b""
+    parts: dict[int, bytes] = field(default_factory=dict)
+
+    def add(self, marker: int, content: bytes) -> None:
+        """Look into a segment."""
+        if marker == _APP1 and not self.exif and content.startswith(b"Exif\0"):
+            self.exif = content
+        elif marker == _APP1 and not self.xmp and content.startswith(_XMP):
+            self.xmp = content
+        elif marker == _APP2 and content.startswith(_ICC) and len(content) > len(_ICC) + 2:
+            self.parts.setdefault(content[len(_ICC)], content[len(_ICC) + 2 :])
+
+    @property
+    def orientation(self) -> int:
+        """EXIF's, 1 to 8."""
+        return orientation_of(self.exif, self.xmp)
+
+    @property
+    def icc(self) -> bytes:
+        """The profile, put together."""
+        return b"".join(self.parts[number] for number in sorted(self.parts))
+
+
 def facts(read: FileBytes) -> Facts:
-    """Size and orientation.
+    """What the segments before the first scan say.
 
     Raises:
         OSError: no frame's header is found.
     """
-    size: tuple[int, int] | None = None
-    exif = xmp = b""
+    metadata = _Metadata()
     for segment in _segments(read):
-        if segment.marker in _SOF:
-            size = _size(read(segment.begin, 5))
-            break
-        if segment.marker == _APP1 and (content := read(segment.begin, segment.end - segment.begin)):
-            exif, xmp = _of_app1(content, exif, xmp)
-    if size is None:
-        raise OSError("image file is truncated: a JPEG without a frame's header")
-    return Facts(*size, orientation_of(exif, xmp))
+        if segment.marker in _SOF and len(frame := read(segment.begin, 6)) == 6:
+            height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
+            return Facts(width, height, metadata.orientation, metadata.icc, frame[5])
+        if segment.marker in (_APP1, _APP2):
+            metadata.add(segment.marker, read(segment.begin, segment.end - segment.begin))
+    raise OSError("image file is truncated: a JPEG without a frame's header")
 
 
 def without_metadata(data: bytes) -> Jpeg:
@@ -81,16 +110,12 @@ def without_metadata(data: bytes) -> Jpeg:
         OSError: its frame or its first scan is missing.
     """
     read = FileBytes.of(data)
-    kept, exif, xmp = [START], b"", b""
-    parts: dict[int, bytes] = {}  # of the profile, by their numbers
+    kept, metadata = [START], _Metadata()
     frame: tuple[int, int] | None = None  # marker and components
     scan: _Segment | None = None
     for segment in _segments(read):
         content = data[segment.begin : segment.end]
-        if segment.marker == _APP1:
-            exif, xmp = _of_app1(content, exif, xmp)
-        elif segment.marker == _APP2 and content.startswith(_ICC):
-            parts.setdefault(content[len(_ICC)] if len(content) > len(_ICC) else 0, content[len(_ICC) + 2 :])
+        metadata.add(segment.marker, content)
         if segment.marker in _SOF and len(content) > 5:
             frame = segment.marker, content[5]
         if _is_needed(segment, content):
@@ -104,9 +129,8 @@ def without_metadata(data: bytes) -> Jpeg:
     head = b"".join(kept)
     bare = head + data[scan.end : end] + END
     data_start, data_end = (len(head), len(head) + end - scan.end) if one_scan else (0, 0)
-    icc = b"".join(parts[number] for number in sorted(parts))
     progressive = frame[0] in _PROGRESSIVE
-    return Jpeg(bare, icc, orientation_of(exif, xmp), scans, progressive, data_start, data_end, ended)
+    return Jpeg(bare, metadata.icc, metadata.orientation, scans, progressive, data_start, data_end, ended)
 
 
 def _segments(read: FileBytes) -> Iterator[_Segment]:
@@ -155,17 +179,3 @@ def _end_of_data(data: bytes, position: int, one_scan: bool) -> tuple[int, int, 
         scans += marker == _SOS
         position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
     return len(data), scans, False
-
-
-def _of_app1(content: bytes, exif: bytes, xmp: bytes) -> tuple[bytes, bytes]:
-    """EXIF and XMP with what a segment has of them; the first of each kind counts."""
-    if not exif and content.startswith(b"Exif\0"):
-        exif = content
-    elif not xmp and content.startswith(_XMP):
-        xmp = content
-    return exif, xmp
-
-
-def _size(frame: bytes) -> tuple[int, int] | None:
-    """(width, height) of a frame's header."""
-    return (int.from_bytes(frame[3:5], "big"), int.from_bytes(frame[1:3], "big")) if len(frame) == 5 else None

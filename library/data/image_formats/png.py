@@ -14,6 +14,7 @@ _NEEDED = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _TEXTS = (b"tEXt", b"zTXt")
 _RAW_EXIF = b"Raw profile type exif"  # ImageMagick's keyword of EXIF as hexadecimal digits
 _MOST_INFLATED = 1 << 24  # bytes of one chunk; a profile or EXIF is smaller
+_IN_COLOUR = 2  # of the bits of the colour type
 _MOST_EXIF = 1 << 20  # bytes of a chunk; the orientation stands in front
 
 
@@ -42,23 +43,26 @@ class _Chunk:
 
 
 def facts(read: FileBytes) -> Facts:
-    """Size and orientation. EXIF behind the pixels does not count, as it would cost reading all of them.
+    """What the chunks before the pixels say. EXIF behind them does not count, as it would cost reading all of them.
 
     Raises:
         SampleError: there is no header.
     """
-    size, orientation = (0, 0), 1
+    size, orientation, icc, channels = (0, 0), 1, b"", 3
     for chunk in _chunks(read):
         if chunk.kind == b"IHDR":
-            header = read(chunk.begin, 8)
+            header = read(chunk.begin, 10)
+            channels = 3 if header[9:] and header[9] & _IN_COLOUR else 1
             size = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:8], "big")
         elif chunk.kind == b"IDAT":
             break
+        elif chunk.kind == b"iCCP" and not icc:
+            icc = _profile(read(chunk.begin, min(chunk.size, _MOST_INFLATED)))
         elif chunk.kind == b"eXIf" or (chunk.kind in _TEXTS and read(chunk.begin, len(_RAW_EXIF)) == _RAW_EXIF):
             orientation = _orientation(chunk.kind, read(chunk.begin, min(chunk.size, _MOST_EXIF))) or orientation
     if size == (0, 0):
         raise SampleError("a PNG without a header")
-    return Facts(*size, orientation)
+    return Facts(*size, orientation, icc, channels)
 
 
 def without_metadata(data: bytes) -> Png:
@@ -76,8 +80,7 @@ def without_metadata(data: bytes) -> Png:
                 _check(data, chunk)
             kept.append(data[chunk.begin - 8 : end + 4])
         elif chunk.kind == b"iCCP" and not icc:
-            _, _, packed = data[chunk.begin : end].partition(b"\0")
-            icc = _inflated(packed[1:])  # behind the name its way of packing, of which there is one
+            icc = _profile(data[chunk.begin : end])
         elif not pixels_seen and (chunk.kind == b"eXIf" or chunk.kind in _TEXTS):
             orientation = _orientation(chunk.kind, data[chunk.begin : end]) or orientation
         if chunk.kind == b"IEND":
@@ -99,6 +102,11 @@ def _check(data: bytes, chunk: _Chunk) -> None:
     told = data[end : end + 4]
     if len(told) == 4 and zlib.crc32(data[chunk.begin - 4 : end]) != int.from_bytes(told, "big"):
         raise SampleError("its data are damaged: the checksum of a PNG's IDAT chunk does not hold")
+
+
+def _profile(content: bytes) -> bytes:
+    """The profile of an iCCP chunk: behind its name and its way of packing, of which there is one."""
+    return _inflated(content.partition(b"\0")[2][1:])
 
 
 def _orientation(kind: bytes, content: bytes) -> int:

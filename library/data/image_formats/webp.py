@@ -1,4 +1,4 @@
-"""Chunks of WebP (RFC 9649): size and orientation."""
+"""Chunks of WebP (RFC 9649): size, orientation and colour profile."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from library.data.bad_samples import SampleError
 from library.data.image_formats.exif import orientation_of
 from library.data.image_formats.file_bytes import Facts, FileBytes
 
-_HAS_EXIF = 0x08  # of the flags in VP8X
+_HAS_EXIF, _HAS_ICC = 0x08, 0x20  # of the flags in VP8X
 
 
 def is_webp(start: bytes) -> bool:
@@ -15,22 +15,27 @@ def is_webp(start: bytes) -> bool:
 
 
 def facts(read: FileBytes) -> Facts:
-    """Size and orientation; EXIF stands behind the pixels, which are passed over.
+    """Size, profile and orientation; EXIF stands behind the pixels, which are passed over.
 
     Raises:
         SampleError: no size is found.
     """
-    size: tuple[int, int] | None = None
-    for kind, begin, length in _chunks(read):
-        if size is None:
-            size = _size(kind, read(begin, 10))
-            if size is None or kind != b"VP8X" or not read(begin, 1)[0] & _HAS_EXIF:
-                break
-        elif kind == b"EXIF":
-            return Facts(*size, orientation_of(read(begin, length)))
+    chunks = _chunks(read)
+    kind, begin, _ = next(chunks, (b"", 0, 0))
+    content = read(begin, 10)
+    size = _size(kind, content)
     if size is None:
         raise SampleError("a WebP without a picture's header")
-    return Facts(*size)
+    wanted = content[0] if kind == b"VP8X" else 0
+    icc, orientation = b"", 1
+    for kind, begin, length in chunks if wanted & (_HAS_ICC | _HAS_EXIF) else ():
+        if kind == b"ICCP" and wanted & _HAS_ICC:
+            icc, wanted = read(begin, length), wanted & ~_HAS_ICC
+        elif kind == b"EXIF" and wanted & _HAS_EXIF:
+            orientation, wanted = orientation_of(read(begin, length)), wanted & ~_HAS_EXIF
+        if not wanted & (_HAS_ICC | _HAS_EXIF):
+            break
+    return Facts(*size, orientation, icc)
 
 
 def _chunks(read: FileBytes) -> Iterator[tuple[bytes, int, int]]:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from library.data.bad_samples import SampleError
 from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_text, check_characters, is_json_name
 from library.data.image_formats.file_bytes import FileBytes
-from library.data.image_header import MAX_BYTES, upright_size
+from library.data.image_header import MAX_BYTES, Header, header
 from library.data.index.extras import FolderExtras, extra_arrays, places_in_folder
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
@@ -47,12 +47,13 @@ def scan_folder(
             if sizes[name] > MAX_BYTES:
                 raise SampleError(f"an image file of {sizes[name]} bytes, {MAX_BYTES} are the most")
             caption = _caption(source, name, sizes, captions.get(name, ""), pool, part)
-            width_height = _size_from_image(source.path / name, sizes[name])
+            found = _header(source.path / name, sizes[name])
             own_extras = places_in_folder(source.extras, extras or {}, name, pool)
         except SampleError as error:
             part.bad.append((name, str(error)))
             continue
-        rows.append((0, sizes[name], *caption, *pool.add(name), *width_height))
+        rows.append((0, sizes[name], *caption, *pool.add(name), *found.upright_wh_px))
+        part.note_profile(name, found.profile)
         places.append(own_extras)
         part.other_captions.update(
             other for other in COMMON_CAPTION_EXTENSIONS if other != source.caption_extension and stem + other in sizes
@@ -114,10 +115,10 @@ def _bytes_of(path: Path, size: int) -> bytes:
         raise SampleError(f"its caption cannot be read: {error.strerror}") from error
 
 
-def _size_from_image(path: Path, file_bytes: int) -> tuple[int, int]:
-    """The upright size from the image's header."""
+def _header(path: Path, file_bytes: int) -> Header:
+    """What the image's header says."""
     try:
         with path.open("rb", buffering=0) as file:
-            return upright_size(FileBytes(lambda offset, count: os.pread(file.fileno(), count, offset), file_bytes))
+            return header(FileBytes(lambda offset, count: os.pread(file.fileno(), count, offset), file_bytes))
     except OSError as error:
         raise SampleError(f"cannot be read: {error.strerror}") from error

@@ -13,6 +13,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from library.data.image_formats.colour_profile import Conversion
+
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif"})
 # Extensions that are searched for only to tell the user about a wrong --caption_extension.
 COMMON_CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags")
@@ -61,6 +63,8 @@ class Part:
         other_captions: images that have a caption file, but with another extension than asked for, by extension.
         blank: keys of images whose caption file is blank, so that the next source of a caption counts.
         many_lines: keys of images whose captions have several lines.
+        profiles: how many images have a colour profile that changes their colours, by the profiles' names.
+        unusable_profiles: keys of images whose colour profile cannot be used.
         extras: arrays of where the rows' extra images are, by the arrays' names (library.data.index.extras).
     """
 
@@ -73,7 +77,16 @@ class Part:
     other_captions: Counter[str] = field(default_factory=Counter)
     blank: list[str] = field(default_factory=list)
     many_lines: list[str] = field(default_factory=list)
+    profiles: Counter[str] = field(default_factory=Counter)
+    unusable_profiles: list[str] = field(default_factory=list)
     extras: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def note_profile(self, key: str, profile: Conversion) -> None:
+        """Count what the colour profile of an image does."""
+        if not profile.usable:
+            self.unusable_profiles.append(key)
+        elif profile.transform is not None:
+            self.profiles[profile.name] += 1
 
 
 @dataclass(frozen=True)
@@ -85,9 +98,9 @@ class Summary:
         digest: of rows, text and extras.
         without_caption: how many rows have none.
         named_without_caption: keys of the first of those.
-        blank, many_lines: how many keys Part has.
-        named_blank, named_many_lines: the first of those.
-        bad, warnings, without_image, strange_extensions, other_captions: as in Part.
+        blank, many_lines, unusable_profiles: how many keys Part has.
+        named_blank, named_many_lines, named_unusable_profiles: the first of those.
+        bad, warnings, without_image, strange_extensions, other_captions, profiles: as in Part.
     """
 
     count: int
@@ -98,6 +111,9 @@ class Summary:
     named_blank: list[str]
     many_lines: int
     named_many_lines: list[str]
+    unusable_profiles: int
+    named_unusable_profiles: list[str]
+    profiles: dict[str, int]
     bad: list[list[str]]
     warnings: list[str]
     without_image: int
@@ -121,6 +137,9 @@ class Summary:
             part.blank[:NAMED],
             len(part.many_lines),
             part.many_lines[:NAMED],
+            len(part.unusable_profiles),
+            part.unusable_profiles[:NAMED],
+            dict(part.profiles),
             [[key, reason] for key, reason in part.bad],
             part.warnings,
             part.without_image,

@@ -8,7 +8,7 @@ from pathlib import Path
 from library.data.bad_samples import SampleError
 from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_text, check_characters, is_json_name
 from library.data.image_formats.file_bytes import FileBytes
-from library.data.image_header import MAX_BYTES, turned_size, upright_size
+from library.data.image_header import MAX_BYTES, header, header_if_known
 from library.data.index.extras import extra_arrays, places_in_shard
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
@@ -166,10 +166,13 @@ def _row(
         caption = (CaptionKind.ABSENT, 0, 0)
     told = facts if facts is not None and has_size else json_facts
     if told.width > 0 and told.height > 0:
+        found = header_if_known(_bytes_of(fd, image))
         # Those who write such files give the size as stored: of what EXIF turns, the header is asked.
-        size = turned_size(_bytes_of(fd, image)) or (told.width, told.height)
+        size = found.upright_wh_px if found.is_turned else (told.width, told.height)
     else:
-        size = upright_size(_bytes_of(fd, image))
+        found = header(_bytes_of(fd, image))
+        size = found.upright_wh_px
+    part.note_profile(key, found.profile)
     if text and "\n" in caption_lines(text):
         part.many_lines.append(key)
     return (image.offset, image.size, *caption, *pool.add(key), *size)

@@ -24,7 +24,7 @@ from library.data.index.sources import Listed, Source, Subset, find_sources, ima
 from library.errors import InputError
 
 # The number is raised whenever a scan of unchanged data gives another table.
-_VERSION = [6, *ROW.descr]
+_VERSION = [7, *ROW.descr]
 
 Progress = Callable[[int, int], None]
 
@@ -97,6 +97,11 @@ class Index:
         record = arrays[extra.array()][place]
         path = stored_text(arrays["text"], int(record["path_offset"]), int(record["path_bytes"]))
         return int(record["offset"]), int(record["bytes"]), path
+
+    @property
+    def profiles(self) -> Counter[str]:
+        """How many images have a colour profile that changes their colours, by the profiles' names."""
+        return sum((Counter(table.notes["profiles"]) for table in self.tables), Counter())
 
     @property
     def repeats_S(self) -> np.ndarray:
@@ -218,7 +223,21 @@ def _check(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summar
     if not sum(summary.count for summary in summaries):
         where = f"{len(sources)} shards and folders (images are {image_extensions()})"
         raise InputError(f"{subset}: 0 images found in {where}. {' '.join(warnings[:NAMED])}".rstrip())
-    return warnings + _check_captions(subset, sources, summaries) + _lines(subset, sources, summaries)
+    warnings += _check_captions(subset, sources, summaries) + _lines(subset, sources, summaries)
+    return warnings + _profiles(sources, summaries)
+
+
+def _profiles(sources: Sequence[Source], summaries: Sequence[Summary]) -> list[str]:
+    """A sentence about colour profiles that cannot be used."""
+    unusable = sum(summary.unusable_profiles for summary in summaries)
+    pairs = zip(sources, summaries, strict=True)
+    named = [source.name(key) for source, summary in pairs for key in summary.named_unusable_profiles]
+    if not unusable:
+        return []
+    return [
+        f"{unusable} images have a colour profile that is damaged or of other colours than theirs; they train as if "
+        f"they had none: {_some(named, unusable)}"
+    ]
 
 
 def _lines(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summary]) -> list[str]:

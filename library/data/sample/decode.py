@@ -2,17 +2,20 @@
 
 JPEGs are decoded at 1/2, 1/4 or 1/8 where the result is still well over the wanted size (libjpeg's scaled inverse DCT,
 Pillow's "draft"); others that need no more than decoding go through torchvision, which spares Pillow's fourth byte a
-pixel. EXIF orientation is applied first: sizes and crops here are those of the upright picture. Of an animated file the
-first frame is taken. docs/measurements/data.md has the figures behind each choice.
+pixel. EXIF orientation is applied first: sizes and crops here are those of the upright picture. Colours become sRGB's
+before they are scaled. Of an animated file the first frame is taken. docs/measurements/data.md has the figures behind
+each choice.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image
 
 from library.data.fit import Fit, SizeIds
+from library.data.image_formats.colour_profile import conversion, in_srgb
 from library.data.image_formats.jpeg_data import ends_grey
 from library.data.image_header import Picture, open_picture, reported
 from library.data.sample.scaling import Filter, scaled_crop
@@ -37,6 +40,7 @@ def decode(
     fit: Callable[[int, int], Fit],
     by: Filter | None = None,
     with_alpha: bool = False,
+    as_stored: bool = False,
 ) -> tuple[np.ndarray, SizeIds]:
     """Decode, scale and crop one image.
 
@@ -45,7 +49,8 @@ def decode(
         bucket_wh_px: size of the result.
         fit: from the upright image's (width, height) to how it meets the bucket.
         by: the filter of scaling, applied to the whole picture; None: what docs/measurements/data.md found best.
-        with_alpha: leave the colours as they are stored, not over white, and give alpha, too.
+        with_alpha: do not put the colours over white, and give alpha, too.
+        as_stored: leave a colour profile out of account: the numbers are no colours.
 
     Returns:
         Pixels (height, width, 3) uint8 RGB, or (height, width, 4) with alpha, and the size conditions (original h, w,
@@ -54,7 +59,7 @@ def decode(
     Raises:
         SampleError: it cannot be decoded.
     """
-    return reported(lambda: _decode(data, bucket_wh_px, fit, by, with_alpha))
+    return reported(lambda: _decode(data, bucket_wh_px, fit, by, with_alpha, as_stored))
 
 
 def _decode(
@@ -63,8 +68,11 @@ def _decode(
     fit: Callable[[int, int], Fit],
     by: Filter | None,
     with_alpha: bool,
+    as_stored: bool,
 ) -> tuple[np.ndarray, SizeIds]:
     picture = open_picture(data)
+    if as_stored:
+        picture = replace(picture, icc=b"")
     image, (width, height) = picture.image, picture.upright_wh_px
     found = fit(width, height)
     (scaled_w, scaled_h), (left, top) = found.scaled_wh_px, found.crop_xy_px
@@ -92,6 +100,8 @@ def _plain_jpeg(picture: Picture) -> np.ndarray | None:
     jpeg = picture.jpeg
     if jpeg is None or not jpeg.ended or picture.image.mode != "RGB" or picture.orientation != 1:
         return None
+    if conversion(picture.icc, 3).transform is not None:
+        return None
     from torchvision.io import ImageReadMode, decode_jpeg  # takes a second, which what only reads headers need not wait
 
     encoded = torch.frombuffer(bytearray(jpeg.data), dtype=torch.uint8)  # a copy, since torch warns of read-only bytes
@@ -107,7 +117,7 @@ def _pixels(picture: Picture, with_alpha: bool) -> np.ndarray:
         picture.watched.check()
     if picture.orientation != 1:
         image = image.transpose(_UPRIGHT[picture.orientation])
-    image = _eight_bit(image)
+    image = in_srgb(_eight_bit(image), picture.icc)
     if with_alpha:
         return np.asarray(image.convert("RGBA"))
     if image.has_transparency_data:

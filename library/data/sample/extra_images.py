@@ -33,7 +33,7 @@ def decode_extras(
         by: the filter of scaling, as of images.
 
     Returns:
-        By name (H, W, 3) uint8 RGB, of a mask (H, W) uint8, its red channel; alpha is left out.
+        By name (H, W, 3) uint8 RGB, of a mask (H, W) uint8, its red channel as it is stored; alpha is left out.
 
     Raises:
         SampleError: one cannot be decoded, or has another aspect ratio than the image.
@@ -48,7 +48,7 @@ def decode_extras(
 
     for name, data in encoded.items():
         try:
-            pixels_HWC, _ = decode(data, bucket_wh_px, same_fit, by, with_alpha=True)
+            pixels_HWC, _ = decode(data, bucket_wh_px, same_fit, by, with_alpha=True, as_stored=name in _GREY)
         except SampleError as error:
             raise SampleError(f"extra image '{name}': {error}") from error
         found[name] = pixels_HWC[..., 0] if name in _GREY else pixels_HWC[..., :3]
