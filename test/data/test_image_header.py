@@ -227,6 +227,6 @@ def test_headers_of_damaged_files_raise_nothing_else():
                         data[place:place] = data[place : place + 30]
             with suppress(SampleError):
                 size_of(bytes(data))
-            image_header.turned_size(FileBytes.of(bytes(data)))
+            image_header.header_if_known(FileBytes.of(bytes(data)))
             with suppress(SampleError):
                 pixels_of(bytes(data), (24, 16))
