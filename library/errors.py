@@ -57,6 +57,11 @@ class TrainingError(RuntimeError):
 class Stopped(Exception):  # noqa: N818
     """The run has ended because a signal asked for it. Scripts exit with 128 plus the signal's number (143, 130)."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
-        self.exit_status = 128 + signal_number
+    def __init__(self, signal_number: int, saved: str = "") -> None:
+        """
+        Args:
+            saved: what a later start goes on from, in words; empty where there is nothing.
+        """
+        name = signal.Signals(signal_number).name
+        super().__init__(f"stopped by {name}; {saved}" if saved else f"stopped by {name}")
+        self.exit_status, self.saved = 128 + signal_number, saved

@@ -58,23 +58,32 @@ def run_main(work: Callable[[], object]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         work()
-    except InputError as error:
+    except BaseException as error:
+        return end_with(error)
+    return EXIT_OK
+
+
+def end_with(error: BaseException) -> int:
+    """Say what a process ends with, and write it down for a launcher; returns the exit status.
+
+    Raises:
+        BaseException: the error itself, if it is none that ends a script in an orderly way.
+    """
+    if isinstance(error, InputError):
         return _failed("\n".join(f"error: {problem}" for problem in error.problems), EXIT_BAD_INPUT)
-    except TrainingError as error:
+    if isinstance(error, TrainingError):
         return _failed(f"training stopped: {error}", EXIT_FAILED)
-    except Stopped as stopped:
-        return _failed(str(stopped), stopped.exit_status)
-    except KeyboardInterrupt:
+    if isinstance(error, Stopped):
+        return _failed(str(error), error.exit_status)
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
-    except ConnectionError:  # to another process: no file's error, though it is an OSError, too
-        return _failed(traceback.format_exc(), EXIT_FAILED, expected=False)
-    except OSError as error:
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):  # to another process: no file's error
         where = f"{error.filename}: " if error.filename else ""
         return _failed(f"error: {where}{error.strerror or error}; what was written before is complete", EXIT_FAILED)
-    except Exception:
-        return _failed(traceback.format_exc(), EXIT_FAILED, expected=False)
-    return EXIT_OK
+    if isinstance(error, Exception):
+        return _failed("".join(traceback.format_exception(error)), EXIT_FAILED, expected=False)
+    raise error
 
 
 class _RedactingFormatter(logging.Formatter):

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from library.errors import Stopped
 from library.exit_status import EXIT_OK, run_main, run_script
 from library.imports import import_quickly
 from library.options.config_file import write_values
@@ -17,6 +18,7 @@ from library.options.flag import Flags
 from library.options.parse import checked_options, make_options, parse
 from library.options.parser import make_parser
 from library.options.rules import log_idle_flags
+from library.restart_command import restart_command
 from library.signals import Signals
 
 
@@ -111,5 +113,10 @@ class Script:
         undo = apply(PATCHES)
         try:
             run(options, self.families, getattr(import_module(module), name), signals, started)
+        except Stopped as stopped:
+            if stopped.saved:
+                started_as = sys.argv[0] if sys.argv[0].endswith(self.name) else self.name
+                stopped.args = (f"{stopped}\nto go on: {restart_command(started_as, words)}",)
+            raise
         finally:
             undo()

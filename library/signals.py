@@ -5,31 +5,51 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from library.errors import Stopped
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 DUPLICATE_S = 1.0  # a stop signal so soon after the first is the same one, delivered twice
+AGAIN_S = 8.0  # a later one within this time of the last means: now, without saving
+_LOOK_S = 0.1
+_END_S = 5.0  # so long a process may take to end by itself once its training state is durable
 _PARENT_CHECK_S = 1.0
 _NO_MORE = b"\0"
+
+
+class Unfinished(Protocol):
+    """Writing that a signal must not cut off."""
+
+    def is_writing(self) -> bool:
+        """Whether something is being written."""
 
 
 class Signals:
     """A context in which the signals only set flags, which the work checks between two of its units.
 
-    The first SIGTERM or SIGINT asks to save and stop, SIGUSR1 to save and continue. A second SIGTERM or SIGINT within
-    DUPLICATE_S of the first counts as the same signal (terminals, launchers and batch systems signal both the group and
-    the process); a later signal ends the process at once with its exit status, even if the main thread waits for
-    another machine or a device. The context restores the earlier handlers at its end. Only the main thread may use it.
+    The first SIGTERM or SIGINT asks to save and stop, SIGUSR1 to save and continue, and what will be done is said at
+    once. A SIGTERM or SIGINT within DUPLICATE_S of the last one counts as the same signal (terminals, launchers and
+    batch systems signal both the group and the process). One within AGAIN_S of the last ends the process at once with
+    its exit status, even if the main thread waits for another machine or a device; a training state that has begun is
+    written before. A later one is a repetition, as some batch systems send it, and says again what is waited for. The
+    context restores the earlier handlers at its end. Only the main thread may use it.
+
+    Attributes:
+        at_stop: what is done at a stop signal, for the message.
+        at_once: the first stop signal ends the process, since there is nothing to save and nobody checks the flags.
+        unfinished: what is written to its end, whatever comes.
     """
 
     def __init__(self) -> None:
         self.stop_signal: signal.Signals | None = None
         self.save_requested = False
+        self.at_stop, self.at_once = "ending as soon as the work at hand can be left", False
+        self.unfinished: Unfinished | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup_before = self._wakeup = -1
         self._watcher: threading.Thread | None = None
+        self._over = threading.Event()
 
     @property
     def stop_requested(self) -> bool:
@@ -54,6 +74,20 @@ class Signals:
         """Set the stop flag for a signal that another process of the run has received. Any thread may call it."""
         if self.stop_signal is None:
             self.stop_signal = signal.Signals(number)
+            self._say(number, " of another process")
+
+    def ending_at_once(self, what: str) -> "_AtOnce":
+        """A context in which the main thread waits for others and there is nothing to save: a signal ends it.
+
+        Args:
+            what: the process does, for the message: "waiting for rank 1".
+        """
+        return _AtOnce(self, what)
+
+    def finish_unfinished(self) -> None:
+        """Wait until what is being written is complete. Any thread may call it."""
+        while self.unfinished is not None and self.unfinished.is_writing():
+            time.sleep(_LOOK_S)
 
     def __enter__(self) -> "Signals":
         read, self._wakeup = os.pipe()
@@ -68,6 +102,7 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._before.clear()
@@ -84,7 +119,7 @@ class Signals:
             self.stop_signal = signal.Signals(number)
 
     def _watch(self, read: int) -> None:
-        """Note a stop signal, and end the process when a second one comes.
+        """Note a stop signal and answer it, and end the process when a second one comes.
 
         This runs in a thread, because Python's handlers run in the main thread only, which may be waiting for another
         machine or a device.
@@ -92,18 +127,59 @@ class Signals:
         Args:
             read: the pipe into which the C signal handler writes the number of every signal.
         """
-        first_s = None
+        last_s = None
         with os.fdopen(read, "rb", buffering=0) as numbers:
             while (number := numbers.read(1)) not in (_NO_MORE, b""):
+                if number[0] == signal.SIGUSR1:
+                    self._write("SIGUSR1: saving a training state after this step, training goes on")
                 if number[0] not in STOPPING:
                     continue
-                now_s = time.monotonic()
-                if first_s is None:
-                    first_s = now_s
-                    self._note(number[0])
-                elif now_s - first_s >= DUPLICATE_S:
-                    os.write(2, b"a second signal: ended at once; what was written before is complete\n")
-                    os._exit(128 + number[0])
+                now_s, before_s = time.monotonic(), last_s
+                if before_s is not None and now_s - before_s < DUPLICATE_S:
+                    continue
+                last_s = now_s
+                if before_s is not None and now_s - before_s < AGAIN_S:
+                    self._end_now(number[0], "a second signal: ")
+                self._note(number[0])
+                if self.at_once:
+                    self._end_now(number[0], "")
+                self._say(number[0])
+
+    def _say(self, number: int, whose: str = "") -> None:
+        """Say what the process does because of a stop signal."""
+        again = f"again within {AGAIN_S:.0f} s ends now without saving"
+        self._write(f"{signal.Signals(number).name}{whose}: {self.at_stop}; {again}")
+
+    def _end_now(self, number: int, why: str) -> None:
+        """End the process; a training state that has begun is completed first."""
+        if self.unfinished is not None and self.unfinished.is_writing():
+            self._write(f"{why}a training state is being written; the process ends when it is durable")
+            self.finish_unfinished()
+            if self._over.wait(_END_S):  # the main thread has come to its end by itself, and says more
+                return
+        name, doing = signal.Signals(number).name, f" while {self.at_stop}" if self.at_once else ""
+        self._write(f"{why or f'{name}: '}ended at once{doing}; what was written before is complete")
+        os._exit(128 + number)
+
+    def _write(self, line: str) -> None:
+        """A line on standard error, from the first process of each machine: the others would repeat it."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, f"\n{line}\n".encode())  # a progress bar may stand in the line
+
+
+class _AtOnce:
+    """`Signals.ending_at_once`."""
+
+    def __init__(self, signals: Signals, what: str) -> None:
+        self._signals, self._what = signals, what
+
+    def __enter__(self) -> None:
+        self._before = self._signals.at_stop, self._signals.at_once
+        self._signals.at_stop, self._signals.at_once = self._what, True
+        self._signals.stop_if_requested()  # one that came before
+
+    def __exit__(self, *_: object) -> None:
+        self._signals.at_stop, self._signals.at_once = self._before
 
 
 def leave_signals_to_parent() -> None:

@@ -324,6 +324,8 @@ launch() {
         build_demo
     fi
     export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+    LAUNCHER_COMMAND=$(printf "%q " bash "$0" "$@")  # what the script shows, with --resume=auto, when it was stopped
+    export LAUNCHER_COMMAND
     command=("$python")
     if [ "$by_torchrun" = 1 ]; then
         folder=$root  # for the module; the script runs in the user's

@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from library import signals as module
 from library.errors import Stopped
 from library.exit_status import run_main
 from library.signals import DUPLICATE_S, Signals, leave_signals_to_parent
@@ -92,6 +94,69 @@ def test_a_second_one_ends_a_process_whose_main_thread_never_comes_back():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
 
 
+def test_the_first_one_is_answered_at_once(capfd):
+    with Signals() as signals:
+        signals.at_stop = "saving after this step, then ending"
+        os.kill(os.getpid(), signal.SIGINT)
+        _wait(lambda: signals.stop_requested)
+        time.sleep(0.2)
+        assert (
+            capfd.readouterr().err.strip()
+            == "SIGINT: saving after this step, then ending; again within 8 s ends now without saving"
+        )
+        signals.stop_signal = None
+        signals.stop_as_another_process(signal.SIGTERM)
+        assert "SIGTERM of another process: saving after this step" in capfd.readouterr().err
+
+
+def test_one_that_comes_late_is_a_repetition(monkeypatch, capfd):
+    """Some batch systems send a second signal after ten seconds; nobody has asked to lose anything."""
+    monkeypatch.setattr(module, "DUPLICATE_S", 0.1)
+    monkeypatch.setattr(module, "AGAIN_S", 0.3)
+
+    def work():
+        with Signals():
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)
+            return 5
+
+    assert _status(work) == 5
+    assert capfd.readouterr().err.count("SIGTERM: ending as soon as") == 3
+
+
+def test_a_state_that_has_begun_is_written_to_its_end(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(module, "DUPLICATE_S", 0.1)
+    monkeypatch.setattr(module, "_END_S", 0.1)
+    end_s = time.monotonic() + 1.5
+
+    def work():
+        with Signals() as signals:
+            signals.unfinished = SimpleNamespace(is_writing=lambda: time.monotonic() < end_s)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.3)
+            time.sleep(10)
+            return 5
+
+    assert _status(work) == 143
+    assert 0 <= time.monotonic() - end_s < 5
+    assert "a second signal: a training state is being written" in capfd.readouterr().err
+
+
+def test_one_ends_at_once_what_only_waits(capfd):
+    def work():
+        with Signals() as signals, signals.ending_at_once("waiting for rank 1"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+            return 5
+
+    began = time.monotonic()
+    assert _status(work) == 143
+    assert time.monotonic() - began < 5
+    assert "SIGTERM: ended at once while waiting for rank 1" in capfd.readouterr().err
+
+
 def test_one_that_comes_twice_within_a_second_is_one():
     def work():
         with Signals() as signals:
@@ -117,6 +182,13 @@ def test_usr1_asks_for_a_state_and_training_goes_on():
 
 def test_an_exception_says_its_status():
     assert Stopped(signal.SIGTERM).exit_status == 143
+
+
+def _wait(true) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _worker() -> int:

@@ -18,7 +18,7 @@ from library.exit_status import EXIT_FAILED
 _TAIL_LINES = 15
 _BY_SIGNAL = 128  # exit statuses from here on are 128 plus a signal's number
 # How collectives and stores report that a peer is gone; another failure may have caused such an error.
-_OTHER_SIDE = re.compile(
+OF_OTHER_SIDE = re.compile(
     r"gloo|nccl|hccl|TCPStore|Connection (closed|reset|refused)|Broken pipe|connectFullMesh|DistStoreError|Socket"
     r"|process group|timed? ?out",
     re.IGNORECASE,
@@ -80,7 +80,7 @@ def recorded_failures(machine: int, folder: Path) -> list[Failure]:
     for path in folder.rglob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
         # A process that a signal has stopped was stopped because of another failure, as after SIGTERM.
-        certain = record["status"] < _BY_SIGNAL and (record["expected"] or not _OTHER_SIDE.search(record["message"]))
+        certain = record["status"] < _BY_SIGNAL and (record["expected"] or not OF_OTHER_SIDE.search(record["message"]))
         what = f"ended with exit status {record['status']}:"
         failures.append(
             Failure(

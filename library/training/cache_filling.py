@@ -38,9 +38,10 @@ from library.data.cache.npz_files import TextLayout
 from library.data.cache.settings import Settings
 from library.data.dataset import TrainingData
 from library.data.index.mapped_file import Opened
-from library.errors import InputError, Stopped, TrainingError
+from library.errors import InputError
 from library.options.training import TrainingOptions
 from library.signals import Signals
+from library.training.ranks.rank_failure import RankFailure
 from library.training.ranks.rank_watch import CACHING, PREPARING, Progress
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ class _Work:
         """Around this process's work: at its end wait for that of the others, however long it takes.
 
         Raises:
-            TrainingError, Stopped: another process has failed or was stopped.
+            InputError, TrainingError, Stopped: another process has failed or was stopped.
         """
         if self._accelerator.num_processes == 1:
             yield
@@ -220,17 +221,14 @@ class _Work:
             yield
         except BaseException as error:
             with suppress(Exception):  # of the store: what happened here matters more
-                store.set("ended", str(error.exit_status - 128 if isinstance(error, Stopped) else -1))
+                store.set("ended", RankFailure.of(error, rank).to_json())
             raise
         store.set(f"done {rank}", "")
         everyone = [f"done {other}" for other in range(ranks)]
         while not store.check(everyone):
             self._signals.stop_if_requested()
             if store.check(["ended"]):
-                signal_number = int(store.get("ended"))
-                if signal_number > 0:
-                    raise Stopped(signal_number)
-                raise TrainingError("another process has failed while it filled the cache; its own error says why")
+                raise RankFailure.from_json(store.get("ended")).as_error()
             time.sleep(_POLL_SECONDS)
 
     def _exchange(self, blocks: Sequence[Block], shelves: Callable[[int], Shelf]) -> None:

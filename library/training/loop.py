@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from library.signals import Signals
 from library.training.engine.sharding import Replicated
 from library.training.log.metrics import MetricsWriter, MovingAverage, SpeedMeter, StepMetrics, finite_or_none
 from library.training.log.quarantine import Quarantine
+from library.training.ranks.rank_failure import together
 from library.training.ranks.rank_watch import (
     READING,
     SAMPLING,
@@ -46,6 +47,7 @@ from library.training.validation import Validator
 logger = logging.getLogger(__name__)
 
 MAX_OVERFLOWS = 40  # repeats of one step: the loss scale falls by 2**40, below any that could help
+STATE_AGAIN_S = (1.0, 4.0, 10.0)  # before each further try of the state that a run ends with
 MAX_NOT_FINITE = 3  # steps running whose loss is not finite
 
 
@@ -341,10 +343,28 @@ class Trainer:
                 self.save_state(steps_done)
             requests |= asked
         if requests.stop_signal:
-            self.progress.phase = SAVING
-            self.states.wait()
+            self.finish_state(steps_done)
             self._wait_for_others()  # torchrun gives the others 30 s once one has left
-            raise Stopped(requests.stop_signal)
+            raise Stopped(requests.stop_signal, f"{steps_done} steps are done and in {self.states.newest}")
+
+    def finish_state(self, steps_done: int, stem: str | None = None) -> None:
+        """Until this step's training state is durable; one that cannot be written is tried again. Every process calls.
+
+        Args:
+            stem: its name, as for `save_state`.
+
+        Raises:
+            TrainingError: it cannot be written, at the last try either.
+        """
+        self.progress.phase = SAVING
+        for seconds in STATE_AGAIN_S:
+            self.states.finish_writing()
+            if not any(sums_of_all(self.accelerator, [int(self.states.failed)])):
+                return
+            time.sleep(seconds)
+            self.save_state(steps_done, stem, anew=True)
+        with together(self.accelerator):
+            self.states.wait()
 
     def stop_if_asked(self) -> None:
         """Before the first step, when there is nothing to save yet. Every process calls.
@@ -360,18 +380,23 @@ class Trainer:
 
     def _own_requests(self) -> Requests:
         """What this process asks for; an order to save is taken by it."""
-        save = self.signals.take_save_request() or self.states.minutes_are_up()
+        save = self.signals.take_save_request() or self.states.minutes_are_up() or self.states.try_again()
         return Requests(self.signals.stop_signal or 0, save)
 
     def _agreed(self) -> Requests:
         """What any process asks for now. Every process calls."""
         return Requests.of_counts(sums_of_all(self.accelerator, self._own_requests().counts))
 
-    def save_state(self, steps_done: int, stem: str | None = None) -> None:
-        """Save a training state. Every process calls; it is written in the background."""
+    def save_state(self, steps_done: int, stem: str | None = None, anew: bool = False) -> None:
+        """Save a training state. Every process calls; it is written in the background, and again at a later step where
+        that fails.
+
+        Args:
+            anew: also where this step has one, which could not be written.
+        """
         self.writer.sync()
         metrics = {"global_batch": self.options.global_batch, "board_folder": self.writer.board_folder}
-        self.states.save(steps_done, metrics, stem)
+        self.states.save(steps_done, metrics, stem, anew)
 
     def save(self, stem: str) -> None:
         """Write a checkpoint of that name, and one of the averages. Every process calls; the others wait."""
@@ -382,23 +407,33 @@ class Trainer:
                 self._save(stem, f"{stem}{AVERAGE_SUFFIX}")
 
     def _save(self, stem: str, name: str) -> None:
-        with self.parallel.whole_module(torch.device("cpu")) as module:
+        with self.parallel.whole_module(torch.device("cpu")) as module, self._others_waiting():
             if self.accelerator.is_main_process:
                 self.progress.phase = SAVING
                 path = self.task.save(name, module)
                 self.writer.write_text(f"saving checkpoint: {path}")
                 self.options.forget_checkpoints(path, stem)
-            self._wait_for_others()
 
     def _preview(self, positions: Sequence[str], step: int) -> None:
         if not positions:
             return
-        with self.parallel.evaluated(), self.parallel.averages_in_place(), self.parallel.whole_module() as module:
+        with (
+            self.parallel.evaluated(),
+            self.parallel.averages_in_place(),
+            self.parallel.whole_module() as module,
+            self._others_waiting(),
+        ):
             if self.accelerator.is_main_process:
                 self.progress.phase = SAMPLING
                 for position in positions:
                     self._sample(position, step, module)
-            self._wait_for_others()
+
+    @contextmanager
+    def _others_waiting(self) -> Iterator[None]:
+        """Around what the main process does alone, without a collective: an error of it is one of all processes."""
+        with together(self.accelerator):
+            yield
+            self.progress.phase = WAITING
 
     def _sample(self, position: str, step: int, module: torch.nn.Module) -> None:
         """Sample pictures; whatever goes wrong with them costs pictures alone."""

@@ -2,8 +2,8 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -20,7 +20,7 @@ from library import device as devices
 from library.data.dataset import TrainingData, prepare_data
 from library.data.loader import worker_deaths_reported
 from library.data.training_set import TrainingSet
-from library.errors import InputError, TrainingError
+from library.errors import InputError
 from library.families import FAMILIES
 from library.options.optimizer import OptimizerOptions
 from library.options.run import RunOptions
@@ -53,7 +53,7 @@ from library.training.loop import Counters, RunReport, Trainer
 from library.training.output_folder import check_room, finish, prepare_output
 from library.training.ranks.agreement import check_agreement, describe_run
 from library.training.ranks.main_process import on_main_process
-from library.training.ranks.rank_watch import Companions, Progress, companions
+from library.training.ranks.rank_watch import Progress, companions
 from library.training.rules import check_options_here, check_without_epochs
 from library.training.state.branch import start_branch
 from library.training.state.choice import clear_left_behind
@@ -113,7 +113,6 @@ def run(
         devices.keep_freed_memory(accelerator.device)
         beside = companions(accelerator.process_index, accelerator.num_processes, signals, 60 * options.run.ddp_timeout)
         stack.enter_context(beside)
-        stack.enter_context(_waiting_explained(beside))
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
         check_options_here(options, accelerator.device, accelerator.num_processes)
@@ -183,17 +182,6 @@ def _take_folder(output_dir: Path, stack: ExitStack) -> None:
     clear_left_behind(output_dir, stack.enter_context(RunLock(output_dir)))
 
 
-@contextmanager
-def _waiting_explained(beside: Companions) -> Iterator[None]:
-    """A collective that has timed out becomes an error that says which process the others waited for."""
-    try:
-        yield
-    except RuntimeError as error:  # gloo's, and torch's DistError
-        if not beside.verdict or isinstance(error, TrainingError):
-            raise
-        raise TrainingError(f"{beside.verdict} ({str(error).splitlines()[0]:.200})") from error
-
-
 def _train(
     options: TrainingOptions,
     parts: Parts,
@@ -260,6 +248,7 @@ def _train(
         stack.callback(writer.close)
         states = _states(options, parts, parallel, objects, data, surroundings, lineage)
         stack.enter_context(states.writer)
+        surroundings.signals.unfinished = states.writer
         stack.enter_context(logging_redirect_tqdm())
         trainer = Trainer(
             parts.task,
@@ -284,12 +273,15 @@ def _train(
             f", goes on from run {lineage.parent}" if lineage.parent else "",
         )
         trainer.stop_if_asked()
+        surroundings.signals.at_stop = "saving after this step, then ending"
         logger.info("running training")
         stack.enter_context(worker_deaths_reported())
         report = trainer.train(iter(data.loader(parts.tokenize, steps, trainer.start_step)))
         if options.states.save_state or options.states.save_state_on_train_end:
             trainer.save_state(steps, last_name(saving.output_name))
         trainer.save(last_name(saving.output_name))
+        if options.states.save_state or options.states.save_state_on_train_end:
+            trainer.finish_state(steps, last_name(saving.output_name))
     logger.info("model saved.")
     return report
 

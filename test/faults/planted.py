@@ -1,6 +1,7 @@
 """Faults that a test plants in a run, in the run's own process: each function changes one thing from then on."""
 
 import errno
+import importlib
 import os
 import resource
 import sys
@@ -186,3 +187,22 @@ def signal_while_caching(number: int, after: int) -> None:
         return real(*args, **options)
 
     sdxl_encoders.encode_moments = encode
+
+
+def fail(target: str, call: int = 1, number: int = 0) -> None:
+    """A function ("module:Class.name") raises at its n-th call: an OSError of that number, or without a number one that
+    nobody expects."""
+    module, _, path = target.partition(":")
+    owner = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    real, left = getattr(owner, name), [call]
+
+    def failing(*args: Any, **keywords: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(number, os.strerror(number), "planted") if number else RuntimeError("planted here")
+        return real(*args, **keywords)
+
+    setattr(owner, name, failing)

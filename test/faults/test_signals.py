@@ -1,7 +1,9 @@
 """SIGTERM, SIGINT and SIGUSR1 in each phase of a run, to one process of two, twice within a second and later."""
 
+import errno
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -158,6 +160,43 @@ def test_a_second_signal_ends_a_run_that_does_not_come_to_the_end_of_its_step(st
     run.send(signal.SIGTERM)
     assert run.wait(10) == 143, run.text
     assert "a second signal" in run.text
+    run = start(out)
+    assert run.wait() == 0, run.text
+    assert_undisturbed(out, undisturbed)
+
+
+def test_a_second_signal_lets_a_state_that_has_begun_become_durable(start, undisturbed, tmp_path):
+    """A second Ctrl-C 1.6 s after the first one, while nothing seems to happen."""
+    out, marker = tmp_path / "out", tmp_path / "there"
+    run = start(out, faults=[("hold_state", str(marker), 3.0), ("hold_step", 2, str(tmp_path / "step"), HELD_S)])
+    wait_until((tmp_path / "step").exists, run)
+    run.send(signal.SIGINT)
+    wait_until(lambda: "SIGINT: saving after this step" in run.text, run, 5)
+    assert "again within 8 s ends now without saving" in run.text
+    wait_until(marker.exists, run)
+    time.sleep(1.6)
+    run.send(signal.SIGINT)
+    assert run.wait() == 130, run.text
+    assert "a second signal: a training state is being written" in run.text
+    assert states(out) == ["at-step00000003-state"]
+    assert f"3 steps are done and in {out}/at-step00000003-state" in run.text
+    command = shlex.split(run.text.partition("to go on: ")[2].splitlines()[0])
+    assert command[2] == "--resume=auto" and command.count("--resume=auto") == 1
+    run = start(out, *command[3:])
+    assert run.wait() == 0, run.text
+    assert_undisturbed(out, undisturbed)
+
+
+def test_a_state_that_cannot_be_written_at_a_signal_is_tried_again(start, undisturbed, tmp_path):
+    out, marker = tmp_path / "out", tmp_path / "there"
+    disk = ("fail", "library.training.state.writer:write_tensors", 2, errno.ENOSPC)
+    flags = ("--save_state_every_n_steps=2",)
+    run = start(out, *flags, faults=[disk, ("hold_step", 2, str(marker), HELD_S)])
+    wait_until(marker.exists, run)
+    run.send(signal.SIGTERM)
+    assert run.wait() == 143, run.text
+    assert "No space left on device" in run.text
+    assert "at-step00000003-state" in states(out)
     run = start(out)
     assert run.wait() == 0, run.text
     assert_undisturbed(out, undisturbed)

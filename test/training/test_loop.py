@@ -344,7 +344,9 @@ class NoPictures(Regression):
 
 def test_pictures_that_fail_end_no_run_and_cost_no_state(tmp_path, caplog, monkeypatch):
     saved = []
-    monkeypatch.setattr(States, "save", lambda self, steps_done, metrics, stem=None: saved.append(steps_done))
+    monkeypatch.setattr(
+        States, "save", lambda self, steps_done, metrics, stem=None, anew=False: saved.append(steps_done)
+    )
     monkeypatch.setattr(States, "step_is_due", lambda self, steps_done: steps_done == 4)
     task = NoPictures()
     monkeypatch.setattr(task, "preview", lambda *_: (saved.append("picture"), NoPictures.preview(task, *_)))

@@ -163,15 +163,17 @@ class Replicated:
 
     @contextlib.contextmanager
     def averages_in_place(self) -> Iterator[None]:
-        """The averages stand where the weights train, and afterwards the weights again. Every process enters."""
+        """The averages stand where the weights train, and afterwards the weights again. Every process enters.
+
+        After an error nothing is exchanged, which may be a collective that this process alone would reach: the run
+        is over.
+        """
         if self.averages is None:
             yield
             return
         self._exchange(self.averages)
-        try:
-            yield
-        finally:
-            self._exchange(self.averages)
+        yield
+        self._exchange(self.averages)
 
     def _exchange(self, averages: Averages) -> None:
         """Exchange weights and averages, so that the main process has all of either."""

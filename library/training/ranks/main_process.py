@@ -6,7 +6,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from library.errors import InputError
+from library.training.ranks.rank_failure import together
 
 Result = TypeVar("Result")
 
@@ -14,21 +14,17 @@ Result = TypeVar("Result")
 def on_main_process(accelerator: Accelerator, act: Callable[[], Result]) -> Result:
     """Have the main process do something and give its result to all. A collective, that every process must call.
 
-    Without it the others would wait in their next collective for a main process that has ended with an error.
-
     Args:
-        act: called on the main process alone; its result must be something that pickle takes.
+        act: called on the main process alone, and without collectives of its own; its result must be something that
+            pickle takes.
 
     Raises:
-        InputError: `act` has raised it; on every process.
+        InputError, TrainingError, Stopped: `act` has raised it, or what stands for another error of it; on every
+            process.
     """
-    outcome: list[Result | InputError | None] = [None]
-    if accelerator.is_main_process:
-        try:
+    outcome: list[Result | None] = [None]
+    with together(accelerator):
+        if accelerator.is_main_process:
             outcome = [act()]
-        except InputError as error:
-            outcome = [error]
     (result,) = broadcast_object_list(outcome)
-    if isinstance(result, InputError):
-        raise result
     return result

@@ -1,8 +1,11 @@
-"""What the processes of a run tell each other beside their collectives: a signal to stop, and how far each is.
+"""What the processes of a run tell each other beside their collectives: a signal to stop, how far each is, a failure.
 
 In a collective all wait for the last, and none can say for whom. So a thread of each process writes where its process
 is into the store by which the processes found each other, once a second, and takes a stop signal of any other from it:
 what one process hears while it waits for the main one, which samples pictures, say, ends the sampling.
+
+A process that fails says why there before it leaves. The others end with that cause: by their own error, where the
+backend notices that a process has gone, else, where they would wait for it, by the thread.
 """
 
 import contextlib
@@ -22,14 +25,22 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from library.device import upload
+from library.errors import Stopped, TrainingError
+from library.exit_status import end_with, leave_at_once
+from library.processes.failures import OF_OTHER_SIDE
 from library.signals import STOPPING, Signals
+from library.training.ranks.rank_failure import RankFailure
 
 logger = logging.getLogger(__name__)
 
 _PERIOD_S = 1.0
 _SILENT_S = 5.0  # a process that writes nothing for so long is stopped, dead or cut off
 _WARN_AT = 0.9  # of the time-out: the backend's own, when it comes, may end the process without a word
-_STOP_KEY = "companions/stop"
+_STOP_KEY, _FAILURE_KEY = "companions/stop", "companions/failure"
+_LOOK_S = 0.1  # how often a process that waits looks into the store
+_HEARD_S = 5.0  # so long a failed process waits for the others to hear of it: the store may go with it
+_CAUSE_S = 3.0  # so long a process whose collective has failed waits for another's cause
+_LEAVE_S = 10.0  # so long a process may take to end by itself once another has failed
 # In the order in which a step goes through them; the last one is the only one in which nobody waits for the process.
 PHASES = (
     "preparing",
@@ -100,6 +111,7 @@ class Companions:
         """
         self.progress = Progress()
         self.verdict = ""  # whom this process was found to be waiting for, once it had waited long
+        self.failure: RankFailure | None = None  # of another process, once it is known here
         self._rank, self._ranks, self._signals, self._timeout_s = rank, ranks, signals, timeout_s
         self._store = store.clone() if ranks > 1 else store
         self._seen: dict[int, tuple[Any, float]] = {}  # by rank, what it wrote last, and when that changed
@@ -116,11 +128,62 @@ class Companions:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """End the thread, and tell the others of an error.
+
+        Raises:
+            InputError, TrainingError, Stopped: in place of a collective's error, what another process has ended with.
+        """
+        if self._thread is None:
+            return
+        cause = self._cause_elsewhere(error)
         self._end.set()
-        if self._thread is not None:
-            self._thread.join(5 * _PERIOD_S)  # it may wait for a store that is gone
+        self._thread.join(5 * _PERIOD_S)  # it may wait for a store that is gone
+        with contextlib.suppress(RuntimeError):
+            self._pass_on_stop()  # the signal that ends this process may be younger than the thread's last look
+            if error is not None:
+                self._tell_failure(error)
+            self._store.set(_heard_key(self._rank), "")
+            if self._rank == 0:  # which may have the store
+                self._wait_for_the_others()
+        if cause is not None:
+            raise cause from error
+
+    def _cause_elsewhere(self, error: BaseException | None) -> Exception | None:
+        """What another process has ended with, if that is why a collective has failed here."""
+        if not isinstance(error, RuntimeError) or isinstance(error, TrainingError) or not _of_backend(error):
+            return None
+        deadline = time.monotonic() + _CAUSE_S
+        while self.failure is None and not self._signals.stop_requested and time.monotonic() < deadline:
             with contextlib.suppress(RuntimeError):
-                self._pass_on_stop()  # the signal that ends this process may be younger than the thread's last look
+                self._hear_failure()
+            time.sleep(_LOOK_S)
+        if self.failure is not None:
+            return self.failure.as_error()
+        if self._signals.stop_signal is not None:  # another process has left because of it
+            return Stopped(self._signals.stop_signal)
+        return TrainingError(f"{self.verdict} ({_first_line(error)})") if self.verdict else None
+
+    def _tell_failure(self, error: BaseException) -> None:
+        """Leave the first failure of all in the store, and stay until the others have heard of it."""
+        own = RankFailure.of(error, self._rank).to_json()
+        if self._store.compare_set(_FAILURE_KEY, "", own).decode() == own:
+            self._wait_for_the_others()
+
+    def _wait_for_the_others(self) -> None:
+        """Until all have heard of a failure or have come to their end, but not for long."""
+        others = [_heard_key(rank) for rank in range(self._ranks) if rank != self._rank]
+        deadline = time.monotonic() + _HEARD_S
+        while not self._store.check(others) and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+
+    def _hear_failure(self) -> None:
+        """Take another process's failure from the store, once there is one."""
+        if self.failure is not None or not self._store.check([_FAILURE_KEY]):
+            return
+        failure = RankFailure.from_json(self._store.get(_FAILURE_KEY))
+        if failure.rank != self._rank:
+            self.failure = failure
+            self._store.set(_heard_key(self._rank), "")
 
     def _run(self) -> None:
         """The thread; it ends when the store does, which is the end of the run."""
@@ -130,6 +193,9 @@ class Companions:
                 tick += 1
                 self._tell(tick)
                 self._pass_on_stop()
+                self._hear_failure()
+                if self.failure is not None:
+                    break
                 now = time.monotonic()
                 if here != (here := (self.progress.step, self.progress.phase)):
                     since, warned, self.verdict = now, False, ""
@@ -145,6 +211,13 @@ class Companions:
                         f"--ddp_timeout={self._timeout_s / 60:g} minutes"
                     )
                     logger.warning("%s", self.verdict)
+        if self.failure is not None and not self._end.wait(_LEAVE_S):
+            self._leave(self.failure)
+
+    def _leave(self, failure: RankFailure) -> None:
+        """End this process, whose main thread waits for one that has failed; a state that has begun is written."""
+        self._signals.finish_unfinished()
+        leave_at_once(end_with(failure.as_error()))
 
     def _tell(self, tick: int) -> None:
         progress = self.progress
@@ -225,5 +298,18 @@ def companions(rank: int, ranks: int, signals: Signals, timeout_s: float) -> Com
     return Companions(rank, ranks, signals, timeout_s, store)
 
 
+def _of_backend(error: RuntimeError) -> bool:
+    """Whether a collective or the store has raised it."""
+    return isinstance(error, dist.DistError) or OF_OTHER_SIDE.search(str(error)) is not None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{(str(error).splitlines() or [''])[0]:.200}"
+
+
 def _key(rank: int) -> str:
     return f"companions/{rank}"
+
+
+def _heard_key(rank: int) -> str:
+    return f"companions/{rank}/heard"

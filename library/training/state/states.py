@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from library.training.state.files import State, StateInfo
+from library.training.state.names import state_name
 from library.training.state.tensor_rows import Part, SavedParts, rows_of
 from library.training.state.writer import StateWriter
 
+_AGAIN_S, _AGAIN_AT_MOST_S = 30.0, 600.0  # between two tries of a state that cannot be written
 TRAINING, DATA = "training", "data"  # each process's own objects: its parts, and where a stream is
 
 
@@ -66,12 +68,21 @@ class States:
         self.writer, self.parts, self.objects, self.cadence = writer, parts, objects, cadence
         self._info, self._step_stem, self._data_position = info, step_stem, data_position
         self._saved_step: int | None = None
+        self.newest: Path | None = None  # the state that was begun last
         self._last_save = time.monotonic()
 
     def minutes_are_up(self) -> bool:
         """Whether this process's clock asks for a state; processes' clocks differ, so they must agree."""
         minutes = self.cadence.every_n_minutes
         return minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+
+    def try_again(self) -> bool:
+        """Whether this process asks for a state because the last one could not be written: at once after the first
+        failure, and then less and less often. Processes know different failures, so they must agree."""
+        if not self.writer.failed():
+            return False
+        wait_s = 0.0 if self.writer.failures == 1 else min(_AGAIN_S * 2 ** (self.writer.failures - 2), _AGAIN_AT_MOST_S)
+        return time.monotonic() - self._last_save >= wait_s
 
     def step_is_due(self, steps_done: int) -> bool:
         """Whether the step's number asks for a state."""
@@ -83,24 +94,36 @@ class States:
         if cadence.with_checkpoints or cadence.every_n_steps or cadence.every_n_minutes:
             self.writer.reserve({TRAINING: self.parts.own_parts()})
 
-    def save(self, steps_done: int, metrics: Mapping[str, Any], stem: str | None = None) -> None:
+    def save(self, steps_done: int, metrics: Mapping[str, Any], stem: str | None = None, anew: bool = False) -> None:
         """Copy the state now and write it in the background; nothing to do where this step has one already.
 
         Args:
             stem: its name; that of the step if not given.
+            anew: also where this step has one, which could not be written.
         """
-        if self._saved_step == steps_done and stem is None:
+        if self._saved_step == steps_done and stem is None and not anew:
             return
         is_main = self.writer.rank == 0
         position, parts = self._data_position(), self.parts.own_parts()
+        stem = stem or self._step_stem(steps_done)
         self.writer.snapshot(
-            stem or self._step_stem(steps_done),
+            stem,
             self._info(steps_done, metrics),
             {TRAINING: parts} | ({} if position is None else {DATA: position}),
             {name: one.state_dict() for name, one in self.objects.items()} if is_main else None,
             rows_of(parts),
         )
         self._saved_step, self._last_save = steps_done, time.monotonic()
+        self.newest = self.writer.output_dir / state_name(stem)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows that the state that was begun last could not be written."""
+        return self.writer.failed()
+
+    def finish_writing(self) -> None:
+        """Until no state is being written; whether it could be is `failed`'s to tell."""
+        self.writer.join()
 
     def wait(self) -> None:
         """Until the last state is durable.

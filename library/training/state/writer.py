@@ -1,5 +1,7 @@
 """Writing training states while training goes on: a copy in memory, then a thread that makes it durable.
 
+A state that cannot be written is said at once and ends nothing: the next one is begun as if it had not been tried.
+
 Several ranks write into one folder aside, each its own files, and leave a list of them; rank 0 waits for all lists,
 writes the manifest and renames. They meet in the file system alone, so nothing here waits in a collective operation.
 """
@@ -52,6 +54,7 @@ class _Snapshot:
     tensors: Mapping[str, Mapping[str, Tensor]]
     plain: Mapping[str, Any]
     rows: Mapping[str, tuple[int, int]]
+    needed_bytes: int
 
 
 class StateWriter:
@@ -85,8 +88,11 @@ class StateWriter:
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._saves = 0  # the same on all ranks
         self._thread: threading.Thread | None = None
+        self._copying = False
         self._reserving: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure: BaseException | None = None  # of the state that was begun last
+        self._unfinished: Path | None = None  # what a failure has left behind
+        self.failures = 0  # states running that could not be written
         self._leaving = threading.Event()
 
     def reserve(self, own: Mapping[str, Any]) -> None:
@@ -117,20 +123,84 @@ class StateWriter:
     ) -> None:
         """Copy what belongs to a state and write it in the background as `{stem}-state`. Called on all ranks.
 
-        Waits for the previous state to be written first.
+        Waits for the previous state to be written first, or to have failed.
 
         Args:
             own: this rank's state objects by name: trees of tensors and plain values, as `state_dict` gives them.
             whole: those that all ranks share; on rank 0 only.
             rows: first row and number of rows that are in `own`, by parameter; the state tells a reader who has which.
             other_ranks_bytes: what the others will write to this file system, for the check of its space.
-
-        Raises:
-            TrainingError: the previous one could not be written, or there is no space for this one.
         """
         if whole and self.rank:
             raise ValueError("what all ranks share is written by rank 0")
-        self.wait()
+        self.join()
+        self._copying = True
+        try:
+            self._thread = self._begin(stem, info, own, whole, rows, other_ranks_bytes)
+        finally:
+            self._copying = False
+
+    def is_writing(self) -> bool:
+        """True while a state is being written, or copied to be written. Any thread may call it."""
+        thread = self._thread
+        return self._copying or (thread is not None and thread.is_alive())
+
+    def join(self) -> None:
+        """Wait until nothing is being written, whether or not it could be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failed(self) -> bool:
+        """True if the state that was begun last could not be written; one that is being written has not failed."""
+        return not self.is_writing() and self._failure is not None
+
+    def wait(self) -> None:
+        """Wait for the state that was begun last; nothing to wait for is no error.
+
+        Raises:
+            TrainingError: it could not be written. The earlier states are as they were.
+        """
+        self.join()
+        if self._failure is not None:
+            raise TrainingError(f"{self._what_failed(self._failure)}, then resume.") from self._failure
+
+    def finish(self) -> None:
+        """`wait`, and give the memory back; at the end of a run.
+
+        Raises:
+            TrainingError: as `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._buffers.clear()
+
+    def __enter__(self) -> "StateWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write the state under way to its end; what has failed has been said.
+
+        When the block has failed, other ranks are not waited for.
+        """
+        if error is not None:
+            self._leaving.set()
+        self.join()
+        self._buffers.clear()
+
+    def _begin(
+        self,
+        stem: str,
+        info: StateInfo,
+        own: Mapping[str, Any],
+        whole: Mapping[str, Any] | None,
+        rows: Mapping[str, tuple[int, int]],
+        other_ranks_bytes: int,
+    ) -> threading.Thread:
+        """`snapshot`'s work; returns the thread that writes, started."""
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
@@ -140,60 +210,22 @@ class StateWriter:
         plain = {name: structure for name, (_, structure) in packed.items()}
         size = sum(t.numel() * t.element_size() for tensors, _ in packed.values() for t in tensors.values())
         size += sum(len(json.dumps(structure, indent=1)) for structure in plain.values())
-        check_space(self.output_dir, f"the training state {state_name(stem)}", size + other_ranks_bytes)
         tensors = {name: self._copied(name, found) for name, (found, _) in packed.items()}
         devices.synchronize(self.device)
         self._saves += 1
-        snapshot = _Snapshot(state_name(stem), info, tensors, plain, rows)
-        self._thread = threading.Thread(
-            target=self._run, args=(snapshot, self._saves), name="state writer", daemon=True
+        snapshot = _Snapshot(state_name(stem), info, tensors, plain, rows, size + other_ranks_bytes)
+        self._failure = None
+        thread = threading.Thread(target=self._run, args=(snapshot, self._saves), name="state writer", daemon=True)
+        thread.start()
+        return thread
+
+    def _what_failed(self, failure: BaseException) -> str:
+        """A sentence without its point."""
+        why = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
+        return (
+            f"--output_dir {self.output_dir}: the training state cannot be written ({why.rstrip('.')}). The earlier "
+            "ones are whole. Make room or mend the folder"
         )
-        self._thread.start()
-
-    def is_writing(self) -> bool:
-        """True while a state is being written."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Wait for the state that is being written; nothing to wait for is no error.
-
-        Raises:
-            TrainingError: it could not be written. The earlier states are as they were.
-        """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is None:
-            return
-        if isinstance(failure, OSError):
-            raise TrainingError(
-                f"--output_dir {self.output_dir}: the training state cannot be written "
-                f"({failure.strerror or failure}). The earlier ones are whole. Make room or mend the folder, then "
-                "resume."
-            ) from failure
-        raise failure
-
-    def finish(self) -> None:
-        """`wait`, and give the memory back; at the end of a run."""
-        self.wait()
-        self._buffers.clear()
-
-    def __enter__(self) -> "StateWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Finish. When the block has failed, the state under way is still written, but other ranks not waited for."""
-        if error is None:
-            self.finish()
-            return
-        self._leaving.set()
-        try:
-            self.finish()
-        except (TrainingError, TypeError) as failure:
-            logger.error("%s", failure)
 
     def _copied(self, stem: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in this writer's own memory."""
@@ -211,22 +243,31 @@ class StateWriter:
         return buffer
 
     def _run(self, snapshot: _Snapshot, number: int) -> None:
-        """The thread: keeps what goes wrong for the next call."""
+        """The thread: says what goes wrong, and keeps it."""
         partial = aside(self.output_dir / snapshot.name, f"partial{number}")
         try:
+            if self.rank == 0 and self._unfinished is not None:
+                remove(self._unfinished)  # a rank that was late may have written into it after all
+                self._unfinished = None
+            check_space(self.output_dir, f"the training state {snapshot.name}", snapshot.needed_bytes)
             if self.ranks == 1:
                 remove(partial)
             partial.mkdir(exist_ok=True)  # another rank may have been first
             entries = self._write_own(partial, snapshot)
             if self.rank == 0:
                 self._complete(partial, snapshot, entries)
+            self.failures = 0
         except BaseException as error:
-            self._failure = error
             with contextlib.suppress(OSError):
                 if self.rank == 0:
+                    self._unfinished = partial
                     remove(partial)
                 else:
+                    partial.mkdir(exist_ok=True)
                     (partial / _failed(self.rank)).write_text(str(error))
+            self.failures += 1
+            self._failure = error
+            logger.error("%s.", self._what_failed(error))
 
     def _write_own(self, partial: Path, snapshot: _Snapshot) -> dict[str, Entry]:
         entries = {}

@@ -1,17 +1,20 @@
 """Writing states: beside training, over several ranks, and through kills, power cuts, full and read-only disks."""
 
 import contextlib
+import re
 import resource
 import shutil
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from library.errors import TrainingError
 from library.training.state import files as state_files
+from library.training.state import states as states_module
 from library.training.state import writer as state_writer
 from library.training.state.choice import clear_left_behind, newest_valid
 from library.training.state.files import StateInfo, read_state
@@ -19,6 +22,7 @@ from library.training.state.lineage import new_lineage
 from library.training.state.names import step_name
 from library.training.state.retention import Retention
 from library.training.state.run_lock import RunLock
+from library.training.state.states import StateCadence, States
 from library.training.state.writer import StateWriter
 from test.training.state.power_cut import run_until
 
@@ -98,18 +102,46 @@ def test_memory_reserved_beforehand_is_what_the_first_snapshot_uses(tmp_path):
     assert read_state(tmp_path / "last-state").own[0]["training"]["weight"].eq(3.0).all()
 
 
-def test_the_next_call_tells_what_went_wrong_and_later_saves_work(tmp_path, monkeypatch):
+def test_a_failure_is_told_at_once_and_does_not_stop_the_next_save(tmp_path, monkeypatch, caplog):
     with StateWriter(tmp_path) as writer:
         snapshot(writer, 1)
         writer.wait()
         with monkeypatch.context() as patch:
             patch.setattr(state_files.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-            snapshot(writer, 2)
-            writer._thread.join()
+            for failures in (1, 2):
+                snapshot(writer, 2)
+                writer.join()
+                assert writer.failed() and writer.failures == failures
+        assert re.search(rf"{tmp_path}.*Input/output error.*earlier ones are whole", caplog.text)
         with pytest.raises(TrainingError, match=rf"{tmp_path}.*Input/output error.*earlier ones are whole"):
-            snapshot(writer, 3)
-        snapshot(writer, 4)
-    assert names_in(tmp_path) == ["at-step00000001-state", "at-step00000004-state"]
+            writer.wait()
+        assert names_in(tmp_path) == ["at-step00000001-state"]
+        snapshot(writer, 3)
+        writer.wait()
+        assert not writer.failed() and writer.failures == 0
+    assert names_in(tmp_path) == ["at-step00000001-state", "at-step00000003-state"]
+
+
+def test_a_failed_state_is_tried_again_at_once_and_then_less_often(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(states_module.time, "monotonic", lambda: clock[0])
+    writer = StateWriter(tmp_path)
+    parts = SimpleNamespace(own_parts=dict)
+    states = States(writer, parts, {}, StateCadence(), lambda step, _: info(step), lambda step: step_name(None, step))
+    with monkeypatch.context() as patch:
+        patch.setattr(state_writer, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        for step, waits_s in enumerate([0, 30, 60, 120, 240, 480, 600, 600], start=1):
+            states.save(step, {})
+            writer.join()
+            assert states.try_again() == (waits_s == 0)
+            clock[0] += waits_s - 1 if waits_s else 0
+            assert states.try_again() == (waits_s == 0)
+            clock[0] += 1
+            assert states.try_again()
+    states.save(10, {})
+    writer.join()
+    assert not states.try_again()
+    assert names_in(tmp_path) == ["at-step00000010-state"]
 
 
 def test_a_run_that_fails_still_writes_the_state_under_way(tmp_path):
@@ -220,10 +252,12 @@ def test_whenever_a_save_is_cut_off_the_last_durable_state_resumes(tmp_path, pow
 def test_space_is_asked_for_in_advance(tmp_path):
     with tmpfs(tmp_path / "small", "4m") as small, StateWriter(small) as writer:
         snapshot(writer, 1)
+        snapshot(writer, 2, numbers=2_000_000)
         with pytest.raises(TrainingError, match=r"training state at-step00000002-state needs \d+ bytes .* are free"):
-            snapshot(writer, 2, numbers=2_000_000)
+            writer.wait()
+        writer.snapshot("at-step00000003", info(3), {}, weights(3), other_ranks_bytes=10_000_000)
         with pytest.raises(TrainingError, match="needs"):
-            writer.snapshot("at-step00000003", info(3), {}, weights(3), other_ranks_bytes=10_000_000)
+            writer.wait()
         assert names_in(small) == ["at-step00000001-state"]
 
 
