@@ -7,6 +7,7 @@ parser              --help of a script
 parse               command line over configuration file over defaults, and the script's options out of them
 values              the values of all flags out of a script's options
 rules               what is checked before anything loads: `needs` of each flag, then each group's own rules
+named_paths         whether what flags name is there
 refused             flags of sd-scripts that are refused, with why and what to use
 config_file         --config_file and --output_config
 dataset_config      --dataset_config: several data sets, each of several subsets

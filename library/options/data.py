@@ -9,7 +9,7 @@ from library.address import Address, location
 from library.errors import Problems
 from library.options.buckets import BucketOptions
 from library.options.captions import CaptionOptions
-from library.options.flag import DATASET, ONE_SUBSET, SUBSET, OptionGroup, flag
+from library.options.flag import DATASET, ONE_SUBSET, SUBSET, OptionGroup, PathTo, flag
 from library.options.images import ImageOptions
 from library.options.validation import HeldOutOptions, ValidationOptions
 
@@ -33,12 +33,14 @@ class SourceOptions(OptionGroup):
         at=ONE_SUBSET,
         key="image_dir",
         replaces=("dataset_config",),
+        path_to=PathTo.DATA,
     )
     in_json: Path | None = flag(
         None,
         "metadata: captions and tags of images in folders; only the named ones are used",
         at=ONE_SUBSET,
         key="metadata_file",
+        path_to=PathTo.FILE,
     )
     dataset_repeats: int = flag(1, "how often an epoch shows each image", least=1, at=SUBSET, key="num_repeats")
     is_reg: bool = flag(
@@ -74,6 +76,7 @@ class DataOptions(ValidationOptions, OptionGroup):
         None,
         "regularisation (class) images, laid out as --train_data_dir; an epoch shows as many of them as of those",
         read=location,
+        path_to=PathTo.DATA,
     )
     prior_loss_weight: float = flag(1.0, "weight of the loss of regularisation images", least=0)
     train_batch_size: int = flag(1, "images per device and pass", least=1, at=DATASET, key="batch_size")

@@ -41,9 +41,10 @@ REQUIRED = Required()
 class PathTo(Enum):
     """What a path of the user's must name, for messages."""
 
-    FILE = "file"
-    FOLDER = "folder"
-    DATA = "file or folder"  # a folder, or one shard
+    FILE = "a file"
+    DATA = "a folder, a shard or the hub's name of a data set"
+    STATE = "the folder of a training state, or auto"
+    OUTPUT = "a folder, or nothing yet"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Flag:
             `name=value`, or `name & name` where both must be given.
         idle_without: conditions as those of `needs`; where none holds, the log says that the flag does nothing.
         replaces: flags that a configuration file has in vain where this one stands on the command line.
-        path_to: what its path must name, where it names something that is read.
+        path_to: what its path must name, for what is looked for before anything is imported.
         told_on_resume: a run that goes on with another value says so.
         same_on_ranks: all processes of a run must have the same value. Paths may always differ.
         on_command_line: False for what only a --dataset_config can say.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from library.options.flag import OptionGroup, flag
+from library.options.flag import OptionGroup, PathTo, flag
 from library.options.saving import file_stem
 
 
@@ -15,7 +15,9 @@ class LogOptions(OptionGroup):
     title: ClassVar[str] = "logging"
     page: ClassVar[str] = "output_files.md"
 
-    logging_dir: Path | None = flag(None, "TensorBoard events go to a new folder in it", told_on_resume=False)
+    logging_dir: Path | None = flag(
+        None, "TensorBoard events go to a new folder in it", told_on_resume=False, path_to=PathTo.OUTPUT
+    )
     case_name: str | None = flag(
         None,
         "at the end also write the run's figures as OUTPUT_DIR/CASE_NAME.log (the launchers set it)",

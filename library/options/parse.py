@@ -9,7 +9,9 @@ from library.errors import Problems
 from library.options.command_line import CommandLine, read_command_line
 from library.options.config_file import FileValues, read_values
 from library.options.flag import Flags
+from library.options.named_paths import problems_of_paths
 from library.options.rules import problems_of
+from library.options.values import values_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def checked_options(flags: Flags, parsed: Parsed) -> Any:
     options = make_options(flags, parsed)
     # What follows only from a value that is not what was meant would be no help.
     wrong = re.compile("|".join(rf"--{name}\b" for name in sorted(parsed.wrong)) or "(?!)")
-    problems.found += [problem for problem in problems_of(flags, options) if not wrong.search(problem)]
+    follows = (*problems_of(flags, options), *problems_of_paths(flags, values_of(options)))
+    problems.found += [problem for problem in follows if not wrong.search(problem)]
     problems.raise_any()
     return options
 

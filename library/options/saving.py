@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from library.options.flag import REQUIRED, OptionGroup, flag
+from library.options.flag import REQUIRED, OptionGroup, PathTo, flag
 
 SAVE_PRECISIONS = ("float", "fp16", "bf16")
 # Forms of checkpoints, and how their names end; a diffusers folder's name has no ending.
@@ -26,7 +26,9 @@ class SavingOptions(OptionGroup):
     title: ClassVar[str] = "saving"
     page: ClassVar[str] = "output_files.md"
 
-    output_dir: Path = flag(REQUIRED, "where checkpoints, samples and metrics.jsonl go", told_on_resume=False)
+    output_dir: Path = flag(
+        REQUIRED, "where checkpoints, samples and metrics.jsonl go", told_on_resume=False, path_to=PathTo.OUTPUT
+    )
     output_name: str | None = flag(None, "stem of the checkpoints' names (default: epoch, at and last)", read=file_stem)
     save_every_n_epochs: int | None = flag(None, "checkpoint {name}-{epoch} each n epochs", least=1)
     save_every_n_steps: int | None = flag(None, "checkpoint {name}-step{step} each n steps", least=1)

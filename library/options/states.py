@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.options.flag import OptionGroup, flag
+from library.options.flag import OptionGroup, PathTo, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class StateOptions(OptionGroup):
         "go on from a training state; auto: from the newest whole one in --output_dir, else from the beginning",
         metavar="DIR|auto",
         told_on_resume=False,
+        path_to=PathTo.STATE,
     )
     resume_anyway: bool = flag(
         False,

@@ -144,15 +144,16 @@ class TestTwoScripts:
             said = list(problems_of(GLOWING.flags, glowing(*words)))
             assert len(said) == len(expected) and all(map(str.startswith, said, expected))
 
-    def test_a_run_gets_options_families_and_the_recipe(self, monkeypatch):
+    def test_a_run_gets_options_families_and_the_recipe(self, monkeypatch, tmp_path):
         called = []
         made_up = types.ModuleType("made_up")
         made_up.train = object()
         monkeypatch.setitem(sys.modules, "made_up", made_up)
         monkeypatch.setattr("library.training.run.run", lambda *given: called.append(given))
-        assert GLOWING.main([*REQUIRED, *DATA, "--glow=1"]) == 0
+        words = [*REQUIRED, *DATA, f"--train_data_dir={tmp_path}", "--glow=1"]
+        assert GLOWING.main(words) == 0
         ((options, families, recipe, _, _),) = called
-        assert options == glowing("--glow=1") and families == ("sd1",) and recipe is made_up.train
+        assert options == glowing(*words) and families == ("sd1",) and recipe is made_up.train
 
     def test_the_recipe_is_not_asked_where_options_cannot_go_together(self, capsys):
         assert GLOWING.main([*REQUIRED, *DATA, "--network_alpha=2"]) == 2

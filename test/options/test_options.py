@@ -1,10 +1,16 @@
 """The command line of sdxl_pretrain.py: the reference's names and defaults, clear errors."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import sdxl_pretrain
 from library.errors import InputError
 
+ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--resolution=64", "--output_dir=o"]
 
 
@@ -158,3 +164,40 @@ class TestOneReport:
         said = capsys.readouterr().err
         assert "did you mean --use_ema?" in said and "--offload_ema has nothing" not in said
         assert "is longer than the run" not in said
+
+    def test_every_path_that_is_not_there_is_in_it_before_torch_is_imported(self, tmp_path):
+        (tmp_path / "file").touch()
+        (tmp_path / "gone").symlink_to(tmp_path / "disk")
+        (tmp_path / "data.toml").write_text(
+            "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'gone'\nmetadata_file = 'none.json'\n"
+            "[[datasets.subsets]]\nimage_dir = 'file/a/b'\n"
+        )
+        code = (
+            "import sys, sdxl_pretrain\n"
+            "common = ['--pretrained_model_name_or_path=m', '--output_dir=file', '--logging_dir=file']\n"
+            "common += ['--resume=file']\n"
+            "line = ['--resolution=64', '--train_data_dir=a/b/c', '--reg_data_dir=data', '--in_json=x.json']\n"
+            "for words in (line, ['--dataset_config=data.toml']):\n"
+            "    assert sdxl_pretrain.main([*common, *words]) == 2\n"
+            "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        common = [
+            "--output_dir file: is there and is no folder; name another",
+            "--resume file: is a file; --resume takes the folder of a training state, or auto",
+            "--logging_dir file: is there and is no folder; name another",
+        ]
+        missing = f"there is no such file or folder; of the path {tmp_path}"
+        assert sorted(done.stderr.splitlines()) == sorted(
+            f"error: {line}" for line in [
+                *common, f"--train_data_dir a/b/c: {missing} is there", f"--reg_data_dir data: {missing} is there",
+                "--in_json x.json: there is no such file",
+                *common, f"data.toml: image_dir gone: is a link to {tmp_path / 'disk'}, which is not there",
+                "data.toml: metadata_file none.json: there is no such file",
+                f"data.toml: image_dir file/a/b: {missing}/file is there",
+            ]
+        )  # fmt: skip
