@@ -1,5 +1,7 @@
 """A script: flags, patches and signals, which every script shares."""
 
+import logging
+import os
 import sys
 import time
 from argparse import ArgumentParser
@@ -20,6 +22,9 @@ from library.options.parser import make_parser
 from library.options.rules import log_idle_flags
 from library.restart_command import restart_command
 from library.signals import Signals
+from library.training.output_names import check_written_names
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,9 @@ class Script:
             return
         options = checked_options(self.flags, parsed)
         log_idle_flags(self.flags, options)
+        replaced = check_written_names(options)
+        for path in replaced if os.environ.get("RANK", "0") == "0" else ():
+            logger.info("%s is of an earlier run, and this one replaces it", path)
         module, _, name = self.recipe.partition(":")
         import_quickly("library.training.run", module, "third_patch")
         from library.training.run import run

@@ -189,6 +189,7 @@ def prepare_data(
     accumulation: int,
     between: Callable[[], None] = lambda: None,
     extras: Sequence[str] = (),
+    output_dir: Path | None = None,
 ) -> TrainingSet:
     """Find all samples, sort them into buckets and plan their order.
 
@@ -196,6 +197,7 @@ def prepare_data(
         extras: names of the extra images that each sample must have (library.data.index.extras); one named "mask" comes
             from the image's own alpha channel where --alpha_mask is given.
         between: called between two pieces of the work, and while another process works; may raise, to end it.
+        output_dir: where the run writes; pictures in it are no data.
 
     Raises:
         InputError: no data, no images, no captions, bucket options that cannot be, no faces in the names where crops go
@@ -209,7 +211,7 @@ def prepare_data(
     for entry in bucket_options:
         check_options(entry)
     logger.info("loading image sizes.")
-    subsets = [_subset(subset, options.dataset_config, between, extras) for subset in options.subsets]
+    subsets = [_subset(subset, options.dataset_config, between, extras, output_dir) for subset in options.subsets]
     index = build_index(subsets, progress=_index_bar, between=between)
     check_left_out(index.bad, len(index), options.max_bad_samples)
     _check_faces(index, options.subsets)
@@ -270,7 +272,11 @@ def _extras(options: SubsetOptions, names: Sequence[str]) -> tuple[Extra, ...]:
 
 
 def _subset(
-    options: SubsetOptions, config: Path | None, between: Callable[[], None], extras: Sequence[str] = ()
+    options: SubsetOptions,
+    config: Path | None,
+    between: Callable[[], None],
+    extras: Sequence[str] = (),
+    output_dir: Path | None = None,
 ) -> Subset:
     """In a configuration file repeats and class words have keys of their own, so folders' names mean nothing there."""
     assert isinstance(options.train_data_dir, Path)
@@ -285,6 +291,7 @@ def _subset(
         flag=flag,
         extras=_extras(options, extras),
         any_line=options.enable_wildcard,
+        output_dir=output_dir,
     )
 
 

@@ -9,6 +9,8 @@ from library.options.kinds import toml_line
 from library.options.training import TrainingOptions
 from library.options.values import run_values
 
+CONFIG_HEAD = "# The configuration of this run"  # the file's first words
+
 
 def config_path(options: TrainingOptions) -> Path:
     """The file of a run's configuration: OUTPUT_DIR/NAME.config.toml, NAME being --output_name or "run"."""
@@ -35,7 +37,7 @@ def write_config(options: TrainingOptions, seed: int) -> None:
 def config_text(options: TrainingOptions, seed: int) -> str:
     """The file's text."""
     values = run_values(options) | dict(options.data.outer) | {"seed": seed}
-    lines = ["# The configuration of this run, as --config_file takes it. --dataset_config is read from its own file."]
+    lines = [f"{CONFIG_HEAD}, as --config_file takes it. --dataset_config is read from its own file."]
     for title, flags in Flags(type(options)).sections().items():
         written = [
             _line(flag.name, values[flag.name]) for flag in flags if flag.on_command_line and flag.in_config_file

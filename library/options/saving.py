@@ -48,3 +48,11 @@ class SavingOptions(OptionGroup):
     save_model_as: str | None = flag(
         None, "form of the checkpoints (default: as the model that was loaded)", choices=SAVE_FORMS
     )
+
+    def form(self, model: str) -> str:
+        """The form of checkpoints.
+
+        Args:
+            model: a folder, file or hub name that the run starts from.
+        """
+        return self.save_model_as or ("safetensors" if Path(model).is_file() else "diffusers_safetensors")

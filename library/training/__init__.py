@@ -14,6 +14,8 @@ preview             pictures sampled while training
 due                 what is due after a step: checkpoints, previews
 cadence             how often something is due
 rules               rules of options that hang on the device, on torch's optimizers or on the data
+written_names       the names that a run writes, by kind
+output_names        those names against what the run reads and what lies there, before anything is loaded
 output_folder       the output folder, looked at beforehand, and the figures at the end
 engine/             optimizers, precision, sharding, and how a step saves memory
 ranks/              what the processes of a run tell each other

@@ -2,18 +2,36 @@
 
 import logging
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
-from library.atomic_write import remove
+from library.atomic_write import remove_folder
 from library.data.training_set import TrainingSet
+from library.models.files.own_checkpoint import is_own_checkpoint
 from library.options.training import TrainingOptions
 from library.training.cadence import Cadence
 from library.training.loop import LoopOptions
 from library.training.state.choice import obsolete
 from library.training.state.names import epoch_name, step_name
+from library.training.state.resume import files_in_use
 from library.training.state.retention import Retention
 
 logger = logging.getLogger(__name__)
+
+
+def _forget(checkpoint: Path, in_use: Collection[Path]) -> None:
+    """Delete a checkpoint, unless the run reads it, or not all of it was written by a run."""
+    whole = checkpoint.resolve()
+    if any(used == whole or used.is_relative_to(whole) for used in in_use):
+        return
+    if not is_own_checkpoint(checkpoint):
+        logger.warning("%s: not removed: it holds what no run has written", checkpoint)
+        return
+    logger.info("removing old checkpoint: %s", checkpoint)
+    if checkpoint.is_dir():
+        remove_folder(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
 
 
 def loop_options(options: TrainingOptions, data: TrainingSet, steps: int) -> LoopOptions:
@@ -33,13 +51,14 @@ def loop_options(options: TrainingOptions, data: TrainingSet, steps: int) -> Loo
             return [f"e{epochs_done:06d}"]
         return [f"{steps_done:06d}"] if shows.step_is_due(steps_done) else []
 
+    in_use = {path.resolve() for path in files_in_use(options)}
+
     def forget_checkpoints(saved: Path, stem: str) -> None:
         retention = Retention(options.saving.save_last_n_epochs, options.saving.save_last_n_steps)
         try:
             names = [entry.name for entry in saved.parent.iterdir()]
             for old in obsolete(names, saved.name, retention, name, suffix=saved.name.removeprefix(stem)):
-                logger.info("removing old checkpoint: %s", saved.parent / old)
-                remove(saved.parent / old)
+                _forget(saved.parent / old, in_use)
         except OSError as error:  # a disk that refuses is no reason to end a run
             logger.warning("old checkpoints in %s cannot be removed (%s)", saved.parent, error.strerror)
 

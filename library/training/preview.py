@@ -26,7 +26,7 @@ from library.models.text import Tokens
 from library.models.vae import latent_shape
 from library.options.prompts import SamplePrompt
 from library.training.encoders import Encoders
-from library.training.state.names import sample_name
+from library.training.state.names import SAMPLE_FOLDER, sample_name
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Previewer:
         """
         from PIL import Image
 
-        folder = self.output_dir / "sample"
+        folder = self.output_dir / SAMPLE_FOLDER
         now = time.strftime("%Y%m%d%H%M%S")
         paths = []
         for index, prompt in enumerate(self.prompts):

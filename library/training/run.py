@@ -132,6 +132,7 @@ def run(
             world_size=accelerator.num_processes,
             accumulation=options.run.gradient_accumulation_steps,
             between=signals.stop_if_requested,
+            output_dir=options.saving.output_dir,
         )
         if data.samples is None:
             check_without_epochs(options)

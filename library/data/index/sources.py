@@ -33,6 +33,7 @@ class Subset:
         flag: what messages call the option that names it.
         extras: extra images that its samples must have.
         any_line: each line of a caption trains at times, not the first alone (--enable_wildcard).
+        output_dir: where the run writes, which is passed over: sample pictures are no data.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Subset:
     flag: str = "--train_data_dir"
     extras: tuple[Extra, ...] = ()
     any_line: bool = False
+    output_dir: Path | None = None
 
     def __str__(self) -> str:
         return f"{self.flag} {self.path}"
@@ -168,8 +170,11 @@ def find_sources(subset: Subset, number: int = 0) -> Found:
 def _find_in_folder(subset: Subset, plain: Source) -> Found:
     data, found = subset.path, Found()
     apart = [extra.folder.resolve() for extra in subset.extras if extra.folder is not None]
+    passed_over = subset.output_dir if subset.output_dir is not None and subset.output_dir.is_dir() else None
     folders = [
-        folder for folder in _walk(data) if not any(folder.path.resolve().is_relative_to(other) for other in apart)
+        folder
+        for folder in _walk(data, passed_over)
+        if not any(folder.path.resolve().is_relative_to(other) for other in apart)
     ]
     if subset.metadata is not None:
         folders = _with_metadata(folders, subset, subset.metadata, found.warnings)
@@ -240,9 +245,12 @@ def image_extensions() -> str:
     return " ".join(sorted(IMAGE_EXTENSIONS))
 
 
-def _walk(root: Path) -> Iterator[_Folder]:
-    """The folder and those in it, by name; one that links lead to twice comes once."""
+def _walk(root: Path, passed_over: Path | None = None) -> Iterator[_Folder]:
+    """The folder and those in it, by name; one that links lead to twice comes once, and the one passed over never."""
     seen: set[tuple[int, int]] = set()
+    if passed_over is not None:
+        stat = passed_over.stat()
+        seen.add((stat.st_dev, stat.st_ino))
     waiting = [root]
     while waiting:
         path = waiting.pop()

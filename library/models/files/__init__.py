@@ -9,6 +9,7 @@ kept_configs        what shapes do not tell: the published models', or a file's 
 kept_prediction     what a single file says about its prediction type and noise schedule
 diffusers_config    a U-Net's configuration as diffusers keeps it
 weight_files        tensors out of safetensors files and pickles
+own_checkpoint      whether this project has written a checkpoint
 modelspec           metadata after Stability's ModelSpec
 identify            what a file or folder is by its content: a model of which family, or something else
 build               networks filled with tensors that were read, nothing initialised twice

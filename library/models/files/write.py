@@ -21,6 +21,7 @@ from library.models.files.modelspec import (
     IMPLEMENTATION_DIFFUSERS,
     IMPLEMENTATION_STABILITY,
 )
+from library.models.files.own_checkpoint import MARK, MARK_VALUE
 from library.models.model import Model
 from library.options.saving import SAVE_FORMS
 from library.tensor_file import tensor_file
@@ -55,7 +56,7 @@ def save_model(
     dtype = dtype or torch.float32
     base = Path(path_without_suffix).expanduser()
     check_space(base.parent, f"the checkpoint {base.name}", saved_bytes(model, dtype))
-    entries = {**(metadata or {}), **single_file.remembered(model)}
+    entries = {**(metadata or {}), **single_file.remembered(model), MARK: MARK_VALUE}
     if form in ("safetensors", "ckpt"):
         target = base.with_name(f"{base.name}.{form}")
         entries["modelspec.implementation"] = IMPLEMENTATION_STABILITY

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from library.atomic_write import write_file
+from library.training.state.names import CASE_LOG_HEAD
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class FinalFigures:
         """The lines of {CaseName}.log. TrainingTime is milliseconds a step, DeviceType the host's processor family."""
         step_ms = 1000 * self.global_batch / self.images_per_second if self.images_per_second else 0.0
         entries = {
-            "Network": network,
+            CASE_LOG_HEAD: network,
             "RankSize": self.process_count,
             "BatchSize": self.batch_per_device,
             "DeviceType": platform.machine(),

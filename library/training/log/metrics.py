@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from library.training.log.appended_lines import AppendedLines
 from library.training.log.tensorboard import Board
+from library.training.state.names import METRICS
 
 AVERAGE_WINDOW = 100  # steps in the average loss that the bar and the final block show
 WARMUP_STEPS = 5  # left out of the speed: first-time allocations, kernel choices, workers starting
@@ -123,7 +124,7 @@ class MetricsWriter:
         self.board_folder: str | None = None
         if not main:
             return
-        self._lines = AppendedLines(output_dir / "metrics.jsonl")
+        self._lines = AppendedLines(output_dir / METRICS)
         self._board: Board | None = None
         if logging_dir is not None:
             goes_on = board_folder is not None and (logging_dir / board_folder).is_dir()

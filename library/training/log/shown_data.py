@@ -11,6 +11,7 @@ from library.models.text import Tokens
 from library.models.token_counts import TokenCounter
 from library.options.training import TrainingOptions
 from library.signals import Signals
+from library.training.state.names import DEBUG_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,6 @@ def show_data(
             signals.stop_if_requested()
             yield batch
 
-    page = options.saving.output_dir / "debug_dataset" / "index.html"
+    page = options.saving.output_dir / DEBUG_FOLDER / "index.html"
     with worker_deaths_reported():
         write_contact_sheet(page, batches(), counter, counter.most)

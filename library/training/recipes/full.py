@@ -35,8 +35,7 @@ class Full:
         self._model, self._saving, self._resolution = model, options.saving, options.data.resolution
         self._unet_rate = options.optimizer.learning_rate
         self._encoder_rates = options.text_encoders.rates(self._unet_rate) or (0.0,) * len(model.text_encoders)
-        single_file = Path(options.model.pretrained_model_name_or_path).is_file()
-        self._save_as = options.saving.save_model_as or ("safetensors" if single_file else "diffusers_safetensors")
+        self._save_as = options.saving.form(options.model.pretrained_model_name_or_path)
         self.module = Denoiser(
             model,
             [rate > 0 for rate in self._encoder_rates],

@@ -20,12 +20,10 @@ from library.options.saving import SAVE_ENDINGS
 from library.training.state.choice import positions, state_names
 from library.training.state.files import StateInfo, read_info
 from library.training.state.lineage import Lineage, new_lineage
-from library.training.state.names import AVERAGE_SUFFIX, STATE_SUFFIX, last_name, state_name
+from library.training.state.names import ABANDONED, AVERAGE_SUFFIX, METRICS, STATE_SUFFIX, last_name, state_name
 
 logger = logging.getLogger(__name__)
 
-ABANDONED = "abandoned"
-METRICS = "metrics.jsonl"
 _BEFORE = "before-attempt-"
 _ENDINGS = tuple(dict.fromkeys(SAVE_ENDINGS.values()))  # of a checkpoint's name
 _QUARANTINE = re.compile(r"quarantine(\.rank\d+)?\.jsonl")

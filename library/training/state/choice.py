@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from library.atomic_write import aside, remove
+from library.atomic_write import put_away, remove, remove_folder
 from library.errors import InputError
+from library.own_folder import is_own
 from library.training.state.files import MANIFEST, read_info, verify
 from library.training.state.names import STATE_SUFFIX, epoch_name, last_name, state_name, step_name
 from library.training.state.retention import Retention
@@ -66,11 +67,11 @@ def obsolete(
 
 
 def remove_state(folder: Path) -> None:
-    """Delete a state; killed in between, no half of one is left under its name."""
-    removed = aside(folder, "removed")
-    remove(removed)
-    folder.rename(removed)
-    remove(removed)
+    """Delete a state, if all in it was written by a run; killed in between, no half of it is left under its name."""
+    if is_own(folder):
+        remove_folder(folder)
+    else:
+        logger.warning("%s: not removed: it holds what no run has written, or its manifest is damaged", folder)
 
 
 def clear_left_behind(output_dir: Path, lock: RunLock) -> None:
@@ -89,6 +90,8 @@ def clear_left_behind(output_dir: Path, lock: RunLock) -> None:
         if left["what"] == "previous" and not target.exists():
             logger.warning("%s: a run was killed while it replaced this state; the earlier one is back", target)
             (output_dir / name).rename(target)
+        elif left["what"] == "previous":
+            put_away(output_dir / name, target)
         else:
             logger.warning("%s: left behind by a run that was killed; deleted", output_dir / name)
             remove(output_dir / name)
@@ -107,7 +110,8 @@ def positions(names: Iterable[str], output_name: str | None, suffix: str) -> tup
 
 def _pattern(stem: str, zeros: str, suffix: str) -> re.Pattern[str]:
     """What a name with another number in the place of the zeros at its stem's end looks like."""
-    return re.compile(re.escape(stem.removesuffix(zeros)) + r"(\d+)" + re.escape(suffix))
+    number = rf"(\d{{{len(zeros)}}}|[1-9]\d{{{len(zeros)},}})"
+    return re.compile(re.escape(stem.removesuffix(zeros)) + number + re.escape(suffix))
 
 
 def _entries(folder: Path) -> list[str]:

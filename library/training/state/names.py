@@ -2,6 +2,9 @@
 
 STATE_SUFFIX = "-state"
 AVERAGE_SUFFIX = "-ema"  # of a checkpoint of the moving averages
+LOCK_FILE, METRICS, ABANDONED = ".lock", "metrics.jsonl", "abandoned"
+SAMPLE_FOLDER, DEBUG_FOLDER = "sample", "debug_dataset"
+CASE_LOG_HEAD = "Network"  # the first word of {CaseName}.log
 DEFAULT_EPOCH_NAME, DEFAULT_STEP_NAME, DEFAULT_LAST_NAME = "epoch", "at", "last"
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from types import TracebackType
 
 from library.errors import InputError
+from library.training.state.names import LOCK_FILE
 
 logger = logging.getLogger(__name__)
-
-LOCK_FILE = ".lock"
 
 
 class RunLock:
