@@ -213,7 +213,12 @@ def prepare_data(
     logger.info("loading image sizes.")
     subsets = [_subset(subset, options.dataset_config, between, extras, output_dir) for subset in options.subsets]
     index = build_index(subsets, progress=_index_bar, between=between)
-    check_left_out(index.bad, len(index), options.max_bad_samples)
+    try:
+        check_left_out(index.bad, len(index), options.max_bad_samples)
+    except InputError:
+        for warning in index.warnings:  # there will be no report that has them
+            logger.warning("%s", warning)
+        raise
     _check_faces(index, options.subsets)
     splits = _splits(options, seed)
     held_out = choices(index, splits) if any(split.share for split in splits) else None

@@ -20,7 +20,7 @@ from library.data.image_formats.jpeg import Jpeg
 from library.data.image_formats.jpeg_data import WatchedJpeg
 
 # By content, whatever the file's extension says. Pillow knows more kinds, of which some call other programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "AVIF", "GIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "AVIF", "GIF", "TIFF")
 MIN_SIDE_PX = 8  # one column of the VAE's latents; what is smaller holds no picture (a tracking pixel)
 MAX_PIXELS = 178_956_970  # twice Pillow's own warning limit; more in one file is a decompression bomb
 _TURNED = frozenset({5, 6, 7, 8})  # orientations that swap width and height
@@ -197,6 +197,8 @@ def _opened(file: IO[bytes]) -> Image.Image:
         warnings.simplefilter("ignore")  # of strange metadata and of sizes, which are judged here
         image = Image.open(file, formats=_FORMATS)
     _check_size(*image.size)
+    if image.format == "TIFF" and image.mode in ("I", "F"):  # what is white is not said
+        raise SampleError("its pixels are numbers of 32 bits; save it with 8 or 16 bits a colour")
     return image
 
 

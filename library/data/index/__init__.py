@@ -1,6 +1,8 @@
 """Which images there are, and where.
 
 sources             what there is to index: shards and folders, found by names and file states alone
+folder_walk         the folders of a data set with their files, and what lies there and is not used
+class_folders       folders named N_class words, and such as are nearly named so
 table               the index: rows of all sources, memory-mapped
 extras              extra images of a sample by name, and where a source has them
 rows                one row an image, as scanning a source makes them

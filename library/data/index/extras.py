@@ -1,7 +1,7 @@
 """Extra images of a sample by name (a conditioning image, a mask): which are wanted, and where a source has them."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from library.data.bad_samples import SampleError
 from library.data.image_header import MAX_BYTES
-from library.data.index.rows import IMAGE_EXTENSIONS, TextPool
+from library.data.index.folder_walk import is_image, passed_over, walk
+from library.data.index.rows import IMAGE_EXTENSIONS, NAMED, TextPool, printable
 from library.data.index.tar_headers import Member
 from library.errors import InputError
 
@@ -62,8 +63,12 @@ class ExtraFile:
 FolderExtras = Mapping[str, Mapping[str, Sequence[ExtraFile]]]
 
 
-def check_extras(extras: Iterable[Extra], what: str, all_in_shards: bool) -> None:
-    """Refuse folders that are not there, or have nothing to act on.
+def check_extras(extras: Iterable[Extra], what: str, data: Path, all_in_shards: bool) -> None:
+    """Refuse folders that are not there, are the images' own, or have nothing to act on.
+
+    Args:
+        what: names the data, for messages.
+        data: where it is.
 
     Raises:
         InputError
@@ -74,6 +79,10 @@ def check_extras(extras: Iterable[Extra], what: str, all_in_shards: bool) -> Non
         given = f"--conditioning_data_dir {extra.folder}"
         if not extra.folder.is_dir():
             raise InputError(f"{given}: there is no such folder.")
+        if extra.folder.resolve() == data.resolve():
+            raise InputError(
+                f"{given} is the folder of the images themselves; name the one of their {extra.name} images."
+            )
         if all_in_shards:
             raise InputError(
                 f"{given} has nothing to act on: {what} are shards, which have such images as members "
@@ -92,12 +101,36 @@ def files_by_stem(root: Path, inside: Path) -> dict[str, list[ExtraFile]]:
         return found
     with os.scandir(root / inside) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            path = PurePath(entry.name)
-            if path.suffix.lower() in IMAGE_EXTENSIONS and entry.name[0] != "." and entry.is_file():
+            if is_image(entry.name) and entry.name[0] != "." and entry.is_file():
                 stat = entry.stat()
                 file = ExtraFile((inside / entry.name).as_posix(), stat.st_size, stat.st_mtime_ns)
-                found.setdefault(path.stem, []).append(file)
+                found.setdefault(PurePath(entry.name).stem, []).append(file)
     return found
+
+
+def unused_extras(folder: Path, used: Collection[str]) -> list[str]:
+    """Sentences about what lies in a second folder and is no image's.
+
+    Args:
+        used: paths in the folder of the files that belong to images.
+    """
+    if not folder.is_dir():
+        return []
+    folders = list(walk(folder))
+    warnings = passed_over(folders, folder)
+    others = [
+        path
+        for inside in folders
+        for entry in inside.files
+        if is_image(entry.name) and (path := (inside.path.relative_to(folder) / entry.name).as_posix()) not in used
+    ]
+    if others:
+        more = f"; and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        warnings.append(
+            f"{len(others)} images in {folder} have no image of their stem in the same sub-folder: "
+            f"{'; '.join(map(printable, others[:NAMED]))}{more}."
+        )
+    return warnings
 
 
 def file_of_metadata(data: Path, path: str) -> list[ExtraFile]:

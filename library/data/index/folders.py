@@ -1,7 +1,7 @@
 """Rows of images in a folder with caption files beside them."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from library.data.bad_samples import SampleError
@@ -9,6 +9,7 @@ from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_
 from library.data.image_formats.file_bytes import FileBytes
 from library.data.image_header import MAX_BYTES, Header, header
 from library.data.index.extras import FolderExtras, extra_arrays, places_in_folder
+from library.data.index.folder_walk import is_image
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
     FACE_NUMBERS,
@@ -17,7 +18,9 @@ from library.data.index.rows import (
     TextPool,
     row_array,
 )
-from library.data.index.sources import FileState, Source, is_image
+from library.data.index.sources import FileState, Source
+
+_OTHER_EXTENSIONS = (*COMMON_CAPTION_EXTENSIONS, ".json")
 
 
 def scan_folder(
@@ -38,11 +41,11 @@ def scan_folder(
     """
     captions = captions or {}
     sizes = {file.name: file.size for file in files}
+    small_letters = {name.lower(): name for name in sizes}
     pool = TextPool()
     part = Part(row_array([]), pool.array())
     rows, places = [], []
     for name in filter(is_image, sizes):
-        stem = PurePath(name).stem
         try:
             if sizes[name] > MAX_BYTES:
                 raise SampleError(f"an image file of {sizes[name]} bytes, {MAX_BYTES} are the most")
@@ -55,9 +58,7 @@ def scan_folder(
         rows.append((0, sizes[name], *caption, *pool.add(name), *found.upright_wh_px))
         part.note_profile(name, found.profile)
         places.append(own_extras)
-        part.other_captions.update(
-            other for other in COMMON_CAPTION_EXTENSIONS if other != source.caption_extension and stem + other in sizes
-        )
+        part.other_captions.update(_other_captions(name, source.caption_extension, sizes, small_letters))
     part.rows, part.text = row_array(rows), pool.array()
     part.extras = extra_arrays(source.extras, places)
     return part
@@ -94,6 +95,24 @@ def _caption(
     if "\n" in caption:
         part.many_lines.append(name)
     return where
+
+
+def _other_captions(
+    name: str, extension: str, files: Mapping[str, int], small_letters: Mapping[str, str]
+) -> Iterator[str]:
+    """Which other caption files an image has, that may be meant: extensions, or "NAME…" of whole names.
+
+    Args:
+        small_letters: the files' names by themselves in small letters.
+    """
+    stem = PurePath(name).stem
+    if stem + extension in files:
+        return
+    yield from (other for other in _OTHER_EXTENSIONS if other != extension and stem + other in files)
+    if (other := small_letters.get((stem + extension).lower())) is not None:
+        yield other[len(stem) :] if other.startswith(stem) else f"NAME{extension}, but for capital letters"
+    if name + extension in files:
+        yield f"NAME{PurePath(name).suffix}{extension}"
 
 
 def _caption_file(stem: str, extension: str, files: Mapping[str, int]) -> tuple[int, str] | None:

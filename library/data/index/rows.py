@@ -15,7 +15,9 @@ import numpy as np
 
 from library.data.image_formats.colour_profile import Conversion
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".avif"})
+IMAGE_EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".avif", ".gif", ".tif", ".tiff"}
+)
 # Extensions that are searched for only to tell the user about a wrong --caption_extension.
 COMMON_CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags")
 NAMED = 5  # so many names of a long list stand in a message

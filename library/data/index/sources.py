@@ -1,13 +1,21 @@
 """What there is to index, found by names and file states alone: shards, and folders of images, at any depth."""
 
 import os
-import re
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
-from library.data.index.extras import Extra, ExtraFile, FolderExtras, check_extras, file_of_metadata, files_by_stem
+from library.data.index.class_folders import class_folders, misplaced, top_of, unused
+from library.data.index.extras import (
+    Extra,
+    ExtraFile,
+    FolderExtras,
+    check_extras,
+    file_of_metadata,
+    files_by_stem,
+    unused_extras,
+)
+from library.data.index.folder_walk import Folder, is_image, passed_over, walk
 from library.data.index.metadata import read_metadata
 from library.data.index.rows import FACE_NUMBERS, IMAGE_EXTENSIONS, NAMED, printable
 from library.data.index.tar_headers import looks_like_tar
@@ -16,7 +24,6 @@ from library.errors import InputError
 # A large folder is several sources, each with a share of the files by a hash of their stems: they are scanned in
 # parallel, and a new file costs a new scan of its share only.
 _FILES_IN_SOURCE = 4096
-_DREAMBOOTH = re.compile(r"(\d+)_(.+)")
 
 
 @dataclass(frozen=True)
@@ -117,23 +124,6 @@ class Found:
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Folder:
-    path: Path
-    files: tuple[os.DirEntry[str], ...]
-    captions: dict[str, str] | None = None
-    extra_paths: dict[str, dict[str, str]] = field(default_factory=dict)  # of the metadata, by image and extra
-
-    @property
-    def images(self) -> int:
-        return sum(is_image(entry.name) for entry in self.files)
-
-
-def is_image(name: str) -> bool:
-    """By its extension."""
-    return PurePath(name).suffix.lower() in IMAGE_EXTENSIONS
-
-
 def find_sources(subset: Subset, number: int = 0) -> Found:
     """Look for shards and images, at any depth; hidden folders are passed over.
 
@@ -163,48 +153,53 @@ def find_sources(subset: Subset, number: int = 0) -> Found:
             f"{subset}: 0 images found. Looked there, at any depth, for shards (*.tar) and images "
             f"({image_extensions()}). {' '.join(found.warnings)}".rstrip()
         )
-    check_extras(subset.extras, str(subset), all(entry.source.is_shard for entry in found.listed))
+    check_extras(subset.extras, str(subset), data, all(entry.source.is_shard for entry in found.listed))
     return found
 
 
 def _find_in_folder(subset: Subset, plain: Source) -> Found:
     data, found = subset.path, Found()
     apart = [extra.folder.resolve() for extra in subset.extras if extra.folder is not None]
-    passed_over = subset.output_dir if subset.output_dir is not None and subset.output_dir.is_dir() else None
+    apart = [other for other in apart if other != data.resolve() and other.is_relative_to(data.resolve())]
+    output_dir = subset.output_dir if subset.output_dir is not None and subset.output_dir.is_dir() else None
     folders = [
         folder
-        for folder in _walk(data, passed_over)
+        for folder in walk(data, output_dir)
         if not any(folder.path.resolve().is_relative_to(other) for other in apart)
     ]
+    found.warnings += passed_over(folders, data)
     if subset.metadata is not None:
         folders = _with_metadata(folders, subset, subset.metadata, found.warnings)
-    classes: dict[Path, tuple[int, str]] = {}
-    if subset.class_folders:
-        classes = {folder.path: named for folder in folders if (named := _class_folder(folder.path, data))}
-    shown = {path for path, (repeats, _) in classes.items() if repeats > 0}
+    classes = class_folders(folders, data) if subset.class_folders else {}
+    shown = {path: named for path, named in classes.items() if named[0] > 0}
     images: list[Listed] = []
-    unused: dict[Path, int] = {}
+    used: list[Folder] = []
+    left_out: dict[Path, int] = {}
     for folder in folders:
-        top = _top(folder.path, data)
+        top = top_of(folder.path, data)
         repeats, class_words = classes.get(top, (1, plain.class_words))
         source = replace(plain, path=folder.path, repeats=repeats * plain.repeats, class_words=class_words)
         if repeats:
             found.listed += _shards(folder, source)
         if repeats and (not shown or top in shown):
             images += _folder(folder, replace(source, is_shard=False), data)
+            used.append(folder)
         elif folder.images:
-            unused[top] = unused.get(top, 0) + folder.images
+            left_out[top] = left_out.get(top, 0) + folder.images
     found.listed += images
-    found.warnings += [_unused(count, path, data) for path, count in unused.items()]
-    if subset.class_folders and images and not shown and (own := _DREAMBOOTH.fullmatch(data.name)):
-        found.warnings.append(
-            f"{data} itself is named like a DreamBooth sub-directory. To have its images repeated and captioned by "
-            f"its name ('{own[2]}'), give its parent folder as {subset.flag}."
-        )
+    for extra in subset.extras:
+        if extra.folder is not None:
+            files = [
+                file for entry in images for of_image in entry.extras.get(extra.name, {}).values() for file in of_image
+            ]
+            found.warnings += unused_extras(extra.folder, {file.path for file in files})
+    found.warnings += [unused(count, path, data) for path, count in left_out.items()]
+    if subset.class_folders:
+        found.warnings += misplaced(used, shown, data, subset.flag)
     return found
 
 
-def _with_metadata(folders: list[_Folder], subset: Subset, file: Path, warnings: list[str]) -> list[_Folder]:
+def _with_metadata(folders: list[Folder], subset: Subset, file: Path, warnings: list[str]) -> list[Folder]:
     """The folders with what the metadata has of their images, and without the images that it does not name."""
     data = subset.path
     metadata = read_metadata(file, {extra.name: extra.folder is None for extra in subset.extras})
@@ -245,44 +240,7 @@ def image_extensions() -> str:
     return " ".join(sorted(IMAGE_EXTENSIONS))
 
 
-def _walk(root: Path, passed_over: Path | None = None) -> Iterator[_Folder]:
-    """The folder and those in it, by name; one that links lead to twice comes once, and the one passed over never."""
-    seen: set[tuple[int, int]] = set()
-    if passed_over is not None:
-        stat = passed_over.stat()
-        seen.add((stat.st_dev, stat.st_ino))
-    waiting = [root]
-    while waiting:
-        path = waiting.pop()
-        stat = path.stat()
-        if (stat.st_dev, stat.st_ino) in seen:
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        with os.scandir(path) as entries:
-            shown = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
-        waiting += [Path(entry.path) for entry in reversed(shown) if entry.is_dir()]
-        yield _Folder(path, tuple(entry for entry in shown if entry.is_file()))
-
-
-def _class_folder(path: Path, data: Path) -> tuple[int, str] | None:
-    """(N, class words) of a folder `N_class words` directly in the data's."""
-    match = _DREAMBOOTH.fullmatch(path.name) if path.parent == data else None
-    return (int(match[1]), match[2].strip()) if match else None
-
-
-def _top(path: Path, data: Path) -> Path:
-    """The folder directly in the data's that a folder is, or lies in; the data's own for itself."""
-    inside = path.relative_to(data).parts
-    return data / inside[0] if inside else data
-
-
-def _unused(count: int, path: Path, data: Path) -> str:
-    if path == data:
-        return f"{count} images directly in {data} are not used, because it has sub-directories named 'N_class words'."
-    return f"{count} images in {path} are not used: its name is not 'N_class words' (N ≥ 1)."
-
-
-def _shards(folder: _Folder, source: Source) -> list[Listed]:
+def _shards(folder: Folder, source: Source) -> list[Listed]:
     """The tars directly in a folder."""
     files = {entry.name: entry for entry in folder.files}
     shards = []
@@ -306,7 +264,7 @@ def _shard(source: Source, files: dict[str, Path] | dict[str, os.DirEntry[str]])
     return Listed(source, tuple(states))
 
 
-def _folder(folder: _Folder, source: Source, data: Path) -> list[Listed]:
+def _folder(folder: Folder, source: Source, data: Path) -> list[Listed]:
     """The images directly in a folder of the data's, as one source or several."""
     images = folder.images
     if not images:
@@ -339,7 +297,7 @@ def _folder(folder: _Folder, source: Source, data: Path) -> list[Listed]:
 
 
 def _extras(
-    folder: _Folder, source: Source, data: Path, by_stem: dict[str, dict[str, list[ExtraFile]]], images: list[str]
+    folder: Folder, source: Source, data: Path, by_stem: dict[str, dict[str, list[ExtraFile]]], images: list[str]
 ) -> FolderExtras:
     """The files of the extra images of some images of a folder."""
     found: dict[str, dict[str, list[ExtraFile]]] = {}

@@ -24,7 +24,7 @@ from library.data.index.sources import Listed, Source, Subset, find_sources, ima
 from library.errors import InputError
 
 # The number is raised whenever a scan of unchanged data gives another table.
-_VERSION = [7, *ROW.descr]
+_VERSION = [8, *ROW.descr]
 
 Progress = Callable[[int, int], None]
 
@@ -130,6 +130,7 @@ def build_index(
     listed: list[Listed] = []
     made: list[Table] = []
     warnings: list[str] = []
+    said: list[list[str]] = []  # of each subset
     for number, subset in enumerate(subsets):
         with _read_errors(subset):
             found = find_sources(subset, number)
@@ -137,11 +138,13 @@ def build_index(
             made += tables(jobs, progress(subset), between)
         listed += found.listed
         warnings += found.warnings
+        said.append(found.warnings)
     sources = [entry.source for entry in listed]
     summaries = [Summary(**table.notes) for table in made]
     for number, subset in enumerate(subsets):
         own = [place for place, source in enumerate(sources) if source.subset == number]
-        warnings += _check(subset, [sources[place] for place in own], [summaries[place] for place in own])
+        summaries_of = [summaries[place] for place in own]
+        warnings += _check(subset, [sources[place] for place in own], summaries_of, said[number])
     starts_S = np.cumsum([0, *(summary.count for summary in summaries)])
     bad = tuple(_bad(sources, summaries))
     fingerprint = _fingerprint(subsets, sources, summaries)
@@ -204,8 +207,11 @@ def _fingerprint(subsets: Sequence[Subset], sources: Sequence[Source], summaries
     return content.hexdigest()
 
 
-def _check(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summary]) -> list[str]:
+def _check(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summary], said: Sequence[str]) -> list[str]:
     """Sentences about what was left out or lacks a caption.
+
+    Args:
+        said: sentences about what lies there and is not used.
 
     Raises:
         InputError: there is no image, or none has a caption.
@@ -222,8 +228,8 @@ def _check(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summar
         )
     if not sum(summary.count for summary in summaries):
         where = f"{len(sources)} shards and folders (images are {image_extensions()})"
-        raise InputError(f"{subset}: 0 images found in {where}. {' '.join(warnings[:NAMED])}".rstrip())
-    warnings += _check_captions(subset, sources, summaries) + _lines(subset, sources, summaries)
+        raise InputError(f"{subset}: 0 images found in {where}. {' '.join([*warnings, *said][:NAMED])}".rstrip())
+    warnings += _check_captions(subset, sources, summaries, said) + _lines(subset, sources, summaries)
     return warnings + _profiles(sources, summaries)
 
 
@@ -265,7 +271,9 @@ def _bad(sources: Sequence[Source], summaries: Sequence[Summary]) -> Iterator[tu
         yield from ((source.name(key), reason) for key, reason in summary.bad)
 
 
-def _check_captions(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summary]) -> list[str]:
+def _check_captions(
+    subset: Subset, sources: Sequence[Source], summaries: Sequence[Summary], said: Sequence[str]
+) -> list[str]:
     """A warning where captions are missing.
 
     Raises:
@@ -280,13 +288,16 @@ def _check_captions(subset: Subset, sources: Sequence[Source], summaries: Sequen
     if others:
         extension, found = others.most_common(1)[0]
         hint = f" {found} of them have a file ending in '{extension}': give --caption_extension {extension}."
+        if not extension.startswith("."):
+            hint = f" {found} of them have a file {extension}: rename it to NAME{subset.caption_extension}."
     looked_for = f"'{subset.caption_extension}' (--caption_extension)"
     if subset.metadata is not None:
         looked_for += f" or in {subset.metadata}"
     if missing == count:
+        lies_there = " ".join([hint, *said[:NAMED]]).rstrip()
         raise InputError(
             f"{subset}: none of the {count} images has a caption. Looked for a file of the image's name ending in "
-            f"{looked_for}; in shards also for 'caption' in the .json and the .parquet.{hint}"
+            f"{looked_for}; in shards also for 'caption' in the .json and the .parquet.{lies_there}"
         )
     pairs = zip(sources, summaries, strict=True)
     named = [source.name(key) for source, summary in pairs for key in summary.named_without_caption]

@@ -148,6 +148,11 @@ class TestShards:
             "bmp": "BMP",
             "avif": "AVIF",
             "JPG": "JPEG",
+            "jfif": "JPEG",
+            "jpe": "JPEG",
+            "gif": "GIF",
+            "tif": "TIFF",
+            "tiff": "TIFF",
         }
         members = []
         for number, (extension, format) in enumerate(formats.items()):
@@ -386,7 +391,7 @@ class TestFolders:
 
 class TestErrors:
     def test_no_images(self, tmp_path):
-        (tmp_path / "1.gif").touch()
+        (tmp_path / "1.heic").touch()
         (tmp_path / ".hidden").mkdir()
         (tmp_path / ".hidden" / "1.png").touch()
         with pytest.raises(InputError) as error:
@@ -395,6 +400,7 @@ class TestErrors:
         assert f"--train_data_dir {tmp_path}: 0 images found" in message
         assert "*.tar" in message
         assert ".jpg" in message
+        assert "1 files in" in message and "(1 .heic)" in message and f"{tmp_path / '1.heic'}." in message
 
     def test_no_such_folder(self, tmp_path):
         with pytest.raises(InputError, match="there is no such folder"):
