@@ -5,8 +5,8 @@ import os
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -37,14 +37,12 @@ class Script:
         families: names of the families of models that it trains.
         recipe: "module:name" of what trains, imported once the flags are known to be right; called with the options
             and the model it makes a `library.training.recipes.recipe.Recipe`.
-        defaults: of flags for which this script has another one than their group.
     """
 
     doc: str | None
     options_type: type
     families: tuple[str, ...]
     recipe: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -54,7 +52,7 @@ class Script:
     @cached_property
     def flags(self) -> Flags:
         """All flags, in the order of --help."""
-        return Flags(self.options_type, self.defaults)
+        return Flags(self.options_type)
 
     def parser(self) -> ArgumentParser:
         """What prints --help."""

@@ -237,12 +237,12 @@ class Flags:
     """All flags of a script, in the order of --help.
 
     Args:
-        options_type: the script's dataclass of groups.
-        defaults: of flags for which the script has another one than their group.
+        options_type: the script's dataclass of groups; its `defaults` are of flags for which the script has another
+            one than their group.
     """
 
-    def __init__(self, options_type: type, defaults: Mapping[str, Any] | None = None) -> None:
-        defaults = dict(defaults or {})
+    def __init__(self, options_type: type) -> None:
+        defaults: dict[str, Any] = dict(getattr(options_type, "defaults", {}))
         self.options_type = options_type
         self.groups = group_types(options_type)
         found: dict[str, Flag] = {}

@@ -1,6 +1,8 @@
 """The option groups that every training script has, together; a script adds its own by inheriting."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from library.options.caches import CacheOptions
 from library.options.compiling import CompilingOptions
@@ -23,7 +25,13 @@ from library.options.text_encoders import SDTextEncoderOptions, SDXLTextEncoderO
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """One dataclass a group, in the order of --help."""
+    """One dataclass a group, in the order of --help.
+
+    Attributes:
+        defaults: of flags for which a script has another one than their group.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     model: ModelOptions
     text_encoders: TextEncoderOptions  # a family's scripts have that family's

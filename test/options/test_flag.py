@@ -58,11 +58,13 @@ class NetworkOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class Glowing(TrainingOptions):
+    defaults: typing.ClassVar = {"learning_rate": 1e-4}
+
     data: GlowingData
     network: NetworkOptions
 
 
-GLOWING = Script("Glowing.\n", Glowing, families=("sd1",), recipe="made_up:train", defaults={"learning_rate": 1e-4})
+GLOWING = Script("Glowing.\n", Glowing, families=("sd1",), recipe="made_up:train")
 PLAIN = Script("Plain.\n", TrainingOptions, families=("sd1",), recipe="made_up:train")
 
 
@@ -133,6 +135,11 @@ class TestTwoScripts:
         with pytest.raises(InputError, match=r"--network_dim is not supported: .*no network"):
             PLAIN.options([*REQUIRED, *DATA, "--network_dim=4"])
 
+    def test_whatever_lists_the_flags_of_options_has_their_script_s_defaults(self):
+        """A state that is older than a flag says nothing of it where the flag has the default of its script."""
+        assert Flags(type(glowing())).defaults() == GLOWING.flags.defaults()
+        assert Flags(type(glowing())).by_name["learning_rate"].default == 1e-4
+
     def test_a_script_s_rules_are_checked_with_the_others(self):
         for words, expected in (
             (["--network_alpha=2"], ["--network_alpha has nothing to act on without --network_dim; add that"]),
@@ -174,8 +181,12 @@ def test_ranks_agree_on_the_model_s_flags_but_not_on_where_it_lies():
 
 
 def test_what_cannot_be_a_listing_is_an_error_of_its_author():
+    @dataclass(frozen=True)
+    class Wrong(Glowing):
+        defaults: typing.ClassVar = {"nothing": 1}
+
     with pytest.raises(TypeError, match="no flags nothing to give defaults to"):
-        Flags(Glowing, {"nothing": 1})
+        Flags(Wrong)
 
     @dataclass(frozen=True, kw_only=True)
     class Second(OptionGroup):
