@@ -32,7 +32,22 @@ given=" "                   # arguments that the user gave
 left_out=()                 # names of the launcher's own flags that the user does not want
 passed_on=()                # what the user gave after --
 
+problems=()                 # what is wrong with the arguments, a sentence each
+
 fail() { echo "$(basename "$0"): $1" >&2; exit 2; }
+
+# Takes note of something that is wrong with the arguments; all of it is said at once.
+wrong() { problems+=("$1"); }
+
+say_what_is_wrong() {
+    local problem
+    if [ ${#problems[@]} = 0 ]; then return; fi
+    for problem in "${problems[@]}"; do echo "$(basename "$0"): $problem" >&2; done
+    if [[ "${problems[*]}" == *"unknown argument"* ]]; then
+        echo "$(basename "$0"): arguments are$(has_demo && echo " --demo and") --NAME=VALUE for: ${known_arguments[*]}" >&2
+    fi
+    exit 2
+}
 
 # argument NAME DEFAULT [FLAG ...]: --NAME=VALUE, the script's first FLAG; the others are aliases of that one.
 argument() {
@@ -76,39 +91,47 @@ is_given() { [[ "$given" == *" $1 "* ]]; }
 is_known() { [[ " ${known_arguments[*]} " == *" $1 "* ]]; }
 
 parse_arguments() {
-    local word name names
+    local word name names value
     while [ $# -gt 0 ]; do
         word=$1
         shift
         case $word in
             --) take_passed_on "$@"; return ;;
             --help | -h) usage; exit 0 ;;
-            --demo) has_demo || fail "--demo: there is none for $script"; demo=1 ;;
-            --demo=*) fail "$word: --demo takes no value" ;;
+            --demo) if has_demo; then demo=1; else wrong "--demo: there is none for $script"; fi ;;
+            --demo=*) wrong "$word: --demo takes no value" ;;
             --without=?*) IFS=, read -ra names <<< "${word#*=}"; left_out+=("${names[@]}") ;;
-            --without | --without=) fail "$word needs names: --without=NAME[,NAME ...]" ;;
+            --without | --without=) wrong "$word needs names: --without=NAME[,NAME ...]" ;;
             --*=*)
                 name=${word%%=*}
-                is_known "${name#--}" || unknown_argument "$name"
-                set_argument "${name#--}" "${word#*=}"
+                if is_known "${name#--}"; then
+                    set_argument "${name#--}" "${word#*=}"
+                else
+                    wrong "$(unknown_argument "$name")"
+                fi
                 ;;
             --*)
-                is_known "${word#--}" || unknown_argument "$word"
-                [[ $# -gt 0 && "$1" != -* ]] || fail "$word needs a value: $word=VALUE"
-                fail "$word $1: write $word=$(printf %q "$1")"
+                value=
+                if [[ $# -gt 0 && "$1" != -* ]]; then value=$1; shift; fi
+                if ! is_known "${word#--}"; then
+                    wrong "$(unknown_argument "$word")"
+                elif [ -n "$value" ]; then
+                    wrong "$word $value: write $word=$(printf %q "$value")"
+                else
+                    wrong "$word needs a value: $word=VALUE"
+                fi
                 ;;
-            *) unknown_argument "$word" ;;
+            *) wrong "$(unknown_argument "$word")" ;;
         esac
     done
 }
 
-# The error for a name that the launcher does not take; where it is the script's, with the way to give it.
+# Says that the launcher does not take a name; where it is the script's, with the way to give it.
 unknown_argument() {
-    local own=${argument_of[$1]:-} known="--NAME=VALUE for: ${known_arguments[*]}"
+    local own=${argument_of[$1]:-}
     local hint="flags of $script itself stand at the end, after --"
-    if has_demo; then known="--demo and $known"; fi
     if [ -n "$own" ]; then hint="$script's $1 is --$own=VALUE here"; fi
-    fail "unknown argument $1; arguments are $known; $hint"
+    echo "unknown argument $1; $hint"
 }
 
 set_argument() {
@@ -128,11 +151,14 @@ from_callers_folder() {
 take_passed_on() {
     local number flag
     passed_on=("$@")
-    [[ $# = 0 || "$1" == -* ]] || fail "$1: what follows -- starts with a flag of $script, such as --seed=1"
+    [[ $# = 0 || "$1" == -* ]] || wrong "$1: what follows -- starts with a flag of $script, such as --seed=1"
     for ((number = 0; number < $#; number++)); do
         flag=${passed_on[number]%%=*}
         [ -n "$flag" ] && [ -n "${argument_of[$flag]:-}" ] || continue
-        [ "$flag" != --output_dir ] || fail "--output_dir=FOLDER stands before --: the log is written there, too"
+        if [ "$flag" = --output_dir ]; then
+            wrong "--output_dir=FOLDER stands before --: the log is written there, too"
+            continue
+        fi
         if [[ "${passed_on[number]}" == *=* ]]; then
             set_argument "${argument_of[$flag]}" "${passed_on[number]#*=}"
         elif [ $((number + 1)) -lt $# ]; then
@@ -153,12 +179,20 @@ usage() {
     echo "--without leaves own flags of the launcher out, such as switches, which nothing else turns off."
 }
 
-# Fails unless an argument is a whole number in MIN .. MAX (no bound where MAX is empty).
+# Takes note where an argument is no whole number in MIN .. MAX (no bound where MAX is empty); it is MIN from then on, so
+# that the other arguments can be judged.
 check_number() {
-    local name=$1 minimum=$2 maximum=$3 value=${!1}
-    [[ $value =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "--$name=$value: must be a whole number"
-    [ "$value" -ge "$minimum" ] || fail "--$name=$value: must be at least $minimum"
-    [ -z "$maximum" ] || [ "$value" -le "$maximum" ] || fail "--$name=$value: must be at most $maximum${4:+ ($4)}"
+    local name=$1 minimum=$2 maximum=$3 value=${!1} problem=
+    if [[ ! $value =~ ^(0|[1-9][0-9]{0,8})$ ]]; then
+        problem="must be a whole number"
+    elif [ "$value" -lt "$minimum" ]; then
+        problem="must be at least $minimum"
+    elif [ -n "$maximum" ] && [ "$value" -gt "$maximum" ]; then
+        problem="must be at most $maximum${4:+ ($4)}"
+    fi
+    if [ -z "$problem" ]; then return; fi
+    wrong "--$name=$value: $problem"
+    printf -v "$name" %s "$minimum"
 }
 
 check_machines() {
@@ -168,11 +202,13 @@ check_machines() {
     check_number master_port 1 65535
     check_number start_timeout 1 ""
     if [ "$nnodes" = 1 ]; then
-        if [ -n "$master_ip" ] && ! is_given nnodes; then fail "--master_ip without --nnodes: how many machines are there?"; fi
+        if [ -n "$master_ip" ] && ! is_given nnodes; then wrong "--master_ip without --nnodes: how many machines are there?"; fi
         return
     fi
-    [ -n "$master_ip" ] || fail "--nnodes=$nnodes needs --master_ip=ADDRESS, machine 0's, the same on all machines"
-    is_given node_rank || fail "--nnodes=$nnodes needs --node_rank=NUMBER, 0 to $((nnodes - 1)), another on each machine"
+    if [ -z "$master_ip" ]; then wrong "--nnodes=$nnodes needs --master_ip=ADDRESS, machine 0's, the same on all machines"; fi
+    if ! is_given node_rank; then
+        wrong "--nnodes=$nnodes needs --node_rank=NUMBER, 0 to $((nnodes - 1)), another on each machine"
+    fi
 }
 
 # Sets a default that holds in the demo only, unless the user gave the argument.
@@ -195,11 +231,12 @@ resolve() {
     if [ "$node_rank" != 0 ]; then log_stem+=.node$node_rank; fi
     settings
     script_flags
+    say_what_is_wrong
 }
 
 # The script's flags, into $train: those of the arguments, the launcher's own, and last, so that they win, the user's.
 script_flags() {
-    local name flag
+    local name flag not_given="" names_given=()
     train=()
     for name in "${known_arguments[@]}"; do
         flag=${flag_of[$name]}
@@ -211,6 +248,7 @@ script_flags() {
     done
     train+=("${flags[@]}")
     for name in "${left_out[@]}"; do leave_out "--${name#--}"; done
+    if [ -n "$not_given" ]; then wrong "--without=${not_given# --}: the launcher gives no$not_given; it gives ${names_given[*]}"; fi
     train+=("${passed_on[@]}")
 }
 
@@ -225,15 +263,16 @@ from_the_root() {
 
 # Takes a flag and its values out of $train.
 leave_out() {
-    local word kept=() names=() inside=0 found=0
+    local word kept=() inside=0 found=0
+    names_given=()
     for word in "${train[@]}"; do
         if [[ "$word" == --* ]]; then
-            names+=("${word%%=*}")
+            names_given+=("${word%%=*}")
             if [ "${word%%=*}" = "$1" ]; then inside=1 found=1; else inside=0; fi
         fi
         if [ "$inside" = 0 ]; then kept+=("$word"); fi
     done
-    [ "$found" = 1 ] || fail "--without=${1#--}: the launcher gives no $1; it gives ${names[*]}"
+    if [ "$found" = 0 ]; then not_given+=" $1"; fi
     train=("${kept[@]}")
 }
 

@@ -44,7 +44,7 @@ published_flags() {
 # The demo's sizes, unless the user gave others (tools/demo/README.md says how they were found). Its global batch is 16
 # on any number of processes (rounded up where they do not divide it), so that it learns the same everywhere.
 demo_settings() {
-    if is_given max_train_epoch; then fail "--max_train_epoch: the demo counts in steps: --max_train_steps=NUMBER"; fi
+    if is_given max_train_epoch; then wrong "--max_train_epoch: the demo counts in steps: --max_train_steps=NUMBER"; fi
     demo_default batch_size $(((16 + processes - 1) / processes))
     demo_default max_train_steps 800
     demo_default mixed_precision no

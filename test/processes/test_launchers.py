@@ -62,6 +62,26 @@ def test_values_that_cannot_be_are_errors_before_anything_starts(launcher, argum
     assert message in done.stderr and done.stdout == ""
 
 
+def test_all_that_is_wrong_with_the_arguments_is_said_at_once(tmp_path):
+    words = [
+        "--demo", "--nnodes=two", "--seed=3", "--batch_size", "4", "--vae", "a b", "word", "--max_train_epoch=2",
+        "--without=flip,--foo", "--nproc_per_node=0", "--node_rank=x", "--dataset_name", f"--output_dir={tmp_path}/out",
+        "--", "seed=3",
+    ]  # fmt: skip
+    done = bash(MANY, *words)
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+    said = [line.removeprefix("pretrain_full_nm_np_sdxl.sh: ") for line in done.stderr.splitlines()]
+    expected = [
+        "unknown argument --seed; flags of sdxl_pretrain.py itself stand at the end, after --",
+        "--batch_size 4: write --batch_size=4", "--vae a b: write --vae=a\\ b", "unknown argument word; ",
+        "--dataset_name needs a value", "seed=3: what follows -- starts with a flag", "--nproc_per_node=0: must be",
+        "--nnodes=two: must be a whole number", "--node_rank=x: must be a whole number", "--max_train_epoch: the demo",
+        "--without=flip --foo: the launcher gives no --flip --foo; it gives --output_dir ",
+        "arguments are --demo and --NAME=VALUE for: output_dir ",
+    ]  # fmt: skip
+    assert len(said) == len(expected) and all(map(str.startswith, said, expected)), done.stderr
+
+
 def test_bad_input_ends_the_launcher_with_status_2_and_the_error_last(tmp_path):
     done = bash(EIGHT, "--nproc_per_node=2", "--dataset_name=/no/such/folder", f"--output_dir={tmp_path}")
     assert done.returncode == 2
