@@ -17,7 +17,7 @@ from library.data.index.extras import (
 )
 from library.data.index.folder_walk import Folder, is_image, passed_over, walk
 from library.data.index.metadata import read_metadata
-from library.data.index.rows import FACE_NUMBERS, IMAGE_EXTENSIONS, NAMED, printable
+from library.data.index.rows import FACE_NUMBERS, IMAGE_EXTENSIONS, printable
 from library.data.index.tar_headers import looks_like_tar
 from library.errors import InputError
 
@@ -203,26 +203,28 @@ def _with_metadata(folders: list[Folder], subset: Subset, file: Path, warnings: 
     """The folders with what the metadata has of their images, and without the images that it does not name."""
     data = subset.path
     metadata = read_metadata(file, {extra.name: extra.folder is None for extra in subset.extras})
-    captioned, unnamed = [], 0
+    inside = {folder.path: _inside(folder.path, data) for folder in folders}
+    images = [inside[folder.path] + entry.name for folder in folders for entry in folder.files if is_image(entry.name)]
+    named = metadata.of_images(images, data)
+    captioned = []
     for folder in folders:
-        found: dict[str, str] = {}
-        extra_paths: dict[str, dict[str, str]] = {}
-        files = []
-        for entry in folder.files:
-            if is_image(entry.name):
-                named = metadata.find(folder.path / entry.name, data)
-                if named is None:
-                    unnamed += 1
-                    continue
-                found[entry.name], extra_paths[entry.name] = named.caption, named.extras
-            files.append(entry)
-        captioned.append(replace(folder, files=tuple(files), captions=found, extra_paths=extra_paths))
-    if unnamed:
+        entries = {
+            entry.name: named[path] for entry in folder.files if (path := inside[folder.path] + entry.name) in named
+        }
+        files = tuple(entry for entry in folder.files if entry.name in entries or not is_image(entry.name))
+        captions = {name: entry.caption for name, entry in entries.items()}
+        extra_paths = {name: entry.extras for name, entry in entries.items()}
+        captioned.append(replace(folder, files=files, captions=captions, extra_paths=extra_paths))
+    if unnamed := len(images) - len(named):
         warnings.append(f"{unnamed} images in {data} are not used, because {file} does not name them.")
-    if unused := metadata.unused:
-        more = "; …" if len(unused) > NAMED else ""
-        warnings.append(f"{len(unused)} keys of {file} name no image in {data}: {'; '.join(unused[:NAMED])}{more}")
+    warnings += metadata.warnings
     return captioned
+
+
+def _inside(folder: Path, data: Path) -> str:
+    """What stands before the names of a folder's files in their paths inside the data's."""
+    path = folder.relative_to(data).as_posix()
+    return "" if path == "." else f"{path}/"
 
 
 def _without_shards(found: Found, metadata: Path) -> None:

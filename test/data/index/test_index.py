@@ -621,6 +621,56 @@ class TestMetadata:
     def test_a_stem_alone_is_enough(self, path):
         assert captions(self.build(path, {"e": {"caption": "by stem"}})) == ["by stem"]
 
+    def test_a_stem_is_that_of_the_image_on_top_or_of_the_only_one(self, path, pictures):
+        """As in sd-scripts, where it never is that of several."""
+        pictures(dict.fromkeys(["deep/a.jpg", "x/one.jpg", "x/one.png", "x/two.jpg", "y/two.jpg"], (16, 8)))
+        index = self.build(path, {stem: {"caption": stem} for stem in ("a", "one", "two")})
+        assert {index.name(row): caption for row, caption in enumerate(captions(index))} == {
+            f"{path}/a.jpg": "a", f"{path}/x/one.jpg": "one", f"{path}/x/one.png": "one",
+        }  # fmt: skip
+        (several,) = [warning for warning in index.warnings if "several images" in warning]
+        assert several == (
+            f"1 keys of {path.parent / 'meta.json'} could be several images in {path}, and are not used: "
+            "two (x/two.jpg, y/two.jpg …). Give their paths inside that folder."
+        )
+        assert not any("name no image" in warning for warning in index.warnings)
+
+    def test_keys_are_paths_however_they_are_written(self, path, monkeypatch):
+        monkeypatch.chdir(path.parent)
+        (path.parent / "link").symlink_to(path)
+        keys = ["./a.jpg", "deep\\d.jpg", f"{path}/deep/../b.jpg", "images/c", str(path.parent / "link/f.jpg")]
+        assert captions(self.build(path, {key: {"caption": key} for key in keys[:4]})) == [
+            keys[0], keys[2], keys[3], keys[1],
+        ]  # fmt: skip
+        (path.parent / "meta.json").write_text(json.dumps({key: {"caption": key} for key in keys}), "utf-8-sig")
+        index = build_index([Subset(Path("link"), ".txt", Path("meta.json"))], use_cache=False)
+        assert captions(index) == [keys[0], keys[2], keys[4], keys[1]]  # where the link leads, too
+
+    def test_captions_keep_their_lines_each_with_the_tags(self, path):
+        content = {
+            "a": {"caption": "one\ntwo\u2028three\n", "tags": ["x", "y"]},
+            "b": {"tags": "{x|{y|z}}\nw"},
+            "c": {"caption": float("nan"), "tags": None},
+        }
+        index = self.build(path, content)
+        assert captions(index) == ["one, x, y\ntwo three, x, y", "{x|{y|z}}\nw", "from its file"]
+        assert any("2 captions" in warning and "--enable_wildcard" in warning for warning in index.warnings)
+
+    def test_captions_that_no_file_could_hold_are_bad_samples(self, path):
+        index = self.build(path, {"a": {"caption": "\ud800"}, "b": {"caption": "x" * (1 << 21)}, "c": {"caption": "c"}})
+        assert captions(index) == ["c"]
+        assert [reason[:25] for _, reason in index.bad] == ["its caption has half a ch", "a caption of 2097152 char"]
+
+    def test_keys_that_stand_twice_are_said(self, path):
+        index = self.build(path, '{"a": {"caption": "first"}, "b": {"caption": "b"}, "a": {"caption": "second"}}')
+        assert captions(index) == ["second", "b"]
+        assert any(warning.startswith("1 keys stand twice") and warning.endswith(": a") for warning in index.warnings)
+
+    def test_a_list_of_lines_is_refused_by_its_name(self, path):
+        (path.parent / "meta.jsonl").write_text('{"file_name": "a.jpg", "text": "a"}')
+        with pytest.raises(InputError, match=r"meta\.jsonl: is a list of JSON lines. It must be one object"):
+            build_index([Subset(path, ".txt", path.parent / "meta.jsonl")])
+
     def test_a_changed_caption_is_seen(self, path):
         first = self.build(path, {"a": {"caption": "one"}})
         assert captions(self.build(path, {"a": {"caption": "two"}})) == ["two"]
@@ -634,6 +684,9 @@ class TestMetadata:
             ({"a": "text"}, r"meta\.json: a: must be an object"),
             ({"a": {"caption": 3}}, r'meta\.json: a: "caption" must be a text, got 3'),
             ({"x": {"caption": "y"}}, r"0 images found.*1 keys .* name no image"),
+            ({"a": {"caption": float("inf")}, "b": "x"}, r'a: "caption" must be a text, got inf; b: must be an object'),
+            ({"a": {"tags": ["x", 1]}}, r'meta\.json: a: "tags" must be a text'),
+            ("[" * 100_000, r"meta\.json: is not JSON"),
             ({"a": {}}, r"none of the 1 images has a caption.*or in .*meta\.json"),
         ],
     )
