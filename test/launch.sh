@@ -279,26 +279,33 @@ leave_out() {
 # build_part NAME TOOL: builds a part of the demo with a tool, unless it is there as the files of the tool's folder make
 # it. It is built aside and renamed, so that machines that share the folder may do it at once: the first one's stays.
 build_part() {
-    local target=$demo_dir/$1 made_by aside tools
+    local target=$demo_dir/$1 made_by aside tools earlier
     readarray -t tools < <(find "$(dirname "$2")" -maxdepth 1 -type f ! -name "*.md" | sort)
     made_by=$(cat "${tools[@]}" | sha256sum | cut -d' ' -f1)
     if [ "$(cat "$target/.made_by" 2>/dev/null)" = "$made_by" ]; then return; fi
+    if [ -e "$target" ] && [ ! -e "$target/.made_by" ]; then
+        fail "--output_dir=$demo_dir: $target is none of the demo's, which makes its $1 there; choose another folder"
+    fi
     echo "building the demo's $1 in $target"
     mkdir -p "$demo_dir"
     aside=$(mktemp -d "$demo_dir/.$1.XXXXXX")
     chmod 755 "$aside"
     "$python" "$2" --out "$aside" | sed "s#$aside#$target#"
     echo "$made_by" > "$aside/.made_by"
-    if [ "$(cat "$target/.made_by" 2>/dev/null)" != "$made_by" ]; then rm -rf "$target"; fi
+    if [ -e "$target/.made_by" ] && [ "$(cat "$target/.made_by")" != "$made_by" ]; then
+        earlier=$target.$(date +%Y%m%d_%H%M%S)
+        mv -T "$target" "$earlier" 2>/dev/null && echo "the demo's $1 of another version is kept in $earlier"
+    fi
     mv -T "$aside" "$target" 2>/dev/null || rm -rf "$aside"
     [ -e "$target/.made_by" ] || fail "$target cannot be made"
 }
 
 # Opens the log: anew, or at its end where a run is resumed. Fails, and leaves it as it is, where another run writes in
 # the folder. The log stays locked as long as anything writes to it: also after the launcher, but not the trainer, was
-# killed.
+# killed. The log of an earlier run is kept under another name where a run begins anew.
 open_log() {
     local log=$1
+    if [ -L "$log" ]; then fail "--output_dir=$output_dir: $(basename "$log") is a link; remove it"; fi
     { mkdir -p "$output_dir" && : >> "$log"; } 2>/dev/null || fail "--output_dir=$output_dir: cannot be written"
     exec {log_lock}>> "$log"
     if is_locked "$log_lock"; then in_use "another start writes $(basename "$log")"; fi
@@ -307,7 +314,10 @@ open_log() {
             in_use "another run writes there ($(tr -d '{}"' < "$output_dir/.lock"))"
         fi
     fi
-    if [ -z "$resume" ]; then : > "$log"; fi
+    if [ -z "$resume" ] && [ -s "$log" ]; then
+        cp -p "$log" "${log%.log}.until_$(date -r "$log" +%Y%m%d_%H%M%S).log" || fail "--output_dir=$output_dir: is full"
+        : > "$log"
+    fi
 }
 
 in_use() { fail "--output_dir=$output_dir: $1. Wait for it, end it, or choose another folder."; }
@@ -363,6 +373,7 @@ launch() {
         build_demo
     fi
     export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+    export WORKER_LOG=$log_stem  # the script writes nothing under the logs' names (library/training/written_names.py)
     LAUNCHER_COMMAND=$(printf "%q " bash "$0" "$@")  # what the script shows, with --resume=auto, when it was stopped
     export LAUNCHER_COMMAND
     command=("$python")

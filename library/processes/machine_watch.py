@@ -154,9 +154,13 @@ class Watch:
 
     def _check_store(self) -> None:
         """End this machine's processes if the store stops answering, though its connection is still open."""
+        awake = time.monotonic()
         while not self._told_to_end:
             time.sleep(1)
-            if time.monotonic() - self._answered > SILENCE_SECONDS:
+            slept, awake = time.monotonic() - awake, time.monotonic()
+            if slept > BEAT_SECONDS:  # this machine stood still: the store had no chance to answer
+                self._answered = max(self._answered, awake - BEAT_SECONDS)
+            elif awake - self._answered > SILENCE_SECONDS:
                 self._handle_lost_main()
 
     def _handle_lost_main(self) -> None:

@@ -283,6 +283,15 @@ def test_machines_that_share_a_folder_build_the_demo_once(tmp_path):
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["data"]
     assert sorted(path.name for path in (tmp_path / "demo" / "data").iterdir()) == [".made_by", "half", "whole"]
     assert bash("-c", script).stdout == ""
+    (tmp_path / "demo" / "data" / ".made_by").write_text("another version\n")
+    (tmp_path / "demo" / "data" / "mine").write_text("mine")
+    assert "is kept in" in bash("-c", script).stdout
+    (kept,) = (tmp_path / "demo").glob("data.2*")
+    assert (kept / "mine").exists() and not (tmp_path / "demo" / "data" / "mine").exists()
+    (tmp_path / "demo" / "data" / ".made_by").unlink()
+    refused = bash("-c", script)
+    assert refused.returncode == 2 and f"{tmp_path}/demo/data is none of the demo's" in refused.stderr
+    assert (tmp_path / "demo" / "data" / "whole").exists()
 
 
 @pytest.mark.parametrize(("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
@@ -391,6 +400,17 @@ def test_a_free_folders_log_is_written_anew_or_gone_on_with_by_a_resumed_run(run
     ):
         assert start(*arguments).returncode == 0
         assert log.read_text() == "".join(f"step {step}\n" for step in steps)
+    kept = sorted(log.parent.glob("train_0.until_*.log"))
+    assert kept[-1].read_text() == "".join(f"step {step}\n" for step in "121212")
+
+
+def test_a_log_that_is_a_link_is_refused_and_what_it_leads_to_stays(running, tmp_path):
+    _, log, start = running
+    (tmp_path / "precious").write_text("mine\n")
+    log.with_name("train_1.log").symlink_to(tmp_path / "precious")
+    refused = start(DEVICE_ID="1")
+    assert refused.returncode == 2 and "train_1.log is a link; remove it" in refused.stderr
+    assert (tmp_path / "precious").read_text() == "mine\n"
 
 
 def ip(*arguments):

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from library.atomic_write import write_file
 from library.data.cache.entries import BLOCK, DamagedEntryError, Entry, Found, Made
+from library.tensor_file import tensor_file
 
+PARTIAL_BLOCKS = ".??????.safetensors.partial.*"  # of processes that write; or were killed while they did
 _MAX_OPEN = 64  # blocks kept open by a process
 
 
@@ -32,7 +33,7 @@ class BlockShelf:
         found, path = Found(), self._path(places[0])
         try:
             block = _OpenBlock(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # also what another user keeps for himself
             return found
         except DamagedEntryError:
             return Found(damaged=[str(path)])
@@ -45,7 +46,7 @@ class BlockShelf:
         if number not in self._open:
             try:
                 self._open[number] = _OpenBlock(self._path(place))
-            except FileNotFoundError as error:
+            except (FileNotFoundError, PermissionError) as error:
                 raise KeyError(place) from error
             if len(self._open) > _MAX_OPEN:
                 self._open.popitem(last=False)
@@ -66,7 +67,8 @@ class BlockShelf:
         for place, entry in sorted(merged.items()):
             tensors |= {f"{place}.{number}": tensor.contiguous() for number, tensor in enumerate(entry.tensors)}
             facts[str(place)] = [entry.made.content, entry.made.settings, entry.size_ids, _checksum(entry.tensors)]
-        write_shared(self._path(first), lambda path: save_file(tensors, path, {"entries": json.dumps(facts)}))
+        metadata = {"entries": json.dumps(facts)}
+        write_shared(self._path(first), lambda path: _save(tensors, path, metadata))
 
     def _path(self, place: int) -> Path:
         return self._folder / f"{place // BLOCK:06d}.safetensors"
@@ -87,7 +89,7 @@ class _OpenBlock:
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
             self._facts = json.loads(self._file.metadata()["entries"])
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             raise
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DamagedEntryError(f"{path} is damaged") from error
@@ -111,6 +113,14 @@ class _OpenBlock:
         if not tensors or _checksum(tensors) != checksum:
             raise DamagedEntryError(f"{self._path}: entry {place} is damaged")
         return Entry(made, tuple(size_ids), tuple(tensors))
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Not by safetensors' save_file: other users cannot read its files, and a full disk is no OSError in it."""
+    start_of_file, content = tensor_file(tensors, metadata)
+    with path.open("wb") as file:
+        file.write(start_of_file)
+        file.writelines(content)
 
 
 def _checksum(tensors: Sequence[Tensor]) -> int:

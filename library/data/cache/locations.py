@@ -1,21 +1,22 @@
 """Where caches on disk lie: beside the images of plain folders, else in block files beside the data or the output."""
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from library.data.cache.block_files import BlockShelf
+from library.data.cache.block_files import PARTIAL_BLOCKS, BlockShelf
 from library.data.cache.entries import Shelf
 from library.data.cache.npz_files import Beside, NpzShelf, Picture, TextLayout, TextOutputs
 from library.data.cache.settings import Settings
+from library.data.index.folder_use import may_write
 from library.data.index.kept_tables import digest, kept_name
 from library.data.index.table import Index
 from library.data.order.bucket_rows import Buckets
 
 _FOLDER = ".encoding_cache"
+_MOST_STEM_BYTES = 220  # of an image's name, so that what is added to it for its .npz has room in a name of 255
 _LEFT_BEHIND_SECONDS = 24 * 3600  # what a killed process left half written is deleted when it is older
 
 BesideOf = Callable[[int], Callable[[int], Beside]]  # from a source's number and a place in it to the row's .npz
@@ -24,7 +25,11 @@ BesideOf = Callable[[int], Callable[[int], Beside]]  # from a source's number an
 def cache_root(data: Path, output_dir: Path) -> Path:
     """The folder of a subset's block files: beside the data, or in --output_dir where that may not be written."""
     folder = data if data.is_dir() else data.parent
-    return folder / _FOLDER if _writable(folder) else output_dir / "cache" / digest(str(folder.resolve()))
+    beside = folder / _FOLDER
+    of_kinds_and_sources = (*beside.glob("*/"), *beside.glob("*/*/"))  # another user may have made some of them
+    if all(map(may_write, (beside, *of_kinds_and_sources))):
+        return beside
+    return output_dir / "cache" / digest(str(folder.resolve()))
 
 
 def sources_beside_images(index: Index) -> frozenset[int]:
@@ -32,11 +37,12 @@ def sources_beside_images(index: Index) -> frozenset[int]:
     seen: set[tuple[Path, tuple[int, int]]] = set()
     found = []
     for number, source in enumerate(index.sources):
-        if source.is_shard or (source.path, source.share) in seen or not _writable(source.path):
+        if source.is_shard or (source.path, source.share) in seen or not may_write(source.path):
             continue
         seen.add((source.path, source.share))
         rows = range(int(index.starts_S[number]), int(index.starts_S[number + 1]))
-        if len({Path(index.key(row)).stem for row in rows}) == len(rows):
+        stems = {Path(index.key(row)).stem for row in rows}
+        if len(stems) == len(rows) and all(len(os.fsencode(stem)) <= _MOST_STEM_BYTES for stem in stems):
             found.append(number)
     return frozenset(found)
 
@@ -103,14 +109,9 @@ def text_outputs_of(index: Index, settings: Settings, layout: TextLayout, number
 
 
 def clear_left_behind(root: Path) -> None:
-    """Delete what a killed process left half written."""
+    """Delete the block files that a killed process left half written."""
     old = time.time() - _LEFT_BEHIND_SECONDS
-    with suppress(OSError):
-        for path in root.rglob(".*.partial.*"):
-            if path.stat().st_mtime < old:
-                path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-
-
-def _writable(folder: Path) -> bool:
-    """Permission bits are read, too, because root may write where nobody is meant to."""
-    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
+    for path in root.glob(f"*/*/{PARTIAL_BLOCKS}"):
+        with suppress(OSError):
+            if path.is_file() and not path.is_symlink() and path.stat().st_mtime < old:
+                path.unlink()

@@ -11,6 +11,7 @@ folders             rows of a folder of images with caption files
 metadata            what a metadata JSON (--in_json) says of images
 tar_headers         where a tar's members are, by one pass over its headers
 kept_tables         tables that are made once and kept on disk while their sources are unchanged
+folder_use          folders that users and runs share: who may write there, and who uses one
 mapped_file         arrays and notes in one file that processes map into memory
 worker_pool         work spread over processes
 hub                 data sets by hub name

@@ -17,11 +17,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from library.data.index.mapped_file import Opened, load, read_notes, remove, store
+from library.data.index.folder_use import mark_in_use, may_write, open_lock, used_by_others, user_cache_folder
+from library.data.index.mapped_file import WRITING, Opened, load, read_notes, remove, store
 from library.data.index.worker_pool import run_all
 from library.errors import InputError
 
@@ -41,6 +42,7 @@ class Job:
 
     Attributes:
         file: where it is kept; None: nowhere.
+        another: where it may be kept by another user, whose folder this one may only read.
         make: its arrays and notes; picklable.
         weight: how much work it is, for the progress bar.
     """
@@ -48,15 +50,21 @@ class Job:
     file: Path | None
     make: Callable[[], tuple[Arrays, Notes]]
     weight: int = 1
+    another: Path | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table that is there: its notes, and its arrays either on disk or, where that was not possible, in memory."""
+    """A table that is there: its notes, and its arrays either on disk or, where that was not possible, in memory.
+
+    Attributes:
+        own_file: where this user keeps it, or would: what is made of it is kept beside that.
+    """
 
     notes: Notes
     file: Path | None
     arrays: Arrays | None = None
+    own_file: Path | None = None
 
     def open(self) -> Arrays:
         """The arrays, mapped into memory.
@@ -87,6 +95,8 @@ def tables(
     Raises:
         What the jobs raise.
     """
+    for folder in {file.parent for job in jobs for file in (job.file, job.another) if file is not None}:
+        mark_in_use(folder)
     found = _kept(jobs)
     if None not in found:
         return [table for table in found if table is not None]
@@ -134,14 +144,18 @@ def digest(content: object) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def cache_folder(data: Path) -> Path:
-    """Where the tables of some data are kept: beside it, or in the user's cache folder where it may not be written."""
+def cache_folders(data: Path) -> tuple[Path, Path | None]:
+    """Where the tables of some data are kept: beside it, or in the user's cache folder where that may not be written.
+
+    Returns:
+        The folder, and where it is not the one beside the data, that one if another user keeps tables there.
+    """
     folder = data if data.is_dir() else data.parent
-    # Permission bits are read, too, because root may write where nobody is meant to.
-    if folder.stat().st_mode & 0o222 and os.access(folder, os.W_OK):
-        return folder / _FOLDER
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    return home / "sd_training" / "index" / digest(str(folder.resolve()))
+    beside = folder / _FOLDER
+    if may_write(beside):
+        return beside, None
+    own = user_cache_folder() / "sd_training" / "index" / digest(str(folder.resolve()))
+    return own, beside if beside.is_dir() else None
 
 
 def _open(made: tuple[Table, ...], number: int) -> Arrays:
@@ -154,7 +168,7 @@ def _made(job: Job) -> Table:
     if job.file is not None:
         with suppress(OSError):  # one that cannot be kept costs time at the next start and memory now, nothing else
             store(job.file, arrays, notes)
-            return Table(notes, job.file)
+            return Table(notes, job.file, own_file=job.file)
     return Table(notes, None, arrays)
 
 
@@ -162,13 +176,19 @@ def _kept(jobs: Sequence[Job]) -> list[Table | None]:
     """The tables that are on disk already."""
 
     def read(part: Sequence[Job]) -> list[Table | None]:
-        notes = [None if job.file is None else read_notes(job.file) for job in part]
-        return [None if note is None else Table(note, job.file) for job, note in zip(part, notes, strict=True)]
+        return [_read(job) for job in part]
 
     size = -(-len(jobs) // _READERS) or 1
     with ThreadPoolExecutor(_READERS) as pool:
         parts = pool.map(read, [jobs[start : start + size] for start in range(0, len(jobs), size)])
         return [table for part in parts for table in part]
+
+
+def _read(job: Job) -> Table | None:
+    for file in (job.file, job.another):
+        if file is not None and (notes := read_notes(file)) is not None:
+            return Table(notes, file, own_file=job.file)
+    return None
 
 
 @contextmanager
@@ -183,7 +203,8 @@ def locked(folders: Sequence[Path], between: Callable[[], None]) -> Iterator[boo
             file = None
             with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context((folder / _LOCK).open("w"))
+                file = open_lock(folder / _LOCK)
+                held.callback(os.close, file)
             while file is not None and not _try_lock(file):
                 waited = True
                 between()
@@ -191,7 +212,7 @@ def locked(folders: Sequence[Path], between: Callable[[], None]) -> Iterator[boo
         yield waited
 
 
-def _try_lock(file: IO[str]) -> bool:
+def _try_lock(file: int) -> bool:
     """Lock the file; False while another process has it, True where the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,14 +226,19 @@ def _try_lock(file: IO[str]) -> bool:
 def _remove_outdated(files: Sequence[Path]) -> None:
     """Delete old tables of these files' sources in another state, and what is kept beside those.
 
-    Not the young ones: a run that began before the data changed may still want them.
+    Not the young ones, and none while another process uses the folder: a run that began before the data changed may
+    still want them, and it may last for months.
     """
     state_of = {(file.parent, prefix): state for file in files for prefix, state in [file.name.split(".")[:2]]}
     old = time.time() - _KEPT_DAYS * 24 * 3600
     outdated = []
     for folder in {file.parent for file in files}:
+        if used_by_others(folder):
+            continue
         with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
+                if entry.name.startswith(WRITING) and entry.stat().st_mtime < old:  # by a process that was killed
+                    outdated.append(Path(entry.path))
                 prefix, state, *_ = f"{entry.name}.".split(".")
                 if state_of.get((folder, prefix), state) != state and entry.stat().st_mtime < old:
                     outdated.append(Path(entry.path))

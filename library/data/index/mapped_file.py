@@ -7,8 +7,8 @@ then each array at a multiple of 64 bytes. The head tells the file's whole lengt
 import json
 import mmap
 import os
+import secrets
 import struct
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 _MAGIC = b"ROWTABLE"
+WRITING = ".writing-"  # how the names of files begin that are being written
 _ALIGNMENT = 64
 _FIRST_READ = 1 << 12  # bytes; holds the whole head of nearly every file
 _MAX_MAPPED = 64  # files kept mapped; Python keeps a descriptor for each, and the usual limit of a process is 1024
@@ -40,19 +41,19 @@ def store(path: Path, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> N
         end = start + array.nbytes
     head = json.dumps({"arrays": listed, "bytes": end, "notes": notes}).encode()
     head += b" " * (_aligned(len(head) + 16) - len(head) - 16)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as aside:
-        try:
-            aside.write(_MAGIC + struct.pack("<q", len(head)) + head)
-            first = aside.tell()
+    aside = path.with_name(f"{WRITING}{secrets.token_hex(8)}")
+    try:
+        with aside.open("xb") as file:  # not by tempfile, whose files other users cannot read
+            file.write(_MAGIC + struct.pack("<q", len(head)) + head)
+            first = file.tell()
             for name, array in arrays.items():
-                aside.seek(first + listed[name]["start"])
-                aside.write(np.ascontiguousarray(array).data.cast("B") if array.nbytes else b"")
-            aside.truncate(first + end)
-            aside.close()
-            if read_notes(path) is None:
-                Path(aside.name).replace(path)
-        finally:
-            Path(aside.name).unlink(missing_ok=True)
+                file.seek(first + listed[name]["start"])
+                file.write(np.ascontiguousarray(array).data.cast("B") if array.nbytes else b"")
+            file.truncate(first + end)
+        if read_notes(path) is None:
+            aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_notes(path: Path | str) -> dict[str, Any] | None:

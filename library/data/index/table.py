@@ -16,7 +16,7 @@ import numpy as np
 
 from library.data.index.extras import Extra
 from library.data.index.folders import scan_folder
-from library.data.index.kept_tables import Arrays, Job, Notes, Table, cache_folder, kept_name, opened, tables
+from library.data.index.kept_tables import Arrays, Job, Notes, Table, cache_folders, kept_name, opened, tables
 from library.data.index.mapped_file import Opened
 from library.data.index.rows import NAMED, ROW, Part, Summary, row_key, stored_text
 from library.data.index.shards import scan_shard
@@ -165,10 +165,10 @@ def _read_errors(subset: Subset) -> Iterator[None]:
 
 def _jobs(subset: Subset, listed: Sequence[Listed], use_cache: bool) -> list[Job]:
     """A scan a source."""
-    folder = cache_folder(subset.path) if use_cache else None
+    folder, of_others = cache_folders(subset.path) if use_cache else (None, None)
     jobs = []
     for entry in listed:
-        source, file = entry.source, None
+        source, file, another = entry.source, None, None
         if folder is not None:
             name = str(source.path.relative_to(subset.path)) if source.path != subset.path else source.path.name
             made_from: list[object] = [_VERSION, source.caption_extension, source.class_words, source.share]
@@ -183,7 +183,8 @@ def _jobs(subset: Subset, listed: Sequence[Listed], use_cache: bool) -> list[Job
                     ]
                 )
             file = folder / f"{kept_name(name, made_from, state)}.rows"
-        jobs.append(Job(file, partial(_scan, entry), max(1, entry.images)))
+            another = of_others / file.name if of_others is not None else None
+        jobs.append(Job(file, partial(_scan, entry), max(1, entry.images), another))
     return jobs
 
 

@@ -144,8 +144,9 @@ def bucket_rows(
         ending = endings[source.subset]
         if choice is not None:
             ending = f".{digest([_VERSION, asdict(options[source.subset]), asdict(choice)])}.order"
-        file = None if table.file is None else table.file.with_suffix(ending)
-        jobs.append(Job(file, partial(_order, source, table, options[source.subset], choice)))
+        file = None if table.own_file is None else table.own_file.with_suffix(ending)
+        another = None if table.file in (None, table.own_file) else table.file.with_suffix(ending)
+        jobs.append(Job(file, partial(_order, source, table, options[source.subset], choice), another=another))
     made = tables(jobs, progress, between)
     found = sorted(
         {

@@ -35,8 +35,10 @@ class RunLock:
         path = output_dir / LOCK_FILE
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
+            if error.errno == errno.ELOOP:  # what it leads to would be written over
+                raise InputError(f"--output_dir {output_dir}: {path.name} in it is a link; remove it.") from error
             raise InputError(
                 f"--output_dir {output_dir}: cannot be written ({error.strerror or error}). Choose another."
             ) from error

@@ -85,3 +85,12 @@ def test_programs_started_while_it_is_held_do_not_inherit_it(tmp_path):
     finally:
         program.kill()
         program.wait()
+
+
+def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match=r"--output_dir .*out: \.lock in it is a link; remove it"):
+        RunLock(tmp_path / "out")
+    assert (tmp_path / "precious").read_text() == "mine"
