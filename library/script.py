@@ -107,10 +107,12 @@ class Script:
             print(f"written: {parsed.values['config_file']}")
             return
         options = checked_options(self.flags, parsed)
-        log_idle_flags(self.flags, options)
         replaced = check_written_names(options)
-        for path in replaced if os.environ.get("RANK", "0") == "0" else ():
-            logger.info("%s is of an earlier run, and this one replaces it", path)
+        if os.environ.get("RANK", "0") == "0":
+            log_idle_flags(self.flags, options)
+            for path in replaced:
+                logger.info("%s is of an earlier run, and this one replaces it", path)
+            logger.info("loading torch and the other libraries")
         module, _, name = self.recipe.partition(":")
         import_quickly("library.training.run", module, "third_patch")
         from library.training.run import run

@@ -84,6 +84,8 @@ def build_parts(
     # A dry run answers whether the device is large enough: it must not need the device's memory for it.
     device = torch.device("cpu") if options.run.dry_run else accelerator.device
     source = options.model.pretrained_model_name_or_path
+    vae = f" and the VAE {options.model.vae}" if options.model.vae else ""
+    logger.info("loading the model %s%s", source, vae)
     model = load_model(source, families, vae=options.model.vae, tokenizers=options.text_encoders.tokenizers)
     check_v2(options.v2, model.family, source)
     chosen = choose_prediction(

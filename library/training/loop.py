@@ -410,6 +410,7 @@ class Trainer:
         with self.parallel.whole_module(torch.device("cpu")) as module, self._others_waiting():
             if self.accelerator.is_main_process:
                 self.progress.phase = SAVING
+                self.writer.write_text(f"writing the weights of {name}")
                 path = self.task.save(name, module)
                 self.writer.write_text(f"saving checkpoint: {path}")
                 self.options.forget_checkpoints(path, stem)

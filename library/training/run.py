@@ -212,6 +212,7 @@ def _train(
         partial(_make_schedule, options.optimizer, steps),
     )
     if options.compiling.torch_compile:
+        logger.info("--torch_compile compiles in the first steps; they take as long as many others")
         parts.placement.compile(options.compiling.dynamo_backend)
     if options.ema.use_ema:
         where = torch.device("cpu") if options.ema.offload_ema else None

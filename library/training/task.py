@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H W latent rows and columns.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from library.training.encoders import Encoders
 from library.training.objective import Objective, Predict
 from library.training.preview import Previewer
 from library.training.recipes.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 class Task:
@@ -58,6 +61,7 @@ class Task:
     def preview(self, position: str, step: int, module: nn.Module) -> None:
         """Sample the preview prompts with the weights as they are. Called on the main process."""
         if self._previewer is not None:
+            logger.info("drawing %d sample pictures after step %d", len(self._previewer.prompts), step)
             self._previewer.run(module, self._encoders, self._device, position, step)
 
     def _predict(self, module: Any, batch: MicroBatch) -> Predict:

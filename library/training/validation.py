@@ -54,6 +54,7 @@ class Validator:
             due.append("epoch")
         if not due:
             return False
+        self.writer.write_text(f"validating after step {steps_done}")
         with self.evaluated():
             loss = self._measure(module)
         if loss is None:

@@ -88,7 +88,18 @@ def test_a_long_prompt_is_drawn_by_all_of_it(tiny_sdxl_folder, tmp_path, capsys)
     """What stands behind token 75 is drawn as well as what stands before it, and the log says which prompt is long."""
     chunks = ["a red cat " * 25, "blue dog"]
     ours = sampled_by_us(tiny_sdxl_folder, tmp_path, f"--ss euler --l {GUIDANCE}", prompt="".join(chunks))
-    assert "sample prompt 1 has 77 tokens: it is drawn by all of them" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "sample prompt 1 has 77 tokens: it is drawn by all of them" in printed.err
+    begun = [
+        "loading torch",
+        "loading image sizes",
+        "loading the model",
+        "running training",
+        "drawing 1 sample pictures",
+    ]
+    places = [printed.err.index(line) for line in begun]
+    assert places == sorted(places)  # each before what takes its time, in the order of a run
+    assert printed.out.index("writing the weights of last") < printed.out.index("saving checkpoint: ")
     theirs = sampled_by_diffusers(tiny_sdxl_folder, "euler", GUIDANCE, chunks)
     cut = sampled_by_diffusers(tiny_sdxl_folder, "euler", GUIDANCE, chunks[:1])
     assert np.abs(ours - theirs).max() <= 1

@@ -13,6 +13,7 @@ Nothing in it is a pickle. SHA-256 is the fastest strong hash of hashlib where t
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -26,6 +27,8 @@ from library.errors import InputError
 from library.tensor_file import tensor_file
 from library.training.state.lineage import Lineage, lineage_of
 from library.training.state.tree import unpack
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the folder; a reader refuses a higher one
 MANIFEST, INFO, ROWS = "manifest.json", "state.json", "rows.json"
@@ -124,6 +127,8 @@ def verify(folder: Path) -> None:
         InputError: it is not, or a newer version has written it; the message names file and reason.
     """
     entries = _read_manifest(folder)
+    total_bytes = sum(entry.bytes for entry in entries.values())
+    logger.info("checking the files of training state %s, %.2f GiB", folder, total_bytes / 2**30)
     for name, entry in entries.items():
         path = folder / name
         if not path.is_file():

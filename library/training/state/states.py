@@ -1,5 +1,6 @@
 """The training states of a run: when one is due, what goes into it, and taking one up again."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from library.training.state.files import State, StateInfo
 from library.training.state.names import state_name
 from library.training.state.tensor_rows import Part, SavedParts, rows_of
 from library.training.state.writer import StateWriter
+
+logger = logging.getLogger(__name__)
 
 _AGAIN_S, _AGAIN_AT_MOST_S = 30.0, 600.0  # between two tries of a state that cannot be written
 TRAINING, DATA = "training", "data"  # each process's own objects: its parts, and where a stream is
@@ -106,6 +109,7 @@ class States:
         is_main = self.writer.rank == 0
         position, parts = self._data_position(), self.parts.own_parts()
         stem = stem or self._step_stem(steps_done)
+        logger.info("saving training state %s", state_name(stem))
         self.writer.snapshot(
             stem,
             self._info(steps_done, metrics),
