@@ -17,6 +17,7 @@ and the modules that every layer may import:
     address             URLs and pipes that data come from
     atomic_write        files and folders that appear whole or not at all
     own_folder          which files of a folder this project has written, so that only those are deleted
+    c_stderr            what C code writes to stderr during a call
     disk_space          whether a file system can hold what is about to be written
     exit_status         how a script ends: errors as one line, and statuses that a launcher can rely on
     errors              the exceptions that end a script with a message for the user

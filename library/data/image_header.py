@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from library.data.bad_samples import SampleError
 from library.data.image_formats import avif, jpeg, png, webp
-from library.data.image_formats.colour_profile import Conversion, conversion
+from library.data.image_formats.colour_profile import Conversion, channels_of, conversion
 from library.data.image_formats.exif import orientation_of
 from library.data.image_formats.file_bytes import Facts, FileBytes
 from library.data.image_formats.jpeg import Jpeg
@@ -158,7 +158,7 @@ def _facts(read: FileBytes) -> Facts:
         except Exception:  # a cut file makes decoders raise anything; the whole one decides
             image = None
     image = _opened(io.BytesIO(read(0, read.size))) if image is None else image
-    return Facts(image.width, image.height, _orientation(image), _profile(image))
+    return Facts(image.width, image.height, _orientation(image), _profile(image), channels_of(image))
 
 
 def _facts_of_header(read: FileBytes) -> Facts | None:

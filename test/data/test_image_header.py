@@ -167,6 +167,80 @@ def test_odd_segments_of_a_jpeg_cost_no_picture(segment):
     assert (pixels_of(odd) == pixels_of(data)).all()
 
 
+def textured(seed=0):
+    random = np.random.default_rng(seed)
+    small = Image.fromarray(random.integers(0, 256, (40, 30, 3), dtype=np.uint8)).resize((320, 240))
+    return Image.fromarray(
+        (np.asarray(small, int) + random.integers(-12, 12, (240, 320, 3))).clip(0, 255).astype(np.uint8)
+    )
+
+
+def damaged(data, kind, random):
+    """Its data changed in one place, markers left alone."""
+    data, start = bytearray(data), data.index(b"\xff\xda") + 20
+    place = int(random.integers(start, len(data) - 3000))
+    if kind == "missing":
+        del data[place : place + 200]
+    elif kind == "random":
+        data[place : place + 200] = random.bytes(200).replace(b"\xff", b"a")
+    elif kind == "a marker":
+        data[place : place + 2] = b"\xff\xc0"
+    elif kind == "cut":
+        data[place:-2] = b""
+    return bytes(data)
+
+
+@pytest.mark.parametrize("shrink", [1, 4])
+@pytest.mark.parametrize("kind", ["missing", "a marker", "cut"])
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"subsampling": 0}], ids=str)
+def test_damaged_data_of_a_jpeg_are_named_not_trained_grey(kind, options, shrink):
+    random = np.random.default_rng(3)
+    for seed in range(4):
+        data = encoded(textured(seed), quality=90, **options)
+        size = (320 // shrink, 240 // shrink)
+        assert pixels_of(data, size).shape == (size[1], size[0], 3)
+        with pytest.raises(SampleError, match=r"damaged inside|its data end before"):
+            pixels_of(damaged(data, kind, random), size)
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_blocks": 5}], ids=str)
+def test_damage_that_libjpeg_sees_in_other_jpegs_is_named(options, capfd):
+    random, named = np.random.default_rng(0), 0
+    for seed in range(12):
+        data = encoded(textured(seed), quality=90, **options)
+        pixels_of(data)
+        try:
+            pixels_of(damaged(data, "missing", random))
+        except SampleError as error:
+            assert "Corrupt JPEG data" in str(error)
+            named += 1
+    assert named >= 7
+    assert capfd.readouterr().err == ""
+
+
+def test_whole_jpegs_of_all_kinds_are_whole():
+    """Flat, black and grey endings, restart markers, and the bytes that encoders leave before the end mark."""
+    random = np.random.default_rng(5)
+    for number in range(300):
+        width, height = (int(side) for side in random.integers(8, 120, 2))
+        pixels = np.array(textured(number % 3).resize((width, height)))
+        ending = (None, 0, 128, int(random.integers(256)))[number % 4]
+        if ending is not None:
+            pixels[height // 2 :] = ending
+        options = {"restart_marker_blocks": int(random.integers(1, 9))} if random.integers(2) else {}
+        data = encoded(
+            Image.fromarray(pixels).convert(("RGB", "L", "CMYK")[number % 3]),
+            quality=int(random.integers(1, 101)),
+            progressive=bool(random.integers(2)),
+            optimize=bool(random.integers(2)),
+            subsampling=int(random.integers(3)),
+            **options,
+        )
+        left = (b"", b"\xff\xff\xff", bytes(20), b"abcd")[int(random.integers(4))]
+        shrink = int(random.integers(1, 4))
+        pixels_of(data[:-2] + left + data[-2:], (max(8, width // shrink), max(8, height // shrink)))
+
+
 @pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 80}, {"exif": exif([TURNED_6])}], ids=str)
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 @pytest.mark.parametrize("size", [(64, 48), (301, 17), (1000, 999)])

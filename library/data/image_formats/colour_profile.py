@@ -56,10 +56,21 @@ def conversion(icc: bytes, channels: int) -> Conversion:
         return Conversion(usable=False)
 
 
+def channels_of(image: Image.Image) -> int:
+    """1, 3 or 4; alpha is not counted."""
+    return 1 if image.mode[0] in "L1I" and image.mode != "LAB" else 4 if image.mode == "CMYK" else 3
+
+
+@lru_cache(1)
+def _from_lab() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+
+
 def in_srgb(image: Image.Image, icc: bytes) -> Image.Image:
     """An image of 8 bits in sRGB; alpha stays as it is. What needs no conversion comes back as it is."""
-    channels = {"L": 1, "LA": 1, "1": 1, "CMYK": 4}.get(image.mode, 3)
-    found = conversion(icc, channels)
+    if image.mode == "LAB":
+        return ImageCms.applyTransform(image, _from_lab()) or image
+    found = conversion(icc, channels_of(image))
     if found.transform is None:
         return image
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None

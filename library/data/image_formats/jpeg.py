@@ -34,6 +34,7 @@ class Jpeg:
         progressive: whether each scan refines the picture.
         data_start, data_end: where the entropy-coded bytes are in `data`, if they are one sequential scan; else 0.
         ended: an end mark was there.
+        restarts: the data are cut by restart markers into parts that are decoded for themselves.
     """
 
     data: bytes
@@ -44,6 +45,7 @@ class Jpeg:
     data_start: int
     data_end: int
     ended: bool
+    restarts: bool
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,13 @@ def without_metadata(data: bytes) -> Jpeg:
         OSError: its frame or its first scan is missing.
     """
     read = FileBytes.of(data)
-    kept, metadata = [START], _Metadata()
+    kept, metadata, restarts = [START], _Metadata(), False
     frame: tuple[int, int] | None = None  # marker and components
     scan: _Segment | None = None
     for segment in _segments(read):
         content = data[segment.begin : segment.end]
         metadata.add(segment.marker, content)
+        restarts |= segment.marker == _DRI and any(content)
         if segment.marker in _SOF and len(content) > 5:
             frame = segment.marker, content[5]
         if _is_needed(segment, content):
@@ -130,7 +133,7 @@ def without_metadata(data: bytes) -> Jpeg:
     bare = head + data[scan.end : end] + END
     data_start, data_end = (len(head), len(head) + end - scan.end) if one_scan else (0, 0)
     progressive = frame[0] in _PROGRESSIVE
-    return Jpeg(bare, metadata.icc, metadata.orientation, scans, progressive, data_start, data_end, ended)
+    return Jpeg(bare, metadata.icc, metadata.orientation, scans, progressive, data_start, data_end, ended, restarts)
 
 
 def _segments(read: FileBytes) -> Iterator[_Segment]:

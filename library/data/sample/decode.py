@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from library.data.bad_samples import SampleError
 from library.data.fit import Fit, SizeIds
 from library.data.image_formats.colour_profile import conversion, in_srgb
-from library.data.image_formats.jpeg_data import ends_grey
+from library.data.image_formats.jpeg_data import decoded, ends_grey, is_doubtful
 from library.data.image_header import Picture, open_picture, reported
 from library.data.sample.scaling import Filter, scaled_crop
 
@@ -93,7 +94,7 @@ def _decode(
 
 
 def _plain_jpeg(picture: Picture) -> np.ndarray | None:
-    """(height, width, 3) uint8 of a JPEG that is upright RGB once it is decoded; None of others.
+    """(height, width, 3) uint8 of a JPEG that is upright RGB once it is decoded; None of others, and of damaged ones.
 
     torchvision's tensor is a turned view of just that.
     """
@@ -105,8 +106,12 @@ def _plain_jpeg(picture: Picture) -> np.ndarray | None:
     from torchvision.io import ImageReadMode, decode_jpeg  # takes a second, which what only reads headers need not wait
 
     encoded = torch.frombuffer(bytearray(jpeg.data), dtype=torch.uint8)  # a copy, since torch warns of read-only bytes
-    pixels_HWC = decode_jpeg(encoded, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    return None if ends_grey(pixels_HWC) else pixels_HWC
+    pixels_CHW, damage = decoded(lambda: decode_jpeg(encoded, ImageReadMode.RGB))
+    pixels_HWC = pixels_CHW.permute(1, 2, 0).numpy()
+    if damage and not is_doubtful(damage[0], jpeg):
+        raise SampleError(f"damaged inside: {damage[0]}")
+    # Pillow's decoder knows whether a sequential one is whole.
+    return None if jpeg.data_end and (damage or ends_grey(pixels_HWC)) else pixels_HWC
 
 
 def _pixels(picture: Picture, with_alpha: bool) -> np.ndarray:
