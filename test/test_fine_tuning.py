@@ -12,6 +12,7 @@ import fine_tune
 import sdxl_train
 from library.errors import InputError
 from library.families import SD1, SD2, SDXL
+from library.models.files.layout import read_layout
 from library.models.files.modelspec import modelspec
 from library.models.files.read import load_model
 from library.models.files.write import save_model
@@ -175,3 +176,30 @@ def test_rounding_what_is_frozen_is_refused(fine_tuned, capfd):
 def test_rates_that_are_none_are_refused_before_anything_loads(fine_tuned, capfd, given):
     assert fine_tuned("sdxl", "--max_train_steps=1", f"--block_lr={given}")[0] == 2
     assert "--block_lr" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["diffusers_safetensors", "safetensors"])
+@pytest.mark.parametrize("name", ["sd1", "sd2_v", "sdxl"])
+def test_what_is_not_for_the_model_is_said_before_the_data_are_looked_at(request, folders, tmp_path, capfd, name, form):
+    """The data folder is empty, which is an error as soon as it is indexed."""
+    model = request.getfixturevalue(name)
+    (tmp_path / "empty").mkdir()
+    path = folders[name]
+    if form == "safetensors":
+        metadata = modelspec(title=name, resolution_wh_px=(64, 64), prediction_type=model.prediction_type)
+        path = save_model(model, tmp_path / name, form, None, metadata)
+    layout, unet = read_layout(str(path), [FAMILIES[name]]), model.unet
+    blocks = 2 + len(unet.input_blocks) + len(unet.middle_block) + len(unet.output_blocks)
+    layers = [len(encoder.text_model.encoder.layers) if hasattr(encoder, "text_model") else len(encoder.encoder.layers)
+              for encoder in model.text_encoders]  # fmt: skip
+    assert layout.family is FAMILIES[name] and layout.unet_blocks == blocks
+    assert all(0 <= counted - used <= 1 for counted, used in zip(layout.encoder_layers, layers, strict=True))
+    wrong = {"sd1": ["--v2", "--clip_skip=9"], "sd2_v": ["--clip_skip=99"], "sdxl": [f"--block_lr={'1e-5,' * blocks}1"]}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    status = SCRIPTS[name].main(
+        [f"--pretrained_model_name_or_path={path}", f"--train_data_dir={tmp_path / 'empty'}", "--resolution=64",
+         f"--output_dir={tmp_path / 'out'}", *wrong[name]]
+    )  # fmt: skip
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(said) == len(wrong[name])
+    assert all(word.partition("=")[0] in line for word, line in zip(wrong[name], said, strict=True))

@@ -63,10 +63,7 @@ class Model:
         for encoder, use in zip(self.text_encoders, uses, strict=True):
             layers = encoder.config.num_hidden_layers
             if not 0 <= use.skipped_layers < layers:
-                raise InputError(
-                    f"--clip_skip={clip_skip} counts the text encoder's layers from the last, 1, back; this model's "
-                    f"has {layers}: give 1 to {layers}, or leave it out"
-                )
+                raise InputError(no_such_layer(clip_skip, layers))
         if not self.tokenizers:
             return uses
         ids = [tokenizer.eos_token_id for tokenizer in self.tokenizers]
@@ -74,3 +71,11 @@ class Model:
 
     def _by_prediction(self, values: Mapping[str, Any]) -> Any:
         return values.get(self.prediction_type, values["epsilon"])
+
+
+def no_such_layer(clip_skip: int | None, layers: int) -> str:
+    """A sentence about --clip_skip that names none of a text encoder's layers."""
+    return (
+        f"--clip_skip={clip_skip} counts the text encoder's layers from the last, 1, back; this model's has {layers}: "
+        f"give 1 to {layers}, or leave it out"
+    )

@@ -110,3 +110,8 @@ def warmup_too_long(warmup_steps: int, max_train_steps: int) -> str:
         f"--lr_warmup_steps={warmup_steps} is longer than the run of {max_train_steps} steps, as --max_train_steps or "
         "--max_train_epochs has it; shorten the warm-up"
     )
+
+
+def wrong_number_of_rates(rates: int, blocks: int) -> str:
+    """A sentence about a --block_lr that is not for this model."""
+    return f"--block_lr has {rates} rates, and this model's U-Net {blocks} blocks; give as many, or one"

@@ -4,12 +4,18 @@ They are checked before anything is read or loaded; each error names the flag an
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from library import device as devices
-from library.errors import InputError
+from library.errors import InputError, Problems
+from library.models.family import Family
+from library.models.files.layout import read_layout
+from library.models.model import no_such_layer
+from library.models.prediction import check_v2
 from library.options.compiling import CompilingOptions
+from library.options.optimizer import wrong_number_of_rates
 from library.options.training import TrainingOptions
 from library.training.engine.optimizers import choose_optimizer
 from library.training.engine.sharding import sharding_kind
@@ -17,15 +23,46 @@ from library.training.engine.sharding import sharding_kind
 logger = logging.getLogger(__name__)
 
 
-def check_options_here(options: TrainingOptions, device: torch.device, processes: int) -> None:
-    """Raise InputError where options cannot go together on a device, or name what is not there.
+def check_options_here(
+    options: TrainingOptions, families: Sequence[Family], device: torch.device, processes: int
+) -> None:
+    """Raise InputError where options cannot go together on a device or with the model; it names all that is wrong.
 
     Args:
+        families: those that the script trains.
         processes: of the run, each with a device of its own.
     """
-    check_optimizer(options)
-    check_swapping(options, device, processes)
-    check_compiling(options.compiling, device)
+    problems = Problems()
+    with problems.noted():
+        check_optimizer(options)
+    with problems.noted():
+        check_swapping(options, device, processes)
+    with problems.noted():
+        check_compiling(options.compiling, device)
+    with problems.noted():
+        check_model_flags(options, families)
+    problems.raise_any()
+
+
+def check_model_flags(options: TrainingOptions, families: Sequence[Family]) -> None:
+    """Raise InputError where --v2, --clip_skip or --block_lr are not for the model, as far as its files tell it soon.
+
+    Reading the model finds the rest; but that comes behind the data, whose index may take hours.
+    """
+    source, clip_skip = options.model.pretrained_model_name_or_path, options.clip_skip
+    rates = options.optimizer.block_rates
+    layout = read_layout(source, families)
+    if layout is None:
+        return
+    problems = Problems()
+    with problems.noted():
+        check_v2(options.v2, layout.family, source)
+    layers = min(layout.encoder_layers)
+    if clip_skip is not None and 0 < layers < clip_skip:
+        problems.found.append(no_such_layer(clip_skip, layers))
+    if len(rates) > 1 and layout.unet_blocks and len(rates) != layout.unet_blocks:
+        problems.found.append(wrong_number_of_rates(len(rates), layout.unet_blocks))
+    problems.raise_any()
 
 
 def check_optimizer(options: TrainingOptions) -> None:

@@ -115,7 +115,7 @@ def run(
         stack.enter_context(beside)
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
-        check_options_here(options, accelerator.device, accelerator.num_processes)
+        check_options_here(options, trained, accelerator.device, accelerator.num_processes)
         if options.compiling.torch_compile and not options.data.debug_dataset:
             check_backend(options.compiling.dynamo_backend, accelerator.device)
         if not options.run.dry_run:

@@ -11,6 +11,7 @@ diffusers_config    a U-Net's configuration as diffusers keeps it
 weight_files        tensors out of safetensors files and pickles
 own_checkpoint      whether this project has written a checkpoint
 modelspec           metadata after Stability's ModelSpec
+layout              how many blocks and layers a model has, without reading weights
 identify            what a file or folder is by its content: a model of which family, or something else
 build               networks filled with tensors that were read, nothing initialised twice
 hub                 of a model's repository on the hub, the files that training needs

@@ -20,6 +20,7 @@ from library.models.files.write import save_model, saved_bytes
 from library.models.model import Model
 from library.models.text import TextStates, Tokens
 from library.models.unet import UNet
+from library.options.optimizer import wrong_number_of_rates
 from library.options.training import TrainingOptions
 from library.training.engine.optimizers import ParameterGroup
 from library.training.engine.precision import SAVE_DTYPES
@@ -117,9 +118,7 @@ def block_groups(unet: UNet, rates: Sequence[float]) -> list[ParameterGroup]:
         "output_blocks": 1 + len(unet.input_blocks) + len(unet.middle_block),
     }
     if len(rates) != last + 1:
-        raise InputError(
-            f"--block_lr has {len(rates)} rates, and this model's U-Net {last + 1} blocks; give as many, or one"
-        )
+        raise InputError(wrong_number_of_rates(len(rates), last + 1))
     of_blocks: list[list[nn.Parameter]] = [[] for _ in range(last + 1)]
     for name, parameter in unet.named_parameters():
         part, _, rest = name.partition(".")
