@@ -1,8 +1,9 @@
 """Damaged shards: index, plan and loader end with samples or with the clear error, soon and in little memory.
 
 A case is a small shard (tar of JPEG, PNG and WebP with captions and JSON, parquet beside it) in which a seed changes a
-few things: bytes, lengths, blocks, tar headers with the checksum made right again, values in the JSON. What a seed
-gives never changes, so a failing case is repeated by `run_case(folder, seed)`.
+few things: bytes, lengths, blocks, tar headers with the checksum made right again, values in the JSON. Behind a third
+of them stands a second tar of odd members: links, keys with dots, masks, names twice. What a seed gives never changes,
+so a failing case is repeated by `run_case(folder, seed)`.
 """
 
 import io
@@ -23,6 +24,8 @@ import pytest
 from PIL import Image
 
 from library.data.bad_samples import check_left_out
+from library.data.index.rows import printable
+from library.data.index.shard_members import CAME_BEFORE
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
 from library.data.indexed_batches import make_loader
@@ -32,6 +35,7 @@ from library.data.order.buckets import BucketOptions
 from library.data.order.plan import Plan, repeated
 from library.data.sample.prepare import Treatment
 from library.errors import InputError
+from test.data.test_tar_kinds import of_index, of_stream
 
 LONGEST_S = 20  # a case takes some 20 ms
 MEMORY_GROWTH_MIB = 600
@@ -73,6 +77,21 @@ def shard(random):
     table = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), table)
     return bytearray(file.getvalue()[: file.tell()]).rstrip(b"\0") + bytes(1024), bytearray(table.getvalue())
+
+
+def odd_tar(random):
+    """A tar of some of what tars have besides plain samples."""
+    names = ["a.jpg", "a.txt", "a.jpg", "at 1.2.jpg", "at 1.2.txt", "b.one.jpg", "b.two.jpg", "c.jpg", "c.mask.png",
+             "d", "._e.jpg", ".f.jpg", "x/g.jpg", "x/g.0.txt", "000000001.jpg"]  # fmt: skip
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=random.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as tar:
+        for name in random.permutation(names)[: random.integers(1, len(names))].tolist():
+            info, content = tarfile.TarInfo(name), b"a text" if name.endswith("txt") else PICTURES[0]
+            if random.random() < 0.2:
+                info.type, info.linkname, content = random.choice([tarfile.LNKTYPE, tarfile.SYMTYPE]), "a.jpg", b""
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
 
 
 def change(data, random):
@@ -128,6 +147,8 @@ def write_case(folder, seed):
     """The shard that belongs to a seed."""
     random = np.random.default_rng(seed)
     tar, parquet = shard(random)
+    if seed % 3 == 1:
+        tar += odd_tar(random)
     for _ in range(random.integers(1, 5)):
         chosen = random.random()
         if chosen < 0.3:
@@ -192,6 +213,24 @@ def run_cases(seeds):
     print(f"{dict(outcomes)}; slowest {slowest:.2f} s; memory grew by {grown_MiB:.0f} MiB")
     assert grown_MiB < MEMORY_GROWTH_MIB
     return outcomes
+
+
+@pytest.mark.parametrize("seeds", [range(150), pytest.param(range(150, 10_300), marks=pytest.mark.all)], ids=len)
+def test_index_and_stream_use_the_same_samples_of_damaged_shards(tmp_path, seeds):
+    """But for samples whose members do not follow one another, and for what only a look at the image shows."""
+    for seed in seeds:
+        write_case(tmp_path, seed)
+        (tmp_path / "00000.parquet").unlink(missing_ok=True)
+        images, bad = of_index(tmp_path / "00000.tar")
+        streamed, streamed_bad = of_stream(tmp_path / "00000.tar")
+        later = {name.rpartition("00000.tar:")[2] for name, reason in streamed_bad if is_of_streams(reason)}
+        assert streamed == {key: images[key] for key in streamed}, seed
+        assert {printable(key) for key in images.keys() - streamed.keys()} <= later, seed
+        assert later or len(bad) == len(streamed_bad), seed
+
+
+def is_of_streams(reason):
+    return reason == CAME_BEFORE or "Error: " in reason
 
 
 def test_damaged_shards_end_clearly():

@@ -62,6 +62,7 @@ class Part:
         warnings: sentences for the user; the source's name is put before them.
         without_image: samples that have no image.
         strange_extensions: what those samples have, with counts.
+        further_images: images of samples that are not used, such as masks, by extension.
         other_captions: images that have a caption file, but with another extension than asked for, by extension.
         blank: keys of images whose caption file is blank, so that the next source of a caption counts.
         many_lines: keys of images whose captions have several lines.
@@ -76,6 +77,7 @@ class Part:
     warnings: list[str] = field(default_factory=list)
     without_image: int = 0
     strange_extensions: Counter[str] = field(default_factory=Counter)
+    further_images: Counter[str] = field(default_factory=Counter)
     other_captions: Counter[str] = field(default_factory=Counter)
     blank: list[str] = field(default_factory=list)
     many_lines: list[str] = field(default_factory=list)
@@ -102,7 +104,8 @@ class Summary:
         named_without_caption: keys of the first of those.
         blank, many_lines, unusable_profiles: how many keys Part has.
         named_blank, named_many_lines, named_unusable_profiles: the first of those.
-        bad, warnings, without_image, strange_extensions, other_captions, profiles: as in Part.
+        bad, warnings, without_image, strange_extensions, further_images, other_captions, profiles:
+            as in Part.
     """
 
     count: int
@@ -120,6 +123,7 @@ class Summary:
     warnings: list[str]
     without_image: int
     strange_extensions: dict[str, int]
+    further_images: dict[str, int]
     other_captions: dict[str, int]
 
     @classmethod
@@ -146,6 +150,7 @@ class Summary:
             part.warnings,
             part.without_image,
             dict(part.strange_extensions),
+            dict(part.further_images),
             dict(part.other_captions),
         )
 

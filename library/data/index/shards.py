@@ -1,44 +1,47 @@
-"""Rows of one LAION shard: a tar of KEY.jpg, KEY.json and KEY.txt, and the parquet file beside it."""
+"""Rows of one LAION shard: a tar of KEY.jpg, KEY.json and KEY.txt, and the files beside it."""
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from library.data.bad_samples import SampleError
 from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_text, check_characters, is_json_name
 from library.data.image_formats.file_bytes import FileBytes
 from library.data.image_header import MAX_BYTES, header, header_if_known
 from library.data.index.extras import extra_arrays, places_in_shard
-from library.data.index.rows import (
-    COMMON_CAPTION_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    CaptionKind,
-    Part,
-    TextPool,
-    printable,
-    row_array,
+from library.data.index.rows import COMMON_CAPTION_EXTENSIONS, CaptionKind, Part, TextPool, printable, row_array
+from library.data.index.shard_members import (
+    BEGINNING_BYTES,
+    CAME_BEFORE,
+    NO_KEY,
+    OF_ITS_OWN,
+    Group,
+    MemberName,
+    looks_like_image,
 )
+from library.data.index.sidecar import Facts, Sidecar, read_sidecar, stated_samples
 from library.data.index.sources import Source
 from library.data.index.tar_headers import Member, TornTarError, members
 
 
 @dataclass
-class _Sample:
-    """Members of one key, and whether the table's text was stored for it."""
+class _Scan:
+    """What the headers of a tar say.
 
-    image: Member | None = None
-    others: dict[str, Member] = field(default_factory=dict)  # by extension
-    images: int = 0
+    Attributes:
+        groups: by the part of the tar (one behind each end mark) and the key.
+        lost: (name, reason) of images that are in no group.
+        members: how many there are.
+        torn: why the tar ended early; "" if it did not.
+        cut: the key of the sample that it ended in, which may lack members.
+    """
 
-
-@dataclass(frozen=True)
-class _Facts:
-    """What sidecar or JSON say of a sample."""
-
-    width: int = 0
-    height: int = 0
-    caption: str | None = None
+    groups: dict[tuple[int, str], Group[Member]] = field(default_factory=dict)
+    lost: list[tuple[str, str]] = field(default_factory=list)
+    members: int = 0
+    torn: str = ""
+    cut: str = ""
 
 
 def scan_shard(source: Source) -> Part:
@@ -46,89 +49,128 @@ def scan_shard(source: Source) -> Part:
 
     The caption is the member with the source's caption extension, else the JSON member's "caption", else the parquet's,
     else the class words. The size is the parquet's, else the JSON's, else from the image's header, and always from
-    there if EXIF turns the image. A tar that is cut short gives its whole samples and a warning. What has no image, two
-    of them, not each extra image that the source wants, or a name that leads out of the tar, and what only the parquet
-    knows of, is bad.
+    there if EXIF turns the image. A tar that is cut short gives its whole samples and a warning. Every image that is
+    seen and not used is bad; what only the parquet knows of is, too, and a file that is no tar counts as what its
+    parquet or stats say, else as one.
 
     Raises:
         OSError: the shard cannot be opened.
     """
     fd = os.open(source.path, os.O_RDONLY)
     try:
-        samples, torn, cut = _samples(fd)
-        sidecar, warnings = _read_sidecar(source.path.with_suffix(".parquet"))
-        pool = TextPool()
-        part = Part(row_array([]), pool.array())
-        rows, places = [], []
-        for key, sample in samples.items():
-            if sample.image is None:
-                part.without_image += 1
-                part.strange_extensions.update(sample.others.keys())
-                part.bad.append((key, f"no image, only {' '.join(sorted(sample.others))}"))
-                continue
-            facts = sidecar.get(key.rpartition("/")[2])
-            try:
-                _check(key, sample)
-                extras = places_in_shard(source.extras, sample.others)
-                rows.append(_row(fd, key, sample.image, sample.others, facts, source, pool, part))
-                places.append(extras)
-            except SampleError as error:
-                part.bad.append((key, str(error)))
-                continue
-            part.other_captions.update(_other_caption_extensions(sample.others, source.caption_extension))
+        scan = _scan(fd)
+        groups = list(_samples(scan))
+        sidecar = read_sidecar(source.path.with_suffix(".parquet"))
+        facts, missing, warning = sidecar.of_keys([*(group.key for group in groups), *([scan.cut] if scan.cut else [])])
+        part = Part(row_array([]), TextPool().array(), bad=scan.lost)
+        _add_rows(fd, part, groups, facts, source)
     finally:
         os.close(fd)
-    if cut:
-        part.bad.append((cut, "its shard ends or is damaged within it"))
-    present = {key.rpartition("/")[2] for key in (*samples, cut)}
-    part.bad += [(key, "its shard's parquet has it, the tar does not") for key in sidecar if key not in present]
-    if torn:
-        warnings.append(f"{torn}; the {len(rows)} whole samples before that are used. Fetch this shard again.")
-    part.rows, part.text, part.warnings = row_array(rows), pool.array(), warnings
-    part.extras = extra_arrays(source.extras, places)
+    part.warnings = [*sidecar.warnings, *([warning] if warning else [])]
+    if scan.cut:
+        part.bad.append((scan.cut, "its shard ends or is damaged within it"))
+    elif scan.torn and scan.members:
+        part.bad.append(("", scan.torn))
+    part.bad += [(key, "its shard's parquet has it, the tar does not") for key in missing]
+    if scan.torn or not scan.members:
+        _add_unread(part, scan, sidecar, source)
     return part
 
 
-def _samples(fd: int) -> tuple[dict[str, _Sample], str, str]:
-    """Members by key (the base name up to its first dot, as in webdataset).
+def _add_rows(fd: int, part: Part, groups: list[Group[Member]], facts: dict[str, Facts], source: Source) -> None:
+    """Put the samples that can be used into the part's rows, and what cannot be into its bad ones."""
+    pool, rows, places = TextPool(), [], []
+    captions, extras = (source.caption_extension.lower(), ".json"), tuple(extra.name for extra in source.extras)
+    for group in groups:
+        try:
+            if problem := group.problem(captions, extras):
+                raise SampleError(problem)
+            image = group.members[group.image]
+            if not image.size:
+                raise SampleError("an image file without content")
+            if image.size > MAX_BYTES:
+                raise SampleError(f"an image file of {image.size} bytes, {MAX_BYTES} are the most")
+            own_places = places_in_shard(source.extras, group.members)
+            rows.append(_row(fd, group.key, image, group.members, facts.get(group.key), source, pool, part))
+            places.append(own_places)
+        except SampleError as error:
+            part.bad += [(name, str(error)) for name in group.lost()]
+            if not group.images:
+                part.without_image += 1
+                part.strange_extensions.update(group.extensions)
+            continue
+        own, others = group.unused_images(extras)
+        part.bad += [(f"{group.key}{extension}", OF_ITS_OWN) for extension in own]
+        part.further_images.update(others)
+        part.other_captions.update(_other_caption_extensions(group.members, source.caption_extension))
+    part.rows, part.text, part.extras = row_array(rows), pool.array(), extra_arrays(source.extras, places)
 
-    Then why the tar ended early, and the key of the sample that it ended in, which may lack members ("" if it did not).
-    """
-    samples: dict[str, _Sample] = {}
-    key = ""
+
+def _add_unread(part: Part, scan: _Scan, sidecar: Sidecar, source: Source) -> None:
+    """Count what a damaged tar, or a file that is none, should have had: by its stats where no parquet tells."""
+    stated = None if sidecar.known else stated_samples(source.path.with_name(f"{source.path.stem}_stats.json"))
+    reason = scan.torn or "it holds no file"
+    lacking = 0 if stated is None else stated - len(part.rows) - len(part.bad)
+    part.bad += [
+        (f"(sample {number + 1} of {lacking} that its stats file has besides)", reason) for number in range(lacking)
+    ]
+    if not scan.members and not scan.cut and not sidecar.known and stated is None:
+        part.bad.append(("", reason))
+    again = "" if scan.torn.startswith("it is") else " Fetch this shard again."
+    part.warnings.append(f"{reason}; the {len(part.rows)} whole samples before that are used.{again}")
+
+
+def _scan(fd: int) -> _Scan:
+    """Sort the members of a tar by their keys."""
+    scan, last = _Scan(), (0, "")
+    runs = 0  # of members of one key that follow one another
+    added_in: dict[tuple[int, str], int] = {}
+    again: dict[int, tuple[str, list[str]]] = {}
     try:
         for member in members(fd):
-            folder, _, name = member.name.removeprefix("./").rpartition("/")
-            base, _, extension = name.partition(".")
-            extension = printable(f".{extension.lower()}")
-            if not base or extension == ".":
+            scan.members += 1
+            name = MemberName.of(member.name)
+            if name is None:
+                if not member.odd and looks_like_image(os.pread(fd, min(member.size, BEGINNING_BYTES), member.offset)):
+                    scan.lost.append((printable(member.name), NO_KEY))
                 continue
-            # The folder belongs to the key, so that a/1.jpg and b/1.jpg stay two samples.
-            key = f"{folder}/{base}" if folder else base
-            sample = samples.setdefault(key, _Sample())
-            if extension in IMAGE_EXTENSIONS:
-                sample.image = member
-                sample.images += 1
+            at = (member.part, name.key)
+            runs, last = runs + (at != last), at
+            group = scan.groups.setdefault(at, Group(name.key, name.short_key))
+            if group.add(name.extension, member, member.odd):
+                added_in[at] = runs
+            elif added_in[at] == runs:
+                group.twice.append(name.extension)
             else:
-                sample.others[extension] = member
+                again.setdefault(runs, (name.key, []))[1].append(name.extension)
     except TornTarError as error:
-        samples.pop(key, None)
-        return samples, str(error), key
-    return samples, "", ""
+        scan.torn = str(error)
+        inside = MemberName.of(error.inside)
+        if inside is not None and inside.key != last[1]:
+            scan.cut = inside.key
+        elif not error.behind_end and scan.groups.pop(last, None) is not None:
+            scan.cut = last[1]
+    for key, extensions in again.values():
+        scan.lost += [(name, CAME_BEFORE) for name in Group(key, key, twice=extensions).lost()]
+    return scan
 
 
-def _check(key: str, sample: _Sample) -> None:
-    """What makes a sample bad before anything of it is read.
+def _samples(scan: _Scan) -> Iterator[Group[Member]]:
+    """The groups that are samples; what came before in the tar is noted as lost.
 
-    Raises:
-        SampleError: with the reason.
+    KEY.0.txt beside KEY.jpg is one more text of that sample: a group whose key has further dots and that has no image
+    is left out where the group of the short key has one.
     """
-    if key.startswith("/") or ".." in key.split("/"):
-        raise SampleError("its name in the tar leads out of the folder that it would be unpacked to")
-    if sample.images > 1:
-        raise SampleError(f"{sample.images} images of one name in the tar")
-    if sample.image is not None and sample.image.size > MAX_BYTES:
-        raise SampleError(f"an image file of {sample.image.size} bytes, {MAX_BYTES} are the most")
+    with_image = {at for at, group in scan.groups.items() if group.images}
+    seen: set[str] = set()
+    for (part, key), group in scan.groups.items():
+        if key != group.short_key and not group.images and (part, group.short_key) in with_image:
+            continue
+        if part and key in seen:
+            scan.lost += [(name, CAME_BEFORE) for name in group.lost()]
+            continue
+        seen.add(key)
+        yield group
 
 
 def _row(
@@ -136,7 +178,7 @@ def _row(
     key: str,
     image: Member,
     others: dict[str, Member],
-    facts: _Facts | None,
+    facts: Facts | None,
     source: Source,
     pool: TextPool,
     part: Part,
@@ -149,7 +191,7 @@ def _row(
     plain = None if is_json_name(source.caption_extension) else others.get(source.caption_extension.lower())
     caption_of_plain = _plain_caption(fd, plain)
     has_size = facts is not None and facts.width > 0 and facts.height > 0
-    json_facts = _Facts() if caption_of_plain and has_size else _read_json(fd, others.get(".json"))
+    json_facts = Facts() if caption_of_plain and has_size else _read_json(fd, others.get(".json"))
     if plain is not None and not caption_of_plain:
         part.blank.append(key)
     text = caption_of_plain or json_facts.caption or (facts.caption if facts is not None else None)
@@ -196,62 +238,17 @@ def _bytes_of(fd: int, image: Member) -> FileBytes:
     return FileBytes(lambda offset, count: os.pread(fd, count, image.offset + offset), image.size)
 
 
-def _read_json(fd: int, member: Member | None) -> _Facts:
+def _read_json(fd: int, member: Member | None) -> Facts:
     """Size and caption from a sample's JSON member; nothing from one that is missing or damaged."""
     if member is None or member.size > MAX_CAPTION_BYTES:
-        return _Facts()
+        return Facts()
     try:
         content = json.loads(os.pread(fd, member.size, member.offset))
     except (ValueError, RecursionError):  # ValueError: also of bytes that are not UTF-8
-        return _Facts()
+        return Facts()
     if not isinstance(content, dict):
-        return _Facts()
-    return _Facts(_pixels(content.get("width")), _pixels(content.get("height")), _caption(content.get("caption")))
-
-
-def _read_sidecar(path: Path) -> tuple[dict[str, _Facts], list[str]]:
-    """Facts by key from a shard's parquet file, successful rows only, and warnings; nothing where there is no file."""
-    if not path.is_file():
-        return {}, []
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        present = [name for name in ("key", "status", "width", "height", "caption") if name in file.schema_arrow.names]
-        table = file.read(columns=present)
-        columns = {name: table[name].to_pylist() for name in present}
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
-        reason = " ".join(str(error).split())
-        return {}, [f"its parquet file cannot be read ({reason}); sizes come from the shard itself."]
-    if "key" not in present:
-        return {}, ["its parquet file has no column 'key'; sizes come from the shard itself."]
-    nothing = [None] * table.num_rows
-    rows = zip(
-        columns["key"],
-        columns.get("status", ["success"] * table.num_rows),
-        columns.get("width", nothing),
-        columns.get("height", nothing),
-        columns.get("caption", nothing),
-        strict=True,
-    )
-    return {
-        str(key): _Facts(_pixels(width), _pixels(height), _caption(caption))
-        for key, status, width, height, caption in rows
-        if status == "success"
-    }, []
-
-
-def _pixels(value: object) -> int:
-    """A size that a file gives, 0 unless it is a sensible whole number."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, int) and 0 < value < 1 << 31 else 0
-
-
-def _caption(value: object) -> str | None:
-    """A caption that a file gives; None if there is none or it is empty."""
-    return value if isinstance(value, str) and value.strip() else None
+        return Facts()
+    return Facts.of(content)
 
 
 def _other_caption_extensions(others: dict[str, Member], caption_extension: str) -> list[str]:

@@ -18,7 +18,7 @@ from library.data.index.extras import (
 from library.data.index.folder_walk import Folder, is_image, passed_over, walk
 from library.data.index.metadata import read_metadata
 from library.data.index.rows import FACE_NUMBERS, IMAGE_EXTENSIONS, printable
-from library.data.index.tar_headers import looks_like_tar
+from library.data.index.tar_headers import looks_like_tar, other_kind
 from library.errors import InputError
 
 # A large folder is several sources, each with a share of the files by a hash of their stems: they are scanned in
@@ -83,7 +83,9 @@ class Source:
     extras: tuple[Extra, ...] = ()
 
     def name(self, key: str) -> str:
-        """What messages call its image of that key."""
+        """What messages call its image of that key; the shard itself without one."""
+        if not key:
+            return printable(str(self.path))
         return printable(f"{self.path}:{key}" if self.is_shard else str(self.path / key))
 
 
@@ -140,7 +142,8 @@ def find_sources(subset: Subset, number: int = 0) -> Found:
     )
     if data.is_file():
         if not looks_like_tar(data):
-            raise InputError(f"{subset} is a file, but not a tar. Name a folder of shards or images, or a tar.")
+            kind = f"it is {known}" if (known := other_kind(data)) else "there is no tar header at byte 0"
+            raise InputError(f"{subset} is a file, but not a tar: {kind}. Name a folder of shards or images, or a tar.")
         found = Found([_shard(plain, {path.name: path for path in (data, data.with_suffix(".parquet"))})])
     elif data.is_dir():
         found = _find_in_folder(subset, plain)

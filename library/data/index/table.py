@@ -24,7 +24,7 @@ from library.data.index.sources import Listed, Source, Subset, find_sources, ima
 from library.errors import InputError
 
 # The number is raised whenever a scan of unchanged data gives another table.
-_VERSION = [8, *ROW.descr]
+_VERSION = [9, *ROW.descr]
 
 Progress = Callable[[int, int], None]
 
@@ -227,6 +227,9 @@ def _check(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summar
             f"{without} samples in the shards have no image ({image_extensions()}), only "
             f"{', '.join(extension for extension, _ in strange)}; they are left out."
         )
+    if further := sum((Counter(summary.further_images) for summary in summaries), Counter()):
+        named = ", ".join(f"{count} {extension}" for extension, count in further.most_common(NAMED))
+        warnings.append(f"{further.total()} further images of samples in the shards are not used: {named}")
     if not sum(summary.count for summary in summaries):
         where = f"{len(sources)} shards and folders (images are {image_extensions()})"
         raise InputError(f"{subset}: 0 images found in {where}. {' '.join([*warnings, *said][:NAMED])}".rstrip())

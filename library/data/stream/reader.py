@@ -41,10 +41,16 @@ Prepare = Callable[[StreamSample, "Bucket", int, int, int], Sample]  # sample, b
 
 @dataclass(frozen=True)
 class Shard:
-    """An address, and the number of the subset that it belongs to."""
+    """A shard of the stream.
+
+    Attributes:
+        subset: number of the subset that it belongs to.
+        samples: how many it has, where a file beside it says so.
+    """
 
     address: str
     subset: int
+    samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -254,8 +260,10 @@ class StreamReader:
                 if sample.number < self._sample or not part.has(sample.number):
                     continue
                 self._sample = sample.number + 1
+                for name, reason in sample.beside:
+                    self._reject(name, reason)
                 if sample.bad:
-                    self._reject(sample.name, sample.bad)
+                    self._reject(sample.name, sample.bad, sample.lost)
                     continue
                 self._empty = 0
                 return self._item(self._part, part, sample)
@@ -272,9 +280,11 @@ class StreamReader:
                 number = sample.number + 1
                 yield sample
         except TornTarError as error:
-            self._reject(shown_address(shard.address), f"{error}; the {number} samples before are used")
+            lost = 1 if shard.samples is None else max(1, (shard.samples - number) // part.shares)
+            self._reject(shown_address(shard.address), f"{error}; the {number} samples before are used", lost)
         except ShardError as error:
-            lost = max(1, (self._usual - number) // part.shares)
+            usual = self._usual if shard.samples is None else shard.samples
+            lost = max(1, (usual - number) // part.shares)
             self._reject(shown_address(shard.address), f"given up after {number} samples: {error}", lost)
 
     def _item(self, number: int, part: Part, sample: StreamSample) -> _Item:

@@ -23,7 +23,7 @@ from library.data.order.buckets import BucketOptions, check_options, fit
 from library.data.sample.prepare import Place, Sample, Treatment, prepare_sample
 from library.data.stream.probe import probe
 from library.data.stream.reader import Bucket, Layout, Position, Shard, StreamReader
-from library.data.stream.sample_counts import sample_count
+from library.data.stream.sample_counts import sample_counts
 from library.data.stream.shard_samples import StreamSample, StreamSubset
 from library.errors import InputError
 from library.options.data import DataOptions, SubsetOptions
@@ -279,9 +279,10 @@ def prepare_stream(
             "--shuffle_window_shards is for data with an index; a stream mixes --stream_shuffle_buffer samples: leave "
             "it out"
         )
-    samples = sample_count([shard.address for shard in shards])
+    counts = sample_counts([shard.address for shard in shards])
+    samples = None if None in counts else sum(count for count in counts if count is not None) or None
     layout = Layout(
-        tuple(shards),
+        tuple(replace(shard, samples=count) for shard, count in zip(shards, counts, strict=True)),
         tuple(subsets),
         tuple(bucket_options),
         seed,

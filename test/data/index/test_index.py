@@ -214,7 +214,8 @@ class TestShards:
         make_tar(tmp_path / "0.tar", [("a.jpg", first), ("a.png", second), ("b.jpg", first), ("b.txt", b"b")])
         index = build(tmp_path)
         assert [index.key(row) for row in range(len(index))] == ["b"]
-        assert index.bad == ((f"{tmp_path}/0.tar:a", "2 images of one name in the tar"),)
+        reason = "2 images of one name in the tar"
+        assert index.bad == ((f"{tmp_path}/0.tar:a.jpg", reason), (f"{tmp_path}/0.tar:a.png", reason))
 
     def test_captions_and_images_of_absurd_size_are_left_out(self, tmp_path, make_tar, make_picture, monkeypatch):
         monkeypatch.setattr(shards_module, "MAX_BYTES", 50_000)
@@ -431,7 +432,7 @@ class TestErrors:
 
     def test_an_empty_shard(self, tmp_path):
         (tmp_path / "0.tar").touch()
-        with pytest.raises(InputError, match=r"0 images found.*0\.tar: it ends at byte 0"):
+        with pytest.raises(InputError, match=r"0 images found.*0\.tar: it is empty, it ends at byte 0"):
             build(tmp_path)
 
 

@@ -60,7 +60,9 @@ def test_members_are_those_that_tarfile_finds(tmp_path, format):
         tar.addfile(link)
     with tarfile.open(path) as tar:
         expected = [Member(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
-    assert walk(path) == expected
+    *found, linked = walk(path)
+    assert found == expected
+    assert (linked.name, linked.size, linked.odd) == ("link.jpg", 0, "a symbolic link to 000000001.jpg")
     assert looks_like_tar(path)
 
 
