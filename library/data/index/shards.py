@@ -116,6 +116,7 @@ def _add_unread(part: Part, scan: _Scan, sidecar: Sidecar, source: Source) -> No
     ]
     if not scan.members and not scan.cut and not sidecar.known and stated is None:
         part.bad.append(("", reason))
+        return
     again = "" if scan.torn.startswith("it is") else " Fetch this shard again."
     part.warnings.append(f"{reason}; the {len(part.rows)} whole samples before that are used.{again}")
 
