@@ -232,8 +232,19 @@ def test_index_and_stream_use_the_same_samples_of_damaged_shards(tmp_path, seeds
 
 def is_by_name(reason):
     """Whether a reason of a stream comes from the names and headers of members that follow one another."""
-    by_name = ("no image", "of one name", "leads out", "not followed", "has no key", "own caption", "it ends",
-               "tar header", "extended header", "is no number", "pax header", "sparse file")  # fmt: skip
+    by_name = (
+        *(
+            "no image",
+            "of one name",
+            "leads out",
+            "not followed",
+            "has no key",
+            "own caption",
+            "it ends at",
+            "it ends by",
+        ),
+        *("tar header", "extended header", "is no number", "pax header", "sparse file"),
+    )
     return any(phrase in reason for phrase in by_name)
 
 

@@ -7,6 +7,8 @@ table               the index: rows of all sources, memory-mapped
 extras              extra images of a sample by name, and where a source has them
 rows                one row an image, as scanning a source makes them
 shards              rows of one LAION shard: tar and parquet
+shard_members       which members of a tar make a sample, and what is wrong with such a group
+sidecar             what the parquet and the stats beside a shard say of its samples
 folders             rows of a folder of images with caption files
 metadata            what a metadata JSON (--in_json) says of images
 tar_headers         where a tar's members are, by one pass over its headers

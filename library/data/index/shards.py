@@ -66,7 +66,7 @@ def scan_shard(source: Source) -> Part:
         _add_rows(fd, part, groups, facts, source)
     finally:
         os.close(fd)
-    part.warnings = [*sidecar.warnings, *([warning] if warning else [])]
+    part.warnings += [*sidecar.warnings, *([warning] if warning else [])]
     if scan.cut:
         part.bad.append((scan.cut, "its shard ends or is damaged within it"))
     elif scan.torn and scan.members:

@@ -210,7 +210,7 @@ _BEGINNINGS = {
     b"7z\xbc\xaf": "a 7z archive; unpack it, and pack it as a tar",
     b"Rar!": "a rar archive; unpack it, and pack it as a tar",
     b"PAR1": "a parquet file",
-    b"version https://git-lfs": "a pointer of git-lfs, not the file; fetch it (git lfs pull)",
+    b"version https:" + b"//git-lfs": "a pointer of git-lfs, not the file; fetch it (git lfs pull)",
     b"<": "a page of HTML or XML, such as a server's error; fetch it again",
     b"{": "JSON, such as a server's error; fetch it again",
 }
