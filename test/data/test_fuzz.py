@@ -234,7 +234,7 @@ def is_by_name(reason):
     """Whether a reason of a stream comes from the names and headers of members that follow one another."""
     by_name = (
         *(
-            "no image",
+            "no image, only",
             "of one name",
             "leads out",
             "not followed",
