@@ -42,6 +42,15 @@ class Address:
             raise InputError(f"{flag} {self}: cannot be expanded ({error})") from error
 
 
+def user_path(text: str) -> Path:
+    """A path as a user writes it: a leading ~ is the home folder, also where no shell has replaced it (--flag=~/x)."""
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # there is no such home
+        return path
+
+
 def location(text: str) -> Path | Address:
     """Convert a command-line value: an `Address` if it is spelt as an address, else a path.
 
@@ -50,6 +59,6 @@ def location(text: str) -> Path | Address:
     """
     if _SCHEME.match(text):
         return Address(text)
-    path = Path(text)
+    path = user_path(text)
     looks_like_name = path.as_posix().count("/") == 1 and path.as_posix() != text
     return path.absolute() if looks_like_name else path

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import toml
 
-from library.address import Address
+from library.address import Address, user_path
 from library.redaction import redacted
 
 _CONTROL = re.compile(r"[\x00-\x1f]")  # no character of a path or name that anybody means
@@ -124,7 +124,7 @@ def _no_switch(text: str) -> Any:
 
 SWITCH = Kind(_no_switch, switch=True)
 TEXT = Kind(str, "TEXT", is_text=True)
-PATH = Kind(Path, "PATH", is_text=True, empty_is_unset=True)
+PATH = Kind(user_path, "PATH", is_text=True, empty_is_unset=True)
 TEXTS = Kind(str, "TEXT", is_text=True, many=True)
 
 

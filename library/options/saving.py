@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from library.address import user_path
 from library.options.flag import REQUIRED, OptionGroup, PathTo, flag
 
 SAVE_PRECISIONS = ("float", "fp16", "bf16")
@@ -55,4 +56,4 @@ class SavingOptions(OptionGroup):
         Args:
             model: a folder, file or hub name that the run starts from.
         """
-        return self.save_model_as or ("safetensors" if Path(model).is_file() else "diffusers_safetensors")
+        return self.save_model_as or ("safetensors" if user_path(model).is_file() else "diffusers_safetensors")

@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from accelerate import Accelerator
 
@@ -73,7 +74,8 @@ def finish(
         overflows=report.overflows,
         steps_not_updated=report.steps_not_updated,
     )
-    print(figures.block(), flush=True)
+    with suppress(OSError):  # of a terminal that is gone
+        print(figures.block(), flush=True)
     if options.logs.case_name:
         try:
             write_case_log(figures, options.saving.output_dir, options.logs.case_name, network_name)

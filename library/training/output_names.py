@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from library.address import user_path
 from library.errors import InputError
 from library.options.flag import RUN, Flags
 from library.options.saved_config import config_path
@@ -113,9 +114,11 @@ def _inputs(options: TrainingOptions) -> Iterator[_Input]:
     flags, data = Flags(type(options)).by_name, options.data
     for name, values in values_of(options).items():
         for value in values:
-            if name in _NO_INPUTS or not _is_path(name, value) or not os.path.lexists(value):
+            if name in _NO_INPUTS or not _is_path(name, value):
                 continue
-            path = Path(value)
+            path = user_path(str(value))
+            if not os.path.lexists(path):
+                continue
             if name == "config_file" and _identity(path) == _identity(config_path(options)):
                 continue  # written by an earlier run, and left as it is by this one
             said = f"--{name}"

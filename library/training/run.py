@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +72,7 @@ from library.training.state.run_lock import RunLock
 from library.training.state.states import Resumed, StateCadence, Stateful, States, take_up
 from library.training.state.writer import StateWriter
 from library.training.validation import Validator
+from library.training.written_names import written_names
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def run(
         if not options.run.dry_run:
             prepare_output(options)
             if not options.data.debug_dataset:
-                on_main_process(accelerator, partial(_take_folder, options.saving.output_dir, stack))
+                on_main_process(accelerator, partial(_take_folder, options, stack))
         resumed = resumed_state(options, accelerator)
         seed = _seed(options.run.seed, accelerator, resumed)
         surroundings = Surroundings(accelerator, seed, signals, beside.progress)
@@ -178,9 +178,13 @@ def run(
         accelerator.end_training()
 
 
-def _take_folder(output_dir: Path, stack: ExitStack) -> None:
+def _take_folder(options: TrainingOptions, stack: ExitStack) -> None:
     """Lock the output folder until the stack is closed, and clear what a killed run has left there."""
-    clear_left_behind(output_dir, stack.enter_context(RunLock(output_dir)))
+    output_dir = options.saving.output_dir
+    checkpoints = [written for written in written_names(options) if written.moved_aside]
+    clear_left_behind(
+        output_dir, stack.enter_context(RunLock(output_dir)), lambda name: any(one.has(name) for one in checkpoints)
+    )
 
 
 def _train(

@@ -278,3 +278,35 @@ def test_a_run_refuses_before_it_loads_and_leaves_all_as_it_was(train, tmp_path,
     assert train(out, AS_FOLDER, "--output_name=dogs", data=out / "dogs") == 2
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert f"error: --train_data_dir {out / 'dogs'} is {out / 'dogs'}, where this run" in capfd.readouterr().err
+
+
+def test_what_a_killed_run_was_writing_goes_and_the_checkpoint_that_it_replaced_comes_back(train, tmp_path, sdxl):
+    """Of this run's checkpoints; what is called alike, and is none of them, stays."""
+    out = tmp_path / "out"
+    out.mkdir()
+    save_model(sdxl, out / "last", "diffusers").rename(out / ".last.previous")
+    (out / ".at-step00000002.partial").mkdir()
+    (out / ".at-step00000002.partial" / "junk").touch()
+    for name in (".dogs.partial", ".at-step00000003.partial"):
+        (out / name).mkdir()
+    arguments = (AS_FOLDER, "--save_every_n_steps=2", "--max_train_steps=2", "--lr_warmup_steps=0")
+    assert train(out, *arguments, "--gradient_accumulation_steps=1") == 0
+    assert not (out / ".last.previous").exists() and not (out / ".at-step00000002.partial").exists()
+    assert (out / ".dogs.partial").is_dir() and (out / ".at-step00000003.partial").is_dir()
+    assert is_own_checkpoint(out / "abandoned" / "before-attempt-1" / "last")
+
+
+def test_a_tilde_that_no_shell_has_seen_is_the_home_folder(place, monkeypatch):
+    monkeypatch.setenv("HOME", str(place))
+    options = sdxl_pretrain.SCRIPT.options(
+        [
+            "--pretrained_model_name_or_path=~/base.safetensors", "--train_data_dir=~/data", "--output_dir=~/out",
+            "--logging_dir=~/logs", "--resolution=64", "--output_name=base",
+        ]
+    )  # fmt: skip
+    assert options.saving.output_dir == place / "out" and options.logs.logging_dir == place / "logs"
+    assert options.data.subsets[0].train_data_dir == place / "data"
+    (place / "base.safetensors").rename(place / "out" / "base.safetensors")
+    (place / "base.safetensors").symlink_to(place / "out" / "base.safetensors")
+    with pytest.raises(InputError, match=r"where this run writes the final checkpoint"):
+        check_written_names(options)

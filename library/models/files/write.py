@@ -54,7 +54,7 @@ def save_model(
     """
     form = save_as or "safetensors"
     dtype = dtype or torch.float32
-    base = Path(path_without_suffix).expanduser()
+    base = Path(path_without_suffix)
     check_space(base.parent, f"the checkpoint {base.name}", saved_bytes(model, dtype))
     entries = {**(metadata or {}), **single_file.remembered(model), MARK: MARK_VALUE}
     if form in ("safetensors", "ckpt"):

@@ -4,7 +4,8 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,10 @@ class MetricsWriter:
         self._lines.add([json.dumps({**asdict(metrics), "run": self.run_id})])
         if self._board is not None:
             self._board.add(_scalars(metrics), metrics.step)
+        self._on_screen(lambda: self._advance(metrics))
+
+    def _advance(self, metrics: StepMetrics) -> None:
+        """Show the step in the bar."""
         shown = {"loss": metrics.loss, "avr_loss": metrics.average_loss, "img/s": metrics.images_per_second}
         if metrics.quarantined:
             shown["replaced"] = metrics.quarantined
@@ -160,7 +165,7 @@ class MetricsWriter:
     def write_text(self, line: str) -> None:
         """Print a line above the bar."""
         if self.main:
-            self.bar.write(line)
+            self._on_screen(lambda: self.bar.write(line))
 
     def sync(self) -> None:
         """Make what was written durable: a state that follows should not know of more steps than the file does."""
@@ -170,10 +175,15 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
         if self.main:
-            self.bar.close()
+            self._on_screen(self.bar.close)
             self._lines.close()
             if self._board is not None:
                 self._board.close()
+
+    def _on_screen(self, show: Callable[[], object]) -> None:
+        """Show something. A terminal that is gone, or a full disk under the file that takes the output, ends no run."""
+        with suppress(OSError):
+            show()
 
 
 def _scalars(metrics: StepMetrics) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from library.atomic_write import put_away, remove, remove_folder
@@ -15,7 +15,7 @@ from library.training.state.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
-_LEFT_BEHIND = re.compile(r"\.(?P<name>.+-state)\.(?P<what>partial\d+|previous|removed)")
+_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(?P<what>partial\d*|previous|removed)")
 
 
 def newest_valid(output_dir: Path, output_name: str | None) -> Path | None:
@@ -74,21 +74,26 @@ def remove_state(folder: Path) -> None:
         logger.warning("%s: not removed: it holds what no run has written, or its manifest is damaged", folder)
 
 
-def clear_left_behind(output_dir: Path, lock: RunLock) -> None:
+def clear_left_behind(
+    output_dir: Path, lock: RunLock, is_checkpoint: Callable[[str], bool] = lambda name: False
+) -> None:
     """Delete what a killed run was writing or deleting, and put back what it had moved aside to replace.
 
     The lock is the proof that no living run writes here. Before any rank writes a state: call it on rank 0, then let
     the others go on.
+
+    Args:
+        is_checkpoint: whether a name is one of the run's checkpoints, which are looked at as its states are.
     """
     if lock.output_dir != output_dir:
         raise ValueError(f"the lock is on {lock.output_dir}, not on {output_dir}")
     for name in _entries(output_dir):
         left = _LEFT_BEHIND.fullmatch(name)
-        if left is None:
+        if left is None or not (left["name"].endswith(STATE_SUFFIX) or is_checkpoint(left["name"])):
             continue
         target = output_dir / left["name"]
         if left["what"] == "previous" and not target.exists():
-            logger.warning("%s: a run was killed while it replaced this state; the earlier one is back", target)
+            logger.warning("%s: a run was killed while it replaced this; the earlier one is back", target)
             (output_dir / name).rename(target)
         elif left["what"] == "previous":
             put_away(output_dir / name, target)

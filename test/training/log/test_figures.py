@@ -170,3 +170,16 @@ def test_tensorboard_that_fails_ends_no_run_and_is_tried_again(tmp_path, monkeyp
     events = EventAccumulator(str(folder))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 4]
+
+
+def test_a_terminal_that_is_gone_ends_no_run(tmp_path, monkeypatch):
+    def gone(*arguments, **more):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    writer = MetricsWriter(tmp_path, None, total_steps=2)
+    for name in ("update", "write", "close", "set_postfix"):
+        monkeypatch.setattr(writer.bar, name, gone)
+    writer.write_text("a sample was replaced")
+    writer.write(step_metrics(1, 0.5))
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
