@@ -18,6 +18,7 @@ from library.options.refused import REFUSED  # noqa: E402
 from library.script import Script  # noqa: E402
 
 PAGES = ROOT / "docs" / "flags"
+_HEAD = "# Flags of "  # how every page begins, so that none that somebody else has put there is removed
 
 
 def scripts() -> list[Script]:
@@ -35,7 +36,7 @@ def page(script: Script) -> str:
     """The page of a script's flags: by section of --help, by level of a --dataset_config, and those refused."""
     summary = (script.doc or "").partition("\n")[0]
     lines = [
-        f"# Flags of {script.name}",
+        f"{_HEAD}{script.name}",
         "",
         summary,
         "",
@@ -110,7 +111,7 @@ def main() -> None:
     for path, text in pages.items():
         path.write_text(text, encoding="utf-8")
     for path in PAGES.glob("*.md"):
-        if path not in pages:
+        if path not in pages and path.read_text(encoding="utf-8").startswith(_HEAD):
             path.unlink()
 
 

@@ -112,3 +112,15 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert (tmp_path / "a/00000.tar").read_bytes() != (tmp_path / "c/00000.tar").read_bytes()
+
+
+def test_a_tool_writes_over_what_it_wrote_and_not_over_the_users(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "data"
+    for _ in range(2):
+        assert main([f"--out={out}", "--images=4"]) == 0
+    before = (out / "00000.tar").read_bytes()
+    (out / "00001.tar").write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        main([f"--out={out}", "--images=4", "--seed=2"])
+    assert "holds what this tool has not written" in capsys.readouterr().err
+    assert (out / "00000.tar").read_bytes() == before and (out / "00001.tar").read_bytes() == b"mine"

@@ -22,6 +22,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from library.keyed_random import Stream, generator
+from tools.demo.own_out import write_out
 from tools.demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -173,8 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=2400, help="training pictures (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     args = parser.parse_args(argv)
-    expected = write_data(args.out, args.seed, args.images)
-    print(f"{args.images} pictures and {len(expected['prompts'])} held-out prompts in {args.out}")
+    write_out(parser, args.out, lambda: write_data(args.out, args.seed, args.images))
+    print(f"{args.images} pictures and {len(held_out_scenes(args.seed))} held-out prompts in {args.out}")
     return 0
 
 

@@ -27,6 +27,7 @@ from library.families import SDXL
 from library.keyed_random import Stream, generator
 from tools.demo.fit_vae import load_vae
 from tools.demo.make_tokenizer import write_tokenizer
+from tools.demo.own_out import write_out
 from tools.demo.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES
 
 HEAD_CHANNELS = 64
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder of the model")
     parser.add_argument("--seed", type=int, default=1, help="of the fresh weights (%(default)s)")
     args = parser.parse_args(argv)
-    write_model(args.out, args.seed)
+    write_out(parser, args.out, lambda: write_model(args.out, args.seed))
     print(f"model in {args.out}")
     return 0
 
