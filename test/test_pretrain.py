@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sdxl_pretrain
@@ -21,12 +22,14 @@ from library.families import SDXL
 from library.models.files.read import load_model
 from library.models.text import Tokens
 from library.training import build
+from library.training.engine.sharding import Replicated
 from library.training.task import Task
 
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220), "green": (40, 180, 70)}
 
 
 PARTS = {
+    "U-Net": lambda model: model.unet,
     "VAE": lambda model: model.vae,
     "text encoder 1": lambda model: model.text_encoders[0],
     "text encoder 2": lambda model: model.text_encoders[1],
@@ -233,19 +236,51 @@ def test_numbers_of_two_moments_compare(train, tmp_path):
     assert numbers[0] == numbers[1]
 
 
+ENCODER_1_ALONE = (
+    "--learning_rate=0", "--train_text_encoder", "--learning_rate_te1=1e-3", "--learning_rate_te2=0",
+)  # fmt: skip
+
+
+def test_what_rate_0_freezes_has_no_gradient_and_no_state(train, monkeypatch):
+    """The norm that is clipped is that of what trains."""
+    norms = []
+    real = Replicated.clip
+
+    def clip(self, max_norm):
+        assert self.bare_module.unet.out[2].weight.grad is None
+        gradients = [one.grad for one in self.bare_module.trained_encoders[0] if one.grad is not None]
+        norms.append(torch.stack([one.norm() for one in gradients]).norm().item())
+        return real(self, max_norm)
+
+    monkeypatch.setattr(Replicated, "clip", clip)
+    state = ("--save_state_on_train_end", "--gradient_checkpointing")
+    status, folder, printed = train("--train_batch_size=2", "--max_train_steps=2", *ENCODER_1_ALONE, *state, out="te")
+    assert status == 0, printed
+    found = metrics(folder)
+    assert [line["grad_norm"] for line in found] == pytest.approx(norms, rel=1e-5)
+    assert [list(line["lr"]) for line in found] == [["text_encoder1"]] * 2
+    with safe_open(folder / "last-state" / "rank00000-of-00001.training.safetensors", "pt") as saved:
+        assert not [name for name in saved.keys() if "unet" in name]  # noqa: SIM118
+    estimated = [line for line in printed.splitlines() if "number of trainable parameters" in line]
+    assert len(estimated) == 1 and "train unet" not in printed
+
+
 def test_what_is_asked_to_train_trains_and_nothing_else_does(train, tiny_sdxl_folder):
     before = load_model(str(tiny_sdxl_folder), SDXL)
     common = ("--train_batch_size=2", "--max_train_steps=2", "--save_model_as=diffusers_safetensors")
-    for out, arguments, te1_trains, te2_trains in (
-        ("unet", (), False, False),
-        ("both", ("--train_text_encoder", "--learning_rate_te1=1e-3"), True, True),
-        ("second", ("--train_text_encoder", "--learning_rate_te1=0"), False, True),
+    for out, arguments, unet_trains, te1_trains, te2_trains in (
+        ("unet", (), True, False, False),
+        ("both", ("--train_text_encoder", "--learning_rate_te1=1e-3"), True, True, True),
+        ("second", ("--train_text_encoder", "--learning_rate_te1=0"), True, False, True),
+        ("first alone", ENCODER_1_ALONE, False, True, False),
     ):
         status, folder, printed = train(*common, *arguments, out=out)
         assert status == 0, printed
         after = load_model(str(folder / "last"), SDXL)
-        assert not torch.equal(after.unet.out[2].weight, before.unet.out[2].weight)
-        for part, trains in (("text encoder 1", te1_trains), ("text encoder 2", te2_trains), ("VAE", False)):
+        parts = (("U-Net", unet_trains), ("text encoder 1", te1_trains), ("text encoder 2", te2_trains), ("VAE", False))
+        frozen = [f"the {part}" if part == "U-Net" else part for part, trains in parts[:3] if not trains]
+        assert (f"frozen: {', '.join(frozen)}" if frozen else "checkpoints as") in printed
+        for part, trains in parts:
             old, new = PARTS[part](before).state_dict(), PARTS[part](after).state_dict()
             assert all(torch.equal(old[key], new[key]) for key in old) != trains, (out, part)
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from library.training import preview
 from library.training.state.resume import log_changed_options, versions
 from library.training.task import Task
 from test.conftest import STEPS
@@ -76,6 +78,34 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(train, undisturbed, shown
         for folder in (out / "last-state", undisturbed / state_of(STEPS))
     ]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_pictures_that_a_signal_has_cut_off_are_drawn_when_the_run_goes_on(train, tmp_path, monkeypatch):
+    """Pixel by pixel those of a run that was left alone; what is drawn already is not drawn again."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red photo --w 32 --h 32 --s 2 --l 1\n" * 3)
+    flags = (f"--sample_prompts={prompts}", "--sample_every_n_steps=3", "--save_state_every_n_steps=3")
+    assert train(tmp_path / "whole", *flags) == 0
+    out, real = tmp_path / "out", preview.write_file
+
+    def stop(path, write):
+        real(path, write)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preview, "write_file", stop)
+        assert train(out, *flags) == 143
+    first = {path: path.stat().st_mtime_ns for path in (out / "sample").iterdir()}
+    assert [path.name.split("_", 1)[1] for path in first] == ["000003_00.png"]
+    assert train(out, *flags, "--resume=auto") == 0
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    found, expected = (
+        {path.name.split("_", 1)[1]: path.read_bytes() for path in (folder / "sample").iterdir()}
+        for folder in (out, tmp_path / "whole")
+    )
+    assert len(list((out / "sample").iterdir())) == len(expected) == 6
+    assert found == expected
+    assert_same_weights(out, tmp_path / "whole")
 
 
 def test_adafactor_in_backward_goes_on_as_if_it_had_not_stopped(train, tmp_path):

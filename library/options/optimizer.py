@@ -52,7 +52,7 @@ class OptimizerOptions(OptionGroup):
         "(default: none, or oss with --optimizer_type=oss)",
         choices=SHARDINGS,
     )
-    learning_rate: float = flag(2e-6, "of the U-Net", least=0)
+    learning_rate: float = flag(2e-6, "of the U-Net; 0: not trained", least=0)
     lr_scheduler: str = flag("constant", "how the learning rates change over the run", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = flag(0, "steps of linear warm-up; not for constant", least=0)
     lr_scheduler_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
@@ -71,6 +71,11 @@ class OptimizerOptions(OptionGroup):
             yield f"--lr_warmup_steps={warmup} has no effect with --lr_scheduler=constant; use constant_with_warmup"
         if options.run.max_train_epochs is None and warmup > steps:
             yield warmup_too_long(warmup, steps)
+        if options.precision.full_bf16 and not self.block_rates and not self.learning_rate:
+            yield (
+                "--full_bf16 rounds the U-Net to bf16, also where --learning_rate=0 freezes it, and checkpoints would "
+                "have it rounded; leave one of the two out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +100,9 @@ class BlockRateOptimizerOptions(OptimizerOptions):
     def check(self, options: "TrainingOptions") -> Iterator[str]:
         """Say where all rates are 0, or frozen blocks would be rounded, besides what any optimizer says."""
         yield from super().check(options)
-        if self.block_rates and not any(self.block_rates):
-            yield "--block_lr: all rates are 0, so nothing of the U-Net trains; leave it out, or raise one"
+        encoders = options.text_encoders.rates(self.learning_rate)
+        if self.block_rates and not any(self.block_rates) and not any(encoders):
+            yield "--block_lr: all rates are 0, and no text encoder trains: nothing is learned; raise one"
         if options.precision.full_bf16 and not all(self.block_rates):
             yield (
                 "--full_bf16 rounds all of the U-Net to bf16, also the blocks that --block_lr freezes by a rate of 0, "

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from library.diffusion.schedule import NoiseSchedule, Prediction
@@ -83,6 +84,16 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     heads = {name: tensor.detach().flatten()[:_NUMBERS_READ] for name, tensor in tensors.items()}
     parts = (f"{name} {head.float().cpu().tolist()}".encode() for name, head in sorted(heads.items()))
     return short_digest(*parts)
+
+
+def bits_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of the names and of the sum of each tensor's bits as whole numbers: exact, and told by any one bit."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = (
+        f"{name} {tensor.detach().cpu().contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64)}"
+        for name, tensor in sorted(tensors.items())
+    )
+    return short_digest(*(text.encode() for text in sums))
 
 
 def changed(saved: Mapping[str, Any], now: Identity) -> list[str]:

@@ -5,6 +5,7 @@ samples, noise and timesteps follow from them, so a step repeated after an overf
 was stopped goes on as if it had not been.
 """
 
+import itertools
 import logging
 import math
 import time
@@ -46,7 +47,7 @@ from library.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
-MAX_OVERFLOWS = 40  # repeats of one step: the loss scale falls by 2**40, below any that could help
+LOWEST_SCALE = 2.0**-10  # of the loss: where a step's gradients overflow fp16 even so, no scale helps
 STATE_AGAIN_S = (1.0, 4.0, 10.0)  # before each further try of the state that a run ends with
 MAX_NOT_FINITE = 3  # steps running whose loss is not finite
 
@@ -78,10 +79,12 @@ class Counters:
     not_updated: int = 0  # steps
     not_finite_running: int = 0  # steps that were the last ones
     quarantined: int = 0  # samples, over all processes
+    pictures: list[str] = field(default_factory=list)  # positions of those that are due at this step and not drawn yet
+    saved_at: float = 0.0  # the clock's time when the state was saved that the run has gone on from
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**vars(self), "average": self.average.values}
+        return {**vars(self), "average": self.average.values, "saved_at": time.time()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting."""
@@ -89,6 +92,7 @@ class Counters:
             self.average.add(loss)
         self.overflows, self.not_updated = state["overflows"], state["not_updated"]
         self.not_finite_running, self.quarantined = state["not_finite_running"], state["quarantined"]
+        self.pictures, self.saved_at = list(state["pictures"]), state["saved_at"]
 
 
 @dataclass(frozen=True)
@@ -176,13 +180,14 @@ class Trainer:
             batches: this process's micro-batches from there on, `accumulation` a step, in the order of the plan.
 
         Raises:
-            TrainingError: the loss is not finite three steps running, no loss scale avoids overflow, or too many
-                samples are bad.
+            TrainingError: loss or gradients are not finite three steps running, or too many samples are bad.
             Stopped: by SIGTERM or SIGINT on any process, once a training state is durable.
         """
         self.quarantine.begin(self.start_step, self.options.left_out)
         if self.options.preview_at_first and not self.start_step:
             self._preview(["000000"], 0)
+        if self.counters.pictures:  # a signal has cut them off, or the run has ended in mid-work
+            self._preview(self.counters.pictures, self.start_step)
         for step in range(self.start_step, self.options.max_train_steps):
             self.progress.at(step, READING)
             began = time.perf_counter()
@@ -206,10 +211,14 @@ class Trainer:
         )
 
     def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
-        """One optimizer step over the micro-batches; after an fp16 overflow the same again at a smaller loss scale."""
+        """One optimizer step over the micro-batches; after an fp16 overflow the same again at a smaller loss scale.
+
+        Where no scale helps, the weights are left alone, and the next step begins with the scale that this one had.
+        """
         lr = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
-        asked = Requests()
-        for overflows in range(MAX_OVERFLOWS):
+        asked, scaler = Requests(), self.accelerator.scaler
+        scale = None if scaler is None else scaler.get_scale()
+        for overflows in itertools.count():
             total = self._forward_backward(batches)
             numbers = self._numbers(batches, total, self.parallel.clip(self.options.max_grad_norm))
             asked |= numbers.requests
@@ -218,15 +227,13 @@ class Trainer:
                 self._leave_weights_alone()
                 return StepResult(replace(numbers, grad_norm=math.nan), overflows, False, lr)
             self.parallel.check_norm(numbers.grad_norm)
-            if self.accelerator.scaler is None and not math.isfinite(numbers.grad_norm):
-                self._leave_weights_alone()
+            hopeless = scaler is None or scaler.get_scale() <= LOWEST_SCALE
+            if hopeless and not math.isfinite(numbers.grad_norm):
+                self._leave_weights_alone(scale)
                 return StepResult(numbers, overflows, False, lr)
             if self._update():
                 return StepResult(numbers, overflows, True, lr)
-        raise TrainingError(
-            f"the gradients of one step overflow fp16 at every loss scale, after {MAX_OVERFLOWS} halvings; "
-            f"train with --mixed_precision=bf16 or no. Samples: {self._names(batches)}"
-        )
+        raise AssertionError("unreachable")
 
     def _forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Add the gradients of all micro-batches; returns their mean loss, of this process."""
@@ -248,12 +255,16 @@ class Trainer:
         )
         return StepNumbers(losses / self.accelerator.num_processes, norm, int(everywhere), Requests.of_counts(counts))
 
-    def _leave_weights_alone(self) -> None:
-        """Forget the gradients."""
+    def _leave_weights_alone(self, scale: float | None = None) -> None:
+        """Forget the gradients.
+
+        Args:
+            scale: of the loss, that the next step begins with; None: as it is.
+        """
         self.parallel.zero_grad()
         scaler = self.accelerator.scaler
-        if scaler is not None:  # it has seen these gradients: have it forget them, too, with the scale as it is
-            scaler.update(scaler.get_scale())
+        if scaler is not None:  # it has seen these gradients: have it forget them, too
+            scaler.update(scaler.get_scale() if scale is None else scale)
 
     def _update(self) -> bool:
         """Step optimizer and schedule; False if an overflow skipped both (then the loss scale has fallen)."""
@@ -299,6 +310,8 @@ class Trainer:
             return
         self.counters.not_finite_running += 1
         what = "loss" if not math.isfinite(result.loss) else "gradient"
+        if what == "gradient" and self.accelerator.scaler is not None:
+            what = f"gradient at any loss scale down to 2^{math.log2(LOWEST_SCALE):.0f}"
         names = self._names(batches)
         if self.counters.not_finite_running < MAX_NOT_FINITE:
             self.writer.write_text(f"step {step + 1}: {what} not finite, weights left alone; samples: {names}")
@@ -328,6 +341,7 @@ class Trainer:
             took_long |= self.validator.run_if_due(
                 self.parallel.module, steps_done, epoch, ends, self.counters.average.value
             )
+        previews = self.counters.pictures = list(self.options.previews_due(steps_done, epochs_done))
         checkpoints = self.options.checkpoints_due(steps_done, epochs_done)
         for stem in checkpoints:
             if self.states.cadence.with_checkpoints:
@@ -335,8 +349,8 @@ class Trainer:
             self.save(stem)
         if requests.save or requests.stop_signal or self.states.step_is_due(steps_done):
             self.save_state(steps_done)  # before pictures, which must not cost it
-        previews = () if requests.stop_signal else self.options.previews_due(steps_done, epochs_done)
-        self._preview(previews, steps_done)
+        if not requests.stop_signal:  # the states that are saved know of pictures that are due
+            self._preview(previews, steps_done)
         if took_long or checkpoints or previews:
             asked = self._agreed()
             if asked.save or asked.stop_signal:
@@ -426,8 +440,8 @@ class Trainer:
         ):
             if self.accelerator.is_main_process:
                 self.progress.phase = SAMPLING
-                for position in positions:
-                    self._sample(position, step, module)
+                if all(self._sample(position, step, module) for position in positions):
+                    self.counters.pictures = []
 
     @contextmanager
     def _others_waiting(self) -> Iterator[None]:
@@ -436,15 +450,16 @@ class Trainer:
             yield
             self.progress.phase = WAITING
 
-    def _sample(self, position: str, step: int, module: torch.nn.Module) -> None:
-        """Sample pictures; whatever goes wrong with them costs pictures alone."""
+    def _sample(self, position: str, step: int, module: torch.nn.Module) -> bool:
+        """Sample pictures; whatever goes wrong with them costs pictures alone. False where a signal cuts them off."""
         try:
-            self.task.preview(position, step, module)
+            self.task.preview(position, step, module, self.counters.saved_at)
         except Stopped:
-            return  # the signal is still there for all to agree on
+            return False  # the signal is still there for all to agree on
         except Exception as error:
             expected = isinstance(error, (OSError, InputError))
             logger.warning("sample pictures after step %d: %s; training goes on", step, error, exc_info=not expected)
+        return True
 
     def _wait_for_others(self) -> None:
         self.progress.phase = WAITING

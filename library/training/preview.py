@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H W latent rows and columns, T text tokens, V vector conditions.
 """
 
+import glob
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +28,8 @@ from library.models.vae import latent_shape
 from library.options.prompts import SamplePrompt
 from library.training.encoders import Encoders
 from library.training.state.names import SAMPLE_FOLDER, sample_name
+
+_TIME = "%Y%m%d%H%M%S"  # in the names of pictures
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,26 @@ class Previewer:
                 ) from error
 
     @torch.no_grad()
-    def run(self, module: Any, encoders: Encoders, device: torch.device, position: str, step: int) -> list[Path]:
+    def run(
+        self, module: Any, encoders: Encoders, device: torch.device, position: str, step: int, since: float = 0.0
+    ) -> list[Path]:
         """Sample every prompt and write its picture.
 
         Args:
             module: the denoiser with the weights to sample with.
             position: 'e000020' or '000500', for the file names.
             step: steps done.
+            since: a run that goes on gives the time of its state: pictures of this position that are younger are left
+                out. 0: all are drawn.
         """
         from PIL import Image
 
         folder = self.output_dir / SAMPLE_FOLDER
-        now = time.strftime("%Y%m%d%H%M%S")
+        now = time.strftime(_TIME)
         paths = []
         for index, prompt in enumerate(self.prompts):
+            if since and self._is_there(position, index, prompt, since):
+                continue
             sampler = self._sampler(prompt)
             sampler.set_timesteps(prompt.sample_steps, device=device)
             shape_CHW = latent_shape(encoders.vae, prompt.height, prompt.width)
@@ -90,6 +99,12 @@ class Previewer:
             write_file(path, partial(Image.fromarray(image_HWC).save, format="PNG"))
             paths.append(path)
         return paths
+
+    def _is_there(self, position: str, index: int, prompt: SamplePrompt, since: float) -> bool:
+        """Whether a prompt's picture of this position has been drawn after a time."""
+        run, any_time = glob.escape(self.output_name or ""), "?" * len(time.strftime(_TIME))
+        found = (self.output_dir / SAMPLE_FOLDER).glob(sample_name(run, any_time, position, index, prompt.seed))
+        return any(path.stat().st_mtime >= since for path in found)
 
     def _sampler(self, prompt: SamplePrompt) -> Any:
         return make_sampler(prompt.sample_sampler or self.default_sampler, self.schedule, self.prediction)

@@ -52,6 +52,7 @@ from library.training.loop import Counters, RunReport, Trainer
 from library.training.output_folder import check_room, finish, prepare_output
 from library.training.ranks.agreement import check_agreement, describe_run
 from library.training.ranks.main_process import on_main_process
+from library.training.ranks.rank_failure import together
 from library.training.ranks.rank_watch import Progress, companions
 from library.training.rules import check_options_here, check_without_epochs
 from library.training.state.branch import start_branch
@@ -63,6 +64,7 @@ from library.training.state.resume import (
     check_identity,
     check_parameters,
     check_resumed,
+    check_taken_up,
     files_in_use,
     resumed_state,
     versions,
@@ -227,8 +229,11 @@ def _train(
     if hasattr(recipe, "state_dict"):  # what a recipe keeps besides what trains; most keep nothing
         objects["recipe"] = recipe
     if resumed is not None:
-        take_up(resumed.state, parallel, objects)
+        with together(accelerator):
+            take_up(resumed.state, parallel, objects)
         resumed.let_go()
+        if parallel.weights_are_whole:
+            check_taken_up(accelerator, parallel.named)
     lineage = on_main_process(
         accelerator,
         lambda: start_branch(

@@ -58,11 +58,15 @@ class Task:
         return self._recipe.save(stem, module)
 
     @torch.no_grad()
-    def preview(self, position: str, step: int, module: nn.Module) -> None:
-        """Sample the preview prompts with the weights as they are. Called on the main process."""
+    def preview(self, position: str, step: int, module: nn.Module, since: float = 0.0) -> None:
+        """Sample the preview prompts with the weights as they are. Called on the main process.
+
+        Args:
+            since: pictures that have been there since this time of the clock are not drawn again.
+        """
         if self._previewer is not None:
             logger.info("drawing %d sample pictures after step %d", len(self._previewer.prompts), step)
-            self._previewer.run(module, self._encoders, self._device, position, step)
+            self._previewer.run(module, self._encoders, self._device, position, step, since)
 
     def _predict(self, module: Any, batch: MicroBatch) -> Predict:
         """The recipe's prediction under the batch's conditions."""

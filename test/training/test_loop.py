@@ -54,7 +54,7 @@ class Regression:
         self.saved.append(stem)
         return stem
 
-    def preview(self, position, step, module):
+    def preview(self, position, step, module, since=0.0):
         self.previews.append((position, step))
 
 
@@ -161,14 +161,36 @@ def test_half_precision_follows_fp32_and_clips_the_true_gradient(tmp_path, preci
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.05)
 
 
-def test_gradients_that_overflow_at_every_scale_stop_the_run_and_name_the_samples(tmp_path):
-    class Broken(Regression):
-        def loss(self, module, batch):
-            loss = super().loss(module, batch)
-            return NaNGradient.apply(loss)
+class BrokenIn(Regression):
+    """Steps whose gradients are not finite, at whatever scale."""
 
-    with pytest.raises(TrainingError, match=r"overflow fp16 at every loss scale.*0-0, 0-1"):
-        train(tmp_path, Broken(), precision="fp16")
+    def __init__(self, *steps):
+        super().__init__()
+        self.steps, self.weights = steps, {}
+
+    def loss(self, module, batch):
+        self.weights[batch.step] = module.weight.detach().clone()
+        loss = super().loss(module, batch)
+        return NaNGradient.apply(loss) if batch.step in self.steps else loss
+
+
+def test_a_batch_whose_gradients_overflow_at_every_scale_is_named_and_passed_over(tmp_path, capsys):
+    """It moves nothing, the schedule neither, and leaves the loss scale as the next step's."""
+    task = BrokenIn(3)
+    _, report, metrics = train(tmp_path, task, precision="fp16", steps=9)
+    assert report.steps_not_updated == 1 and [line["updated"] for line in metrics].index(False) == 3
+    assert report.overflows == metrics[3]["overflows"] == 26  # from 2^16 to 2^-10
+    assert task.losses_asked.count(3) == 27
+    assert metrics[3]["loss_scale"] == metrics[4]["loss_scale"] == 2.0**16
+    assert metrics[3]["lr"] == metrics[4]["lr"] != metrics[5]["lr"]
+    assert torch.equal(task.weights[3], task.weights[4]) and not torch.equal(task.weights[4], task.weights[5])
+    assert "step 4: gradient at any loss scale down to 2^-10 not finite" in capsys.readouterr().out
+    assert all(line["updated"] for line in metrics[4:])
+
+
+def test_three_such_batches_running_stop_the_run_and_name_the_samples(tmp_path):
+    with pytest.raises(TrainingError, match=r"gradient at any loss scale.* 3 steps running.*of step 3.*5-0, 5-1"):
+        train(tmp_path, BrokenIn(3, 4, 5), precision="fp16")
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
@@ -338,7 +360,7 @@ def test_two_processes_stop_at_the_same_step_though_one_alone_saw_the_bad_sample
 class NoPictures(Regression):
     """A task whose pictures fail."""
 
-    def preview(self, position, step, module):
+    def preview(self, position, step, module, since=0.0):
         raise OSError(28, "No space left on device")
 
 

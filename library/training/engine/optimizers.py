@@ -247,6 +247,9 @@ def make_lr_schedule(
 
     if warmup_steps > max_train_steps:
         raise InputError(warmup_too_long(warmup_steps, max_train_steps))
+    rate = optimizer.defaults.get("lr")
+    if rate is None:  # as of AdaFactor with rates of its own; diffusers' polynomial begins at it
+        optimizer.defaults["lr"] = optimizer.param_groups[0]["lr"]
     try:
         return get_scheduler(
             name,
@@ -258,3 +261,5 @@ def make_lr_schedule(
         )
     except ValueError as error:
         raise InputError(f"--lr_scheduler={name} does not go with these settings: {error}") from error
+    finally:
+        optimizer.defaults["lr"] = rate

@@ -69,6 +69,8 @@ def sharding_kind(sharding: str | None, optimizer_type: str) -> str:
 class Replicated:
     """Every process holds the whole of everything, or is alone; the others are this with their differences."""
 
+    weights_are_whole = True  # on every process
+
     def __init__(
         self,
         accelerator: Accelerator,
@@ -294,6 +296,8 @@ class FullySharded(Replicated):
     The optimizer works on the bare shards: handed DTensors, clipping and a fused AdamW take about half as long again
     (docs/measurements/sharding.md).
     """
+
+    weights_are_whole = False
 
     def _prepare(
         self, groups: Sequence[ParameterGroup], make_optimizer: MakeOptimizer, make_schedule: MakeSchedule

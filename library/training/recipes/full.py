@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H W latent rows and columns.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,11 @@ from library.options.training import TrainingOptions
 from library.training.engine.optimizers import ParameterGroup
 from library.training.engine.precision import SAVE_DTYPES
 
+logger = logging.getLogger(__name__)
+
 
 class Full:
-    """The U-Net trains whole, and each text encoder whose learning rate is above 0."""
+    """The U-Net trains, whole or by block, and each text encoder that is asked for; a rate of 0 freezes."""
 
     name = "full"
 
@@ -43,16 +46,30 @@ class Full:
             gradient_checkpointing=options.memory.gradient_checkpointing,
             clip_skip=options.clip_skip,
         )
-        self._unet_groups = block_groups(self.module.unet, options.optimizer.block_rates)
+        self._block_rates = options.optimizer.block_rates
+        self._unet_groups = self._groups_of_unet(self._block_rates)
+
+    def _groups_of_unet(self, block_rates: Sequence[float]) -> list[ParameterGroup]:
+        """The U-Net's groups, none where it is frozen. Without anything else that trains it stays at rate 0."""
+        unet = self.module.unet
+        if any(block_rates) or (self._unet_rate and not block_rates):
+            return block_groups(unet, block_rates) or [ParameterGroup("unet", list(unet.parameters()), self._unet_rate)]
+        if any(self._encoder_rates):
+            unet.requires_grad_(False)
+            return []
+        logger.warning(
+            "all learning rates are 0: nothing is learned, and checkpoints are the model as it was loaded; give "
+            "--learning_rate, or --train_text_encoder with a rate"
+        )
+        return [ParameterGroup("unet", list(unet.parameters()), 0.0)]
 
     def groups(self) -> Sequence[ParameterGroup]:
         """The U-Net's parameters, whole or by block, and those of each text encoder that trains."""
         encoders = self.module.trained_encoders
         several = len(encoders) > 1
         names = [f"text_encoder{number + 1}" if several else "text_encoder" for number in range(len(encoders))]
-        unet = self._unet_groups or [ParameterGroup("unet", list(self.module.unet.parameters()), self._unet_rate)]
         return [
-            *unet,
+            *self._unet_groups,
             *(
                 ParameterGroup(name, trained, rate)
                 for name, trained, rate in zip(names, encoders, self._encoder_rates, strict=True)
@@ -90,7 +107,16 @@ class Full:
 
     def lines(self) -> list[str]:
         """The form and the precision of checkpoints."""
-        return [f"checkpoints as: {self._save_as}, precision: {self._saving.save_precision or 'float'}"]
+        encoders = [f"text encoder {number}" for number in range(1, len(self._encoder_rates) + 1)]
+        frozen = [name for name, rate in zip(encoders, self._encoder_rates, strict=True) if not rate]
+        if not self._unet_groups:
+            frozen = ["the U-Net", *frozen]
+        elif blocks := [f"{block:02d}" for block, rate in enumerate(self._block_rates) if not rate]:
+            frozen = [f"blocks {' '.join(blocks)} of the U-Net", *frozen]
+        return [
+            f"checkpoints as: {self._save_as}, precision: {self._saving.save_precision or 'float'}",
+            *([f"frozen: {', '.join(frozen)}"] if frozen else []),
+        ]
 
     @property
     def _save_dtype(self) -> torch.dtype | None:

@@ -120,6 +120,15 @@ def read_info(folder: Path) -> StateInfo:
     return _info(_read_json(folder / INFO), folder)
 
 
+def manifest_digest(folder: Path) -> str:
+    """A digest of the manifest, and so of every file that it lists.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return _hash(folder / MANIFEST)
+
+
 def verify(folder: Path) -> None:
     """Check that a state is whole: every file of the manifest has its size and hash.
 

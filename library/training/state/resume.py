@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from library.data.training_set import TrainingSet
 from library.errors import InputError
 from library.options.flag import Flags
 from library.options.training import TrainingOptions
 from library.options.values import plain_values
-from library.training.identity import changed
+from library.training.identity import bits_digest, changed
+from library.training.ranks.agreement import check_agreement
 from library.training.ranks.main_process import on_main_process
+from library.training.ranks.rank_failure import together
 from library.training.state.choice import newest_valid
-from library.training.state.files import StateInfo, read_state, verify
+from library.training.state.files import StateInfo, manifest_digest, read_state, verify
 from library.training.state.states import Resumed, data_positions, parts_in
 from library.training.state.tensor_rows import check_names
 
@@ -146,12 +149,34 @@ def log_changed_options(
 
 
 def resumed_state(options: TrainingOptions, accelerator: Accelerator) -> Resumed | None:
-    """The state that --resume asks for: the main process chooses and verifies it, all read it."""
+    """The state that --resume asks for: the main process chooses and verifies it, all read it.
+
+    Raises:
+        InputError: it cannot be read, or not all processes see the same one under its name; on every process.
+    """
     resume, saving = options.states.resume, options.saving
     if resume is None:
         return None
     folder = on_main_process(accelerator, lambda: choose_state(resume, saving.output_dir, saving.output_name))
-    return None if folder is None else Resumed(folder, read_state(folder, verified=True))
+    if folder is None:
+        return None
+    with together(accelerator):
+        resumed = Resumed(folder, read_state(folder, verified=True))
+        seen = {f"the training state {folder}, which all must see in one --output_dir": manifest_digest(folder)}
+    check_agreement(accelerator, seen)
+    return resumed
+
+
+def check_taken_up(accelerator: Accelerator, weights: Mapping[str, Tensor]) -> None:
+    """Raise InputError where processes that hold the same weights have taken other ones out of their state's files.
+
+    The main process alone verifies the files: another machine's may be older or damaged under the same manifest.
+
+    Args:
+        weights: those that train, by name, the same on each process.
+    """
+    if accelerator.num_processes > 1:  # it reads them all
+        check_agreement(accelerator, {"the weights after resuming": bits_digest(weights)})
 
 
 def check_resumed(resumed: Resumed, options: TrainingOptions, data: TrainingSet, seed: int, steps: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from library.errors import InputError
+from library.options.optimizer import LR_SCHEDULERS
 from library.training.engine.optimizers import (
     ParameterGroup,
     choose_optimizer,
@@ -215,3 +216,13 @@ def test_curves_are_those_of_their_formulas():
 def test_a_schedule_that_cannot_be_is_named(settings, message):
     with pytest.raises(InputError, match=message):
         curve(**settings)
+
+
+def test_any_schedule_goes_with_an_optimizer_that_sets_its_own_rates():
+    """AdaFactor's default rate is None, where diffusers' polynomial begins."""
+    group = ParameterGroup("unet", [torch.nn.Parameter(torch.ones(3))], 1e-3)
+    for name in LR_SCHEDULERS:
+        optimizer = make_optimizer("AdaFactor", [group], [])
+        schedule = make_lr_schedule(name, optimizer, 10, 0, 1, 1.0)
+        assert optimizer.defaults["lr"] is None
+        assert schedule.get_last_lr() == [1e-3]
