@@ -10,6 +10,7 @@ import os
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from library.errors import InputError
 
-# CANN's names of the first Ascend 910 (Atlas training products); the next generation's go on: Ascend910B1, 910_9391.
-_FIRST_ASCEND_910 = {f"Ascend910{variant}" for variant in ("", "A", "B", "ProA", "ProB", "PremiumA")}
+# Seconds by which the process group waits longer than HCCL, so that HCCL's error, which names the cause, comes first.
+_SECONDS_AFTER_HCCL = 60
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h's names of glibc's parameters
 
@@ -41,6 +42,11 @@ def torch_npu() -> ModuleType | None:
             f"torch_npu is installed but cannot be imported ({error}). Source CANN's set_env.sh first "
             "(test/env_npu.sh does it), or uninstall torch_npu to train on another device."
         ) from error
+
+
+def torch_npu_of(device: torch.device) -> Any:
+    """torch_npu for a device that is an Ascend NPU, None for any other."""
+    return torch_npu() if is_npu(device) else None
 
 
 def npu_available() -> bool:
@@ -93,14 +99,78 @@ def is_npu(device: torch.device) -> bool:
     return device.type == "npu"
 
 
-def is_first_ascend_910(device: torch.device) -> bool:
-    """True for the first generation of Ascend 910, which has no fused attention for training."""
-    return is_npu(device) and device_name(device) in _FIRST_ASCEND_910
+def has_bf16(device: torch.device) -> bool:
+    """True if the device computes in bf16; False for an Ascend before 910B1, and for nothing else that trains here."""
+    return not is_npu(device) or bool(torch.npu.is_bf16_supported())  # type: ignore[attr-defined]
+
+
+def is_before_910b1(device: torch.device) -> bool:
+    """True for an Ascend of the first generation (910A, 910ProB; "Ascend910B" alone is one, too).
+
+    It has no fused attention for training, no fused optimizer, no bf16, and computes fp32 products from fp16 numbers.
+    """
+    return not has_bf16(device)
 
 
 def has_fused_attention(device: torch.device) -> bool:
     """False if every attention backend of the device keeps the matrix of scores in memory."""
-    return not is_first_ascend_910(device)
+    return not is_before_910b1(device)
+
+
+def has_fused_geglu(device: torch.device) -> bool:
+    """True if the feed-forward's gated unit is one operator: torch_npu's npu_geglu, on Ascend 910B1 and later.
+
+    The first Ascend 910 is not among the devices for which its kernel is documented.
+    """
+    return is_npu(device) and not is_before_910b1(device)
+
+
+def shows_overflow(device: torch.device) -> bool:
+    """False if an overflow leaves the largest number behind instead of infinity: the first Ascend 910 saturates.
+
+    A later one does where INF_NAN_MODE_FORCE_DISABLE=1 asks for it. An overflow is then a flag of the device, which
+    torch_npu's own GradScaler reads.
+    """
+    return not is_npu(device) or bool(torch.npu.utils.is_support_inf_nan())  # type: ignore[attr-defined]
+
+
+def fused_optimizers(device: torch.device) -> tuple[type[torch.optim.Optimizer], ...]:
+    """The optimizers of torch whose `fused` form has a kernel on the device.
+
+    torch_npu 2.14 has one for AdamW, which needs CANN's ApplyAdamWV2 of Ascend 910B1 and later. Its Adam falls back to
+    the CPU, with a warning once: every weight would travel there and back in each step.
+    """
+    if not is_npu(device):
+        return (torch.optim.Adam, torch.optim.AdamW)
+    return () if is_before_910b1(device) else (torch.optim.AdamW,)
+
+
+def prepare(device: torch.device) -> None:
+    """Settings of a device before anything runs on it; only the first Ascend 910 needs one.
+
+    By default it compiles an operator anew for each shape, minutes for a convolution, and buckets have many shapes.
+    """
+    if is_before_910b1(device):
+        torch.npu.set_compile_mode(jit_compile=False)  # type: ignore[attr-defined]
+
+
+def collective_timeout(device: torch.device, asked: timedelta) -> timedelta:
+    """How long the process group shall wait, so that a collective may take the time that was asked for.
+
+    On Ascend a collective ends after HCCL_EXEC_TIMEOUT, 1836 s where nothing sets it, whatever the process group was
+    told. It is set to what was asked unless the environment has it, and the process group waits a little longer, so
+    that HCCL's error comes before torch_npu's watchdog. To be called before the process group is made.
+
+    Raises:
+        InputError: HCCL_EXEC_TIMEOUT is set and no number of seconds.
+    """
+    if not is_npu(device):
+        return asked
+    given = os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(int(asked.total_seconds())))
+    if not given.isdecimal():
+        raise InputError(f"HCCL_EXEC_TIMEOUT={given} in the environment is no number of seconds; correct or unset it")
+    longest = max(asked.total_seconds(), int(given))  # 0 stands for no limit of HCCL's
+    return timedelta(seconds=longest + _SECONDS_AFTER_HCCL)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
@@ -208,3 +278,15 @@ def device_name(device: torch.device) -> str:
 def initial_loss_scale(device: torch.device) -> float:
     """The initial fp16 loss scale: 2^7 on Ascend, where 2^16 overflows many times, and torch's 2^16 elsewhere."""
     return 2.0**7 if is_npu(device) else 2.0**16
+
+
+def grad_scaler(device: torch.device) -> Any:
+    """The GradScaler of a device: torch's, and torch_npu's where an overflow leaves no infinity behind.
+
+    torch_npu's reads the device's overflow flag, which the first Ascend 910 needs. On later ones torch's is better: it
+    waits for the device twice less in a step, and it decides by the tensor that processes agree on.
+    """
+    scale = initial_loss_scale(device)
+    if not shows_overflow(device):
+        return torch.npu.amp.GradScaler(init_scale=scale)  # type: ignore[attr-defined]
+    return torch.amp.GradScaler(device.type, init_scale=scale)

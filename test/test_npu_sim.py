@@ -32,7 +32,7 @@ def functions(path: Path, prefix: str) -> list[str]:
     ]
 
 
-FILES = ("tensors", "operators", "libraries", "estimates", "swapping")
+FILES = ("tensors", "operators", "libraries", "generations", "estimates", "swapping")
 SINGLE = [(file, name) for file in FILES for name in functions(INSIDE / f"{file}.py", "test_")]
 DOUBLE = functions(INSIDE / "two_processes.py", "check_")
 
@@ -81,6 +81,25 @@ def double_results(tmp_path_factory):
 def test_in_two_processes(double_results, name):
     for rank, failures in enumerate(double_results):
         assert failures[name] is None, f"rank {rank}: {failures[name]}"
+
+
+@needs_compiler
+@pytest.mark.parametrize(("profile", "name"), [("910B", "Ascend910B3"), ("910A", "Ascend910A")])
+def test_an_overflow_on_one_rank_repeats_the_step_on_all(tmp_path, profile, name):
+    """By every way of sharding, with torch's scaler and with torch_npu's, which decides by a flag of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(INSIDE / "overflow.py"), str(tmp_path)],
+        cwd=ROOT,
+        env=environment(profile=profile),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"overflow{rank}.json").read_text())
+        assert found == {"device": name, "world": 2}
 
 
 @needs_compiler

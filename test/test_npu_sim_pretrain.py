@@ -71,7 +71,7 @@ def assert_same_training(one, other, rtol):
 
 def test_fp32_training_equals_the_cpus(train, on_cpu):
     on_npu = train(environment())
-    assert "device: Ascend910B (simulated) x 1" in on_npu[2]
+    assert "device: Ascend910B3 x 1" in on_npu[2]
     assert "float32 on npu" in on_npu[2] and "on cpu" not in on_npu[2]
     assert_same_training(on_cpu, on_npu, rtol=1e-5)
     # Tensors on the device, not the process: far less than Python with torch holds, more than weights and both moments.
@@ -81,7 +81,7 @@ def test_fp32_training_equals_the_cpus(train, on_cpu):
 
 def test_two_processes_train_as_one(train, on_cpu):
     double = train(environment(), launcher=TORCHRUN)
-    assert "device: Ascend910B (simulated) x 2" in double[2]
+    assert "device: Ascend910B3 x 2" in double[2]
     assert_same_training(on_cpu, double, rtol=1e-5)
 
 
@@ -170,7 +170,7 @@ def test_the_demo_learns_on_the_npu(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3600)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed[-4000:]
-    assert "device: Ascend910B (simulated) x 1" in printed
+    assert "device: Ascend910B3 x 1" in printed
     assert "attention: npu, float16 on npu" in printed
 
 

@@ -82,7 +82,7 @@ def _npu_refusal(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> str | None:
         return "torch_npu is not installed"
     if q_BTND.dtype not in _HALF:
         return f"it is used in fp16 and bf16 only, not in {_name(q_BTND.dtype)} (--mixed_precision)"
-    if device.is_first_ascend_910(q_BTND.device):
+    if device.is_before_910b1(q_BTND.device):
         return f"{device.device_name(q_BTND.device)} has no fused attention for training, Ascend 910B1 and later have"
     heads, head_size = q_BTND.shape[2:]
     if not (0 < head_size <= NPU_MAX_HEAD_SIZE and 0 < heads <= NPU_MAX_HEADS):

@@ -31,6 +31,7 @@ from library.models.cpu_kernels import (
     linear_input_gradient,
     linear_weight_gradient,
 )
+from library.models.gelu import geglu, geglu_gradient
 
 _ATEN = torch.ops.aten
 
@@ -88,8 +89,7 @@ def normed_feed_forward(x_BLC: Tensor, norm: nn.LayerNorm, inner: nn.Linear, out
     Fused where all three layers are plain.
     """
     if not is_plain(norm, inner, outer):
-        value, gate = inner(norm(x_BLC)).chunk(2, dim=-1)
-        return outer(value * F.gelu(gate))
+        return outer(geglu(inner(norm(x_BLC)))[0])
     return _NormedFeedForward.apply(
         _precision(x_BLC), norm.eps, x_BLC, norm.weight, norm.bias, *_parameters(inner), *_parameters(outer)
     )
@@ -234,8 +234,7 @@ class _NormedFeedForward(torch.autograd.Function):
             inner_BLN = linear(*_to(precision.product, normed_BLC, inner, inner_bias))
             del normed_BLC
             ctx.save_for_backward(x_BLC, norm_weight, norm_bias, inner, inner_bias, outer, outer_bias, inner_BLN)
-            value, gate = inner_BLN.chunk(2, dim=-1)
-            return linear(value * F.gelu(gate), *_to(precision.product, outer, outer_bias))
+            return linear(geglu(inner_BLN)[0], *_to(precision.product, outer, outer_bias))
 
     @staticmethod
     @once_differentiable
@@ -245,14 +244,12 @@ class _NormedFeedForward(torch.autograd.Function):
         wanted = ctx.needs_input_grad[5:]
         with precision.autocast_off():
             grad_BLC = grad_BLC.to(precision.product)
-            value, gate = inner_BLN.chunk(2, dim=-1)
-            active = F.gelu(gate)
-            grad_outer = linear_weight_gradient(grad_BLC, value * active) if wanted[2] else None
+            hidden, active = geglu(inner_BLN)
+            grad_outer = linear_weight_gradient(grad_BLC, hidden) if wanted[2] else None
+            del hidden
             grad_outer_bias = bias_gradient(grad_BLC) if wanted[3] else None
             grad_hidden = linear_input_gradient(grad_BLC, outer.to(precision.product))
-            grad_inner_BLN = torch.cat(
-                [grad_hidden * active, _ATEN.gelu_backward(grad_hidden.mul_(value), gate)], dim=-1
-            )
+            grad_inner_BLN = geglu_gradient(grad_hidden, inner_BLN, active)
             del active, grad_hidden
             normed_BLC, mean, rstd = _normed(precision, ctx.eps, x_BLC, norm_weight, norm_bias)
             grad_inner = linear_weight_gradient(grad_inner_BLN, normed_BLC.to(precision.product)) if wanted[0] else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from library.errors import InputError
 from library.models.family import EncoderUse
+from library.models.gelu import Gelu
 from library.models.text import TextStates, Tokens
 from library.models.weighted_captions import parse_weights, weigh
 
@@ -139,6 +140,15 @@ def encode(text_encoders: Iterable[Any], tokens: Tokens, uses: Sequence[EncoderU
             eos_B = _eos_position(ids_BKL[:, 0], eos_id)
             pooled_BP = encoder.text_projection(normed_BLD[torch.arange(batch, device=normed_BLD.device), eos_B])
     return TextStates(torch.cat(contexts, dim=-1), pooled_BP)
+
+
+def use_erf_gelu(text_encoder: Any) -> None:
+    """Have the layers' GELU computed in its erf form on every device; another activation stays (`models/gelu.py`)."""
+    from transformers.activations import GELUActivation
+
+    for layer in _text_model(text_encoder).encoder.layers:
+        if isinstance(layer.mlp.activation_fn, GELUActivation):
+            layer.mlp.activation_fn = Gelu()
 
 
 def set_trainable(text_encoder: Any, use: EncoderUse, trains: bool) -> None:

@@ -87,6 +87,12 @@ class UNetConfig:
         """Attention heads of a layer of that width."""
         return self.num_heads or channels // self.num_head_channels
 
+    @property
+    def largest_head_size(self) -> int:
+        """Channels of one attention head, in the widest layer."""
+        widest = self.level_channels[-1]
+        return widest // self.heads(widest)
+
 
 def sinusoidal_embedding(values_B: Tensor, dim: int) -> Tensor:
     """(B, dim): cosines, then sines, of the values at dim/2 frequencies from 1 down to near 1/10000, in fp32.

@@ -5,17 +5,40 @@ The VAE's own dtype is used for its layers: SDXL's stock VAE overflows in fp16 (
 keep it in fp32 by --no_half_vae), so the dtype is the caller's choice. The latents are fp32.
 """
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from library import device
+from library.models.attention_trial import failure
+
+logger = logging.getLogger(__name__)
 
 
 def downscale_factor(vae: Any) -> int:
     """Picture pixels per latent along a side: 8 for SDXL's VAE."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def choose_attention(vae: Any) -> None:
+    """On an Ascend NPU, have the VAE attend by the formula, a picture at a time, where fused attention fails there.
+
+    A VAE's attention has one head as wide as its last level, 512 for SDXL's, and often runs in fp32.
+    """
+    at = next(vae.parameters()).device
+    wrong = failure("sdpa", at, vae.dtype, vae.config.block_out_channels[-1], backward=False)
+    if wrong is None:
+        return
+    from diffusers.models.attention_processor import SlicedAttnProcessor
+
+    vae.set_attn_processor(SlicedAttnProcessor(slice_size=1))
+    logger.warning(
+        "the VAE's attention was tried on %s and fails: %s; the formula runs instead, a picture at a time",
+        device.device_name(at),
+        wrong,
+    )
 
 
 def latent_shape(vae: Any, height_px: int, width_px: int) -> tuple[int, int, int]:

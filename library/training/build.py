@@ -17,6 +17,7 @@ from library.models.model import Model
 from library.models.prediction import check_v2, choose_prediction
 from library.models.text_encoders import CHUNK_TOKENS, tokenize_all
 from library.models.token_counts import TokenCounter
+from library.models.vae import choose_attention
 from library.options.prompts import PromptFile
 from library.options.training import TrainingOptions
 from library.signals import Signals
@@ -197,8 +198,10 @@ def _encoders(
             "--vae=madebyollin/sdxl-vae-fp16-fix or --no_half_vae"
         )
     batch_size, caches = options.data.train_batch_size, options.caches
+    vae = frozen_copy(model.vae, vae_dtype).to(placement.device)
+    choose_attention(vae)
     return Encoders(
-        frozen_copy(model.vae, vae_dtype).to(placement.device),
+        vae,
         recipe.module,
         model.tokenizers,
         tokenize,

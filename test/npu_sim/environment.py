@@ -27,8 +27,15 @@ def reason_to_skip() -> str | None:
     )
 
 
-def environment(devices: int = 8, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+# Names of the device by profile, as CANN has them: the first generation, Atlas A2 and Atlas A3.
+PROFILES = {"910A": "Ascend910A", "910B": "Ascend910B3", "A3": "Ascend910_9391"}
+
+
+def environment(devices: int = 8, base: Mapping[str, str] = os.environ, profile: str = "910B") -> dict[str, str]:
     """The variables of `base` and those with which a child sees `devices` NPUs. Builds the extension if need be.
+
+    Args:
+        profile: which Ascend the NPUs are, of PROFILES, unless `base` has a name for them.
 
     Raises:
         RuntimeError: it cannot be built.
@@ -39,6 +46,8 @@ def environment(devices: int = 8, base: Mapping[str, str] = os.environ) -> dict[
         "PYTHONPATH": os.pathsep.join(path),
         "NPU_SIM_LIBRARY": str(build.library()),
         "NPU_SIM_DEVICES": str(devices),
+        "NPU_SIM_NAME": base.get("NPU_SIM_NAME", PROFILES[profile]),
+        "NPU_SIM_DATA": str(HERE),
         "OMP_NUM_THREADS": base.get("OMP_NUM_THREADS", "1"),  # tests run beside others, and the models are tiny
     }
 

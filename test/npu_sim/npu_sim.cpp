@@ -2,7 +2,12 @@
 //
 // Every operator without a kernel here goes through run_on_cpu: each npu tensor gets a CPU alias of the same memory, the
 // operator runs on the aliases, and what it made becomes npu tensors. What a real device refuses is refused: tensors on
-// two devices, CPU generators. Memory is counted per device, as tensors hold it.
+// two devices, CPU generators, operators without a kernel in torch_npu (they would compute on the CPU there), arithmetic
+// in fp64, memory formats. Memory is counted per device, as tensors hold it.
+//
+// $NPU_SIM_NAME is the device's name; the first generation (see first_generation) saturates and has no bf16.
+// $NPU_SIM_DATA is the folder of registered_operators.txt and autocast_lists.txt. $NPU_SIM_DISPATCHED names a file to
+// which each operator is appended, once a process, that has computed on the device.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -11,16 +16,21 @@
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <torch/csrc/jit/frontend/function_schema_parser.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
+#include <list>
 #include <map>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <unordered_map>
+#include <unordered_set>
 
 namespace {
 
@@ -370,10 +380,101 @@ class SwappedGenerator {
   Tensor before_;
 };
 
+// ---- what the device is ----------------------------------------------------------------------------------------------
+
+std::string device_name() {
+  const char* name = std::getenv("NPU_SIM_NAME");  // read each time: tests change it
+  return name && *name ? name : "Ascend910B3";
+}
+
+// CANN's names; the second generation's go on: Ascend910B1, Ascend910_9391.
+bool first_generation() {
+  static const std::set<std::string> names{"Ascend910",     "Ascend910A",    "Ascend910B",
+                                           "Ascend910ProA", "Ascend910ProB", "Ascend910PremiumA"};
+  return names.count(device_name()) > 0;
+}
+
+std::vector<std::string> lines_of(const char* file) {
+  const char* folder = std::getenv("NPU_SIM_DATA");
+  TORCH_CHECK(folder, "NPU_SIM_DATA is not set; start the process with test/npu_sim/environment.py");
+  std::ifstream text(std::string(folder) + "/" + file);
+  TORCH_CHECK(text, "the simulated npu lacks ", folder, "/", file);
+  std::vector<std::string> lines;
+  for (std::string line; std::getline(text, line);)
+    if (!line.empty() && line[0] != '#') lines.push_back(line);
+  return lines;
+}
+
+void note_dispatched(const std::string& name) {
+  static const char* file = std::getenv("NPU_SIM_DISPATCHED");
+  if (!file) return;
+  static std::mutex mutex;
+  static std::unordered_set<std::string> noted;
+  const std::lock_guard lock(mutex);
+  if (noted.insert(name).second) std::ofstream(file, std::ios::app) << name + "\n";
+}
+
+void check_registered(const c10::OperatorName& operation) {
+  if (operation.name.rfind("aten::", 0) != 0) return;  // torch_npu's own, defined beside the simulated device
+  static const auto lines = lines_of("registered_operators.txt");
+  static const std::unordered_set<std::string> registered(lines.begin(), lines.end());
+  const auto name = toString(operation).substr(6);
+  note_dispatched(name);
+  TORCH_CHECK_NOT_IMPLEMENTED(registered.count(name), "aten::", name, " has no kernel in torch_npu: a real NPU would "
+                              "compute it on the CPU, with a warning once (test/npu_sim/registered_operators.txt)");
+}
+
+// torch_npu moves fp64 tensors, fills and reads them; CANN's operators compute with few of them.
+bool only_moves(const c10::OperatorName& operation) {
+  static const std::set<std::string> names{
+      "aten::_local_scalar_dense", "aten::fill_", "aten::zero_", "aten::set_", "aten::resize_", "aten::clone",
+      "aten::_reshape_alias", "aten::alias", "aten::detach", "aten::as_strided", "aten::view", "aten::permute",
+      "aten::transpose", "aten::t", "aten::select", "aten::slice", "aten::expand", "aten::squeeze", "aten::unsqueeze",
+      "aten::copy_", "aten::is_set_to", "aten::unbind", "aten::split", "aten::cat", "aten::_foreach_copy_"};
+  return names.count(operation.name) > 0;
+}
+
+void check_memory_format(std::optional<at::MemoryFormat> format, const char* where) {
+  TORCH_CHECK(!format || *format == at::MemoryFormat::Contiguous || *format == at::MemoryFormat::Preserve, where,
+              ": only contiguous_format or preserve_format is supported on an npu");
+}
+
+// The overflow flag of the first generation, which leaves the largest number instead of infinity, and 0 for NaN.
+std::atomic<bool> overflowed{false};
+
+bool overflows(const Tensor& host) {
+  return host.defined() && (host.scalar_type() == at::kHalf || host.scalar_type() == at::kFloat) && host.numel() > 0 &&
+      !host.isfinite().all().item<bool>();
+}
+
+// `by_itself`: the operator's arguments were finite, so it is the operator that overflows.
+void saturate(Tensor host, bool by_itself = true) {
+  if (!overflows(host)) return;
+  if (by_itself) overflowed = true;
+  host.nan_to_num_(0.0);  // infinities become the largest numbers
+}
+
 void run_on_cpu(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
+  check_registered(op.operator_name());
   const auto& arguments = op.schema().arguments();
   const auto first = stack->size() - arguments.size();
   Bridge bridge(toString(op.operator_name()));
+  const bool is_first = first_generation();
+  const bool is_moving = only_moves(op.operator_name());
+  const auto check_dtype = [&](const Tensor& tensor) {
+    if (!tensor.defined() || tensor.device().type() != NPU || is_moving) return;
+    TORCH_CHECK(tensor.scalar_type() != at::kDouble, op.operator_name(), ": float64 is not computed with on an npu");
+    TORCH_CHECK(!is_first || tensor.scalar_type() != at::kBFloat16, op.operator_name(), ": bfloat16 is not supported on ",
+                device_name());
+  };
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const auto& value = (*stack)[first + i];
+    if (value.isTensor()) check_dtype(value.toTensor());
+    if (value.isTensorList())
+      for (const Tensor& tensor : value.toTensorVector()) check_dtype(tensor);
+    if (arguments[i].name() == "memory_format" && value.isInt())
+      check_memory_format(static_cast<at::MemoryFormat>(value.toInt()), op.schema().name().c_str());
+  }
   std::optional<Device> asked;  // where a factory shall put its result
   bool draws = op.hasTag(at::Tag::nondeterministic_seeded);
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -401,6 +502,10 @@ void run_on_cpu(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
     }
   }
   if (asked && asked->type() == NPU) bridge.set_device(*asked);
+  bool finite = true;
+  for (size_t i = 0; is_first && i < arguments.size(); ++i)
+    if (const auto& value = (*stack)[first + i]; value.isTensor()) finite = finite && !overflows(value.toTensor());
+    else if (value.isDouble()) finite = finite && std::isfinite(value.toDouble());
   for (size_t i = 0; i < arguments.size(); ++i) {
     auto& value = (*stack)[first + i];
     if (arguments[i].name() != "generator") continue;
@@ -419,6 +524,12 @@ void run_on_cpu(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
     std::optional<SwappedGenerator> swapped;
     if (draws) swapped.emplace(bridge.device());
     op.callBoxed(stack);
+    const auto& returns = op.schema().returns();
+    for (size_t i = 0; is_first && !is_moving && i < returns.size(); ++i) {
+      const auto& value = (*stack)[stack->size() - returns.size() + i];
+      const bool is_view = returns[i].alias_info() && !returns[i].alias_info()->isWrite();
+      if (value.isTensor() && !is_view) saturate(value.toTensor(), finite);
+    }
   }
   bridge.take_back();
   if (asked && asked->is_cpu()) return;
@@ -434,10 +545,70 @@ void run_on_cpu(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) {
   }
 }
 
+// torch_npu computes gelu's tanh form whatever is asked (its npu_gelu knows both).
+void gelu_by_tanh(const c10::OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  for (size_t i = 0; i < arguments.size(); ++i)
+    if (arguments[i].name() == "approximate") (*stack)[stack->size() - arguments.size() + i] = std::string("tanh");
+  run_on_cpu(op, keys, stack);
+}
+
 // ---- kernels of the device's own -----------------------------------------------------------------------------------
+
+std::vector<int64_t> strides_for(const Tensor& self, std::optional<at::MemoryFormat> format) {
+  if (format == at::MemoryFormat::Contiguous) {
+    const auto strides = c10::contiguous_strides(self.sizes());
+    return {strides.begin(), strides.end()};
+  }
+  if (self.is_non_overlapping_and_dense()) return self.strides().vec();
+  return at::infer_dense_strides(self.sizes(), self.strides());
+}
+
+Tensor to_copy(const Tensor& self, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
+               std::optional<Device> device, std::optional<bool> pin, bool non_blocking,
+               std::optional<at::MemoryFormat> format) {
+  check_memory_format(format, "_to_copy");
+  const bool casts = dtype && !layout && !device && self.scalar_type() != *dtype;
+  if (casts && *dtype == at::kDouble) {
+    TORCH_WARN_ONCE("Device do not support double dtype now, dtype cast replace with float.");
+    dtype = at::kFloat;
+  }
+  auto options = self.options().merge_in(c10::TensorOptions().dtype(dtype).layout(layout).device(device));
+  if (options.device().type() == NPU) options = options.device(Device(NPU, resolved(options.device().index())));
+  if (options.device().is_cpu()) options = options.pinned_memory(pin.value_or(false));
+  auto copy = at::empty_strided(self.sizes(), strides_for(self, format), options);
+  return copy.copy_(self, non_blocking);
+}
+
+Tensor empty_like(const Tensor& self, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
+                  std::optional<Device> device, std::optional<bool> pin, std::optional<at::MemoryFormat> format) {
+  check_memory_format(format, "empty_like");
+  auto options = self.options().merge_in(c10::TensorOptions().dtype(dtype).layout(layout).device(device));
+  if (options.device().is_cpu()) options = options.pinned_memory(pin.value_or(false));
+  return at::empty_strided(self.sizes(), strides_for(self, format), options);
+}
+
+// With infinities as torch has it; where the device saturates, by its flag, which this clears.
+void check_and_unscale(at::TensorList gradients, Tensor& found_inf, const Tensor& inv_scale) {
+  Bridge bridge("_amp_foreach_non_finite_check_and_unscale_");
+  TORCH_CHECK(inv_scale.device().type() == NPU, "inv_scale must be NPU-Tensor");
+  std::vector<Tensor> hosts;
+  for (const auto& gradient : gradients) hosts.push_back(bridge.to_cpu(gradient));
+  auto found = bridge.to_cpu(found_inf);
+  const BelowAutograd below;
+  if (!first_generation()) {
+    at::_amp_foreach_non_finite_check_and_unscale_(hosts, found, bridge.to_cpu(inv_scale));
+  } else if (overflowed.exchange(false)) {
+    found.fill_(1);
+  } else {
+    for (auto& host : hosts) host.mul_(bridge.to_cpu(inv_scale));
+  }
+}
 
 Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
              std::optional<Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  TORCH_CHECK(!format || *format == at::MemoryFormat::Contiguous, "empty: only contiguous_format is supported for creating "
+              "a npu tensor");
   const c10::DeviceGuard guard(device.value_or(Device(NPU)));
   return at::detail::empty_generic(size, &allocator, DispatchKeySet(DispatchKey::PrivateUse1),
                                    c10::dtype_or_default(dtype), format);
@@ -453,7 +624,9 @@ Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional
 Tensor copy_from(const Tensor& self, const Tensor& dst, bool) {
   const BelowAutograd below;
   Bridge bridge("_copy_from", /*check=*/false);
-  bridge.to_cpu(dst).copy_(bridge.to_cpu(self));
+  auto host = bridge.to_cpu(dst);
+  host.copy_(bridge.to_cpu(self));
+  if (dst.device().type() == NPU && self.scalar_type() != dst.scalar_type() && first_generation()) saturate(host);
   return dst;
 }
 
@@ -465,13 +638,23 @@ Tensor copy_from_and_resize(const Tensor& self, const Tensor& dst) {
 // Matrix products of halves are summed in fp32, as the device's matrix unit does. (The CPU's own take minutes.)
 bool is_half(const Tensor& tensor) { return tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16; }
 
+// The first generation's takes fp16 numbers only: what is fp32 is rounded.
 Tensor wide(Bridge& bridge, const Tensor& tensor) {
   const auto alias = bridge.to_cpu(tensor);
-  return alias.defined() && is_half(alias) ? alias.to(at::kFloat) : alias;
+  if (!alias.defined()) return alias;
+  TORCH_CHECK(alias.scalar_type() != at::kDouble, "float64 is not computed with on an npu");
+  if (first_generation()) {
+    TORCH_CHECK(alias.scalar_type() != at::kBFloat16, "bfloat16 is not supported on ", device_name());
+    return alias.scalar_type() == at::kFloat ? alias.to(at::kHalf).to(at::kFloat) : alias.to(at::kFloat);
+  }
+  return is_half(alias) ? alias.to(at::kFloat) : alias;
 }
 
 Tensor narrow(Bridge& bridge, const Tensor& result, const Tensor& like) {
-  return bridge.to_npu(result.defined() ? result.to(like.scalar_type()) : result);
+  if (!result.defined()) return bridge.to_npu(result);
+  auto narrowed = result.to(like.scalar_type());
+  if (first_generation()) saturate(narrowed);
+  return bridge.to_npu(narrowed);
 }
 
 // Devices are compared before dtypes: of two faults the user hears of the worse.
@@ -609,29 +792,37 @@ void cast_and_call(const c10::OperatorHandle& op, DispatchKeySet, Stack* stack) 
   op.callBoxed(stack);
 }
 
-// The lists are torch's own; a name comes with or without an overload.
-#define NAME1(op) #op
-#define NAME2(op, overload) #op "." #overload
-#define PICK(_1, _2, chosen, ...) chosen
-#define NAME(...) PICK(__VA_ARGS__, NAME2, NAME1)(__VA_ARGS__)
 #define BOXED(function) torch::CppFunction::makeFromBoxedFunction<&function>()
-#define LOWER(...) m.impl(NAME(__VA_ARGS__), BOXED(cast_and_call<Policy::lower>));
-#define FP32(...) m.impl(NAME(__VA_ARGS__), BOXED(cast_and_call<Policy::fp32>));
-#define FP32_RESULT(...) m.impl(NAME(__VA_ARGS__), BOXED(cast_and_call<Policy::fp32_result>));
-#define WIDEST(...) m.impl(NAME(__VA_ARGS__), BOXED(cast_and_call<Policy::widest>));
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
-  AT_FORALL_LOWER_PRECISION_FP(LOWER)
-  AT_FORALL_FP32(FP32)
-  AT_FORALL_FP32_SET_OPT_DTYPE(FP32_RESULT)
-  AT_FORALL_PROMOTE(WIDEST)
+  static std::list<std::string> names;
+  for (const auto& line : lines_of("autocast_lists.txt")) {
+    const auto space = line.find(' ');
+    const auto policy = line.substr(0, space);
+    names.push_back(line.substr(space + 1));
+    const char* name = names.back().c_str();
+    if (!c10::Dispatcher::singleton().findSchema(torch::jit::parseName("aten::" + names.back()))) continue;
+    if (policy == "lower_precision_fp") m.impl(name, BOXED(cast_and_call<Policy::lower>));
+    else if (policy == "fp32") m.impl(name, BOXED(cast_and_call<Policy::fp32>));
+    else if (policy == "fp32_set_opt_dtype") m.impl(name, BOXED(cast_and_call<Policy::fp32_result>));
+    else if (policy == "promote") m.impl(name, BOXED(cast_and_call<Policy::widest>));
+    else TORCH_CHECK(false, "autocast_lists.txt: no policy ", policy);
+  }
 }
 
 // ---- registration --------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(BOXED(run_on_cpu)); }
+
+// What has a kernel below, for which there must not be a second one.
+bool own(const std::string& name) {
+  static const std::set<std::string> names{"mm",      "mm.out",      "bmm",           "bmm.out",
+                                           "addmm",   "addmm.out",   "baddbmm",       "baddbmm.out",
+                                           "gelu.out", "gelu_backward", "gelu_backward.grad_input"};
+  return names.count(name) > 0;
+}
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", &empty);
@@ -650,10 +841,19 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("convolution_backward_overrideable", &convolution_backward);
   m.impl("_has_compatible_shallow_copy_type", &shallow_copy_type);
   m.impl("record_stream", &record_stream);
-  // These have kernels for any backend that would be taken before the fallback, and compute otherwise than the CPU's.
-  for (const char* name : {"mse_loss", "mse_loss.out", "smooth_l1_loss", "smooth_l1_loss.out", "huber_loss",
-                           "huber_loss.out", "native_group_norm", "native_layer_norm"})
-    m.impl(name, BOXED(run_on_cpu));
+  m.impl("_to_copy", &to_copy);
+  m.impl("empty_like", &empty_like);
+  m.impl("_amp_foreach_non_finite_check_and_unscale_", &check_and_unscale);
+  for (const char* name : {"gelu.out", "gelu_backward", "gelu_backward.grad_input"}) m.impl(name, BOXED(gelu_by_tanh));
+  // These have kernels for any backend, made of other operators, that would be taken before the fallback. torch_npu has
+  // kernels of its own for them.
+  std::list<std::string> names{"native_group_norm", "native_layer_norm"};
+  for (const auto& name : lines_of("registered_operators.txt")) {
+    const auto schema = c10::Dispatcher::singleton().findSchema(torch::jit::parseName("aten::" + name));
+    if (schema && schema->hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutogradNonFunctional) && !own(name))
+      names.push_back(name);
+  }
+  for (const auto& name : names) m.impl(name.c_str(), BOXED(run_on_cpu));
 }
 
 TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("_has_compatible_shallow_copy_type", &shallow_copy_type); }
@@ -675,6 +875,9 @@ TORCH_LIBRARY(npu_sim, m) {
     const BelowAutograd below;
     return Bridge("cpu_alias").to_cpu(tensor);
   });
+  m.def("device_name() -> str", [] { return device_name(); });
+  m.def("first_generation() -> bool", [] { return first_generation(); });
+  m.def("overflowed(bool clear) -> bool", [](bool clear) { return clear ? overflowed.exchange(false) : overflowed.load(); });
   m.def("default_generator(int index) -> Generator?", [](int64_t index) { return default_generator(resolved(index)); });
 }
 

@@ -19,6 +19,7 @@ from library.models.files.identify import describe, family_of_folder, family_of_
 from library.models.files.kept_prediction import scheduler_of
 from library.models.files.weight_files import read_component, read_json, read_names, read_weights
 from library.models.model import Model
+from library.models.text_encoders import use_erf_gelu
 from library.models.unet import UNet, UNetConfig
 
 MODEL_FLAG = "--pretrained_model_name_or_path"
@@ -212,7 +213,9 @@ def _build_encoder(
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     network = CLIPTextModelWithProjection if spec.projection else CLIPTextModel
-    return build(lambda: network(CLIPTextConfig.from_dict(config)), tensors, dtype, origin, kind, wanted)
+    encoder = build(lambda: network(CLIPTextConfig.from_dict(config)), tensors, dtype, origin, kind, wanted)
+    use_erf_gelu(encoder)
+    return encoder
 
 
 @dataclass(frozen=True)

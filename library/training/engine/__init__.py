@@ -2,6 +2,7 @@
 
 optimizers          optimizers and learning-rate schedules by name
 precision           mixed precision: one Accelerator that means the same on every device
+loss_scale          the loss scaler's state, and agreement of all processes on an overflow
 group_entries       what optimizers keep in their groups, and steps for some parameters at a time
 by_element          whether an optimizer updates each number by itself, found by trying
 trials              whether an optimizer can be trained with exactly, found by trying

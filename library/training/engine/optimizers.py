@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from library import device as devices
 from library.errors import InputError
 from library.options.optimizer import warmup_too_long
 from library.training.engine.bf16_update import Bf16Update, with_bf16_update
@@ -29,7 +30,6 @@ _PATHS = {
 }
 _PACKAGES = {"lion_pytorch": "lion-pytorch"}  # what to install, where it is not called as the module is
 _PRESETS = {name: {"momentum": 0.9, "nesterov": True} for name in ("SGDNesterov", "SGDNesterov8bit")}
-_FUSED = (torch.optim.Adam, torch.optim.AdamW)  # one kernel a tensor, on the CPU too
 _REFUSED = {
     "LBFGS": "it computes the loss several times a step",
     "SparseAdam": "it takes sparse gradients alone",
@@ -73,10 +73,15 @@ class OptimizerChoice:
         """Whether the rows of one parameter may be updated apart from each other."""
         return updates_by_element(lambda parameters: self.kind(parameters, **self.keywords_at(0.01)))
 
-    def keywords_at(self, learning_rate: float) -> dict[str, Any]:
-        """What the optimizer is made with."""
+    def keywords_at(self, learning_rate: float, on: Iterable[torch.device] = ()) -> dict[str, Any]:
+        """What the optimizer is made with; `fused`, one kernel a tensor, where all devices of the weights have it.
+
+        Args:
+            on: the devices that the weights are on, besides the CPU.
+        """
         keywords = {"lr": None if self.sets_its_own_rates else learning_rate, **self.keywords}
-        return {**keywords, "fused": True} if self.kind in _FUSED else keywords
+        fused = all(self.kind in devices.fused_optimizers(device) for device in (torch.device("cpu"), *on))
+        return {**keywords, "fused": True} if fused else keywords
 
     @property
     def sets_its_own_rates(self) -> bool:
@@ -174,8 +179,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over the groups, in their order.
 
-    AdamW is torch's (Loshchilov & Hutter, 1711.05101), in its fused form; AdaFactor is transformers' (Shazeer & Stern,
-    1804.04235), whose arguments are those that the field's command lines give.
+    AdamW is torch's (Loshchilov & Hutter, 1711.05101), in its fused form where the device has it; AdaFactor is
+    transformers' (Shazeer & Stern, 1804.04235), whose arguments are those that the field's command lines give.
 
     Args:
         construct: makes it of (groups, class, **keywords); a sharded optimizer's constructor, say.
@@ -186,7 +191,8 @@ def make_optimizer(
     """
     choice = choose_optimizer(optimizer_type, arguments)
     parameters = [{"params": list(group.parameters), "lr": group.learning_rate, "name": group.name} for group in groups]
-    keywords = choice.keywords_at(groups[0].learning_rate)
+    on = {parameter.device for group in groups for parameter in group.parameters}
+    keywords = choice.keywords_at(groups[0].learning_rate, on)
     kind = choice.kind
     if bf16 is not None:
         kind = with_bf16_update(kind, choice.by_element, bf16, _places(groups))

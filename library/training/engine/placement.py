@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from library.errors import InputError
+from library.models.attention_trial import usable
 from library.models.compiled import CompiledBlocks, compile_blocks, plan
 from library.models.denoiser import Denoiser
 from library.options.training import TrainingOptions
@@ -57,6 +58,8 @@ def place(module: Denoiser, options: TrainingOptions, device: torch.device) -> P
     if options.precision.full_bf16:
         module.cast_trained(torch.bfloat16)
     backend = "npu" if options.model.enable_npu_flash_attention else "sdpa"
+    if not options.run.dry_run:
+        backend = usable(backend, device, compute_dtype, module.unet.config.largest_head_size)
     module.unet.set_attention_backend(backend)
     lines = []
     if options.compiling.torch_compile:

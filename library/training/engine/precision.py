@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from library import device as devices
 from library.errors import InputError
@@ -22,14 +22,17 @@ def make_accelerator(mixed_precision: str, ddp_timeout: timedelta = timedelta(mi
     accelerate turns fp16 off without a word on the CPU; here it is on there, too (slow, but the same arithmetic), so
     that what is tried on a small machine is what runs on the large one.
 
+    Args:
+        ddp_timeout: how long a collective waits for the other processes.
+
     Raises:
         InputError: the device cannot compute in this precision.
     """
     device = devices.default_device()
-    initial_scale = devices.initial_loss_scale(device)
+    devices.prepare(device)
+    _check(device, mixed_precision)
     handlers = [
-        GradScalerKwargs(init_scale=initial_scale),
-        InitProcessGroupKwargs(timeout=ddp_timeout),
+        InitProcessGroupKwargs(timeout=devices.collective_timeout(device, ddp_timeout)),
         # Gradients lie in the buckets that travel, and not beside them once more.
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
     ]
@@ -44,7 +47,22 @@ def make_accelerator(mixed_precision: str, ddp_timeout: timedelta = timedelta(mi
         logger.warning(
             "mixed precision %s on the CPU is emulated and hundreds of times slower than fp32", mixed_precision
         )
-    if devices.is_cpu(device) and mixed_precision == "fp16":
+    if mixed_precision == "fp16":
         accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=initial_scale)
+        accelerator.scaler = devices.grad_scaler(device)
     return accelerator
+
+
+def _check(device: torch.device, mixed_precision: str) -> None:
+    """Raise InputError where the device cannot compute so; a warning where it is none that the project supports."""
+    if not devices.is_before_910b1(device):
+        return
+    name = devices.device_name(device)
+    if mixed_precision == "bf16":
+        raise InputError(f"--mixed_precision=bf16: {name} does not compute in bf16; use --mixed_precision=fp16")
+    logger.warning(
+        "%s is older than the Ascend 910B1, the first that this project supports: it has no fused attention, no fused "
+        "optimizer and no bf16, computes fp32 products from fp16 numbers, and shows an overflow as 65504 (loss scaling "
+        "reads the device's flag for it). Train with --mixed_precision=fp16, and judge the results",
+        name,
+    )

@@ -63,7 +63,7 @@ class RoundingBits:
             return torch.bitwise_and(self._words, _LOW_HALF, out=self._scratch)
         factor = _signed(pow(_ODD, number - 1, 2**32))
         torch.mul(self._words, factor, out=self._scratch)
-        return self._scratch.bitwise_right_shift_(16).bitwise_and_(_LOW_HALF)
+        return _shifted(self._scratch, 16, self._scratch).bitwise_and_(_LOW_HALF)
 
 
 def stochastic(values: Tensor, bits: Tensor) -> Tensor:
@@ -107,8 +107,18 @@ def check_integers(device: torch.device) -> None:
 
 def _xor_shifted(words: Tensor, bits: int, scratch: Tensor) -> None:
     """words ^= words >> bits, the words taken without a sign."""
-    torch.bitwise_right_shift(words, bits, out=scratch)
-    words.bitwise_xor_(scratch.bitwise_and_(2 ** (32 - bits) - 1))
+    words.bitwise_xor_(_shifted(words, bits, scratch).bitwise_and_(2 ** (32 - bits) - 1))
+
+
+def _shifted(words: Tensor, bits: int, out: Tensor) -> Tensor:
+    """words >> bits with the sign kept, in `out`."""
+    return torch.bitwise_right_shift(words, _number(bits, words.device), out=out)
+
+
+@functools.lru_cache(maxsize=16)
+def _number(value: int, device: torch.device) -> Tensor:
+    """A 32-bit integer on the device. From Python's, torch makes one of 64 bits, which Ascend's operator may refuse."""
+    return torch.tensor(value, dtype=torch.int32, device=device)
 
 
 def _signed(word: int) -> int:

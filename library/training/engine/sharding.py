@@ -34,6 +34,7 @@ from library import device as devices
 from library.errors import InputError
 from library.training.engine.ema import Averages
 from library.training.engine.group_entries import GroupState, exchanges_weights, train_mode
+from library.training.engine.loss_scale import ScalerState, agree_on_overflow
 from library.training.engine.meta_copy import without_data
 from library.training.engine.optimizers import ParameterGroup, ScheduleState, parameters_by_name
 from library.training.state.tensor_rows import (
@@ -202,7 +203,7 @@ class Replicated:
         """What belongs to a training state besides the parts of parameters, by name, each with a state_dict."""
         scaler, averages = self.accelerator.scaler, self.averages
         objects = {"optimizer": self.group_state, "schedule": ScheduleState(self.schedule.scheduler)}
-        objects |= {} if scaler is None else {"scaler": scaler}
+        objects |= {} if scaler is None else {"scaler": ScalerState(scaler)}
         return objects if averages is None else {**objects, "averages": averages}
 
     def own_parts(self) -> dict[str, dict[str, Any]]:
@@ -447,26 +448,6 @@ def total_norm(parameters: Sequence[nn.Parameter], device: torch.device | None =
     # torch leaves the norm of half gradients in half, which has three digits, and adds up by device first.
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).to(device) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
-
-
-def agree_on_overflow(scaler: Any) -> None:
-    """Make a GradScaler skip a step on all processes if the gradients of one overflow.
-
-    Each process looks at the gradients that it owns alone; what it may hold of the others' are not the true sums.
-    """
-    if scaler is None or getattr(scaler._unscale_grads_, "agreed", False):
-        return
-    unscale_own = scaler._unscale_grads_
-
-    def unscale(optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> dict[torch.device, Tensor]:
-        found = unscale_own(getattr(optimizer, "optim", optimizer), inv_scale, found_inf, allow_fp16)
-        found.setdefault(found_inf.device, found_inf)  # a process that owns no gradient takes part, too
-        for overflow in found.values():
-            dist.all_reduce(overflow, op=dist.ReduceOp.MAX)
-        return found
-
-    unscale.agreed = True  # type: ignore[attr-defined]
-    scaler._unscale_grads_ = unscale
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.models.gelu import assume_fused_geglu
 from library.training.engine.meta_copy import without_data
 from library.training.memory.meta_run import Autocast, LiveShapes, fused_attention
 from library.training.memory.resident import Held, Training, held_bytes
@@ -110,7 +111,12 @@ def _backward(
     for parameter in swapped if collected else shapes.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_forget)
-    with LiveShapes() as live, fused_attention(), Autocast(compute_dtype, uncached=swapped) as autocast:
+    with (
+        LiveShapes() as live,
+        fused_attention(),
+        assume_fused_geglu(training.fused_geglu),
+        Autocast(compute_dtype, uncached=swapped) as autocast,
+    ):
         live.hold([*shapes.parameters(), *shapes.buffers()])
         at_start = live.bytes
         loss = step(shapes)

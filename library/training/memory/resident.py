@@ -29,6 +29,7 @@ class Training:
     swapped: Sequence[Sequence[Tensor]] = ()  # weights of each block that lives in the CPU's memory
     passes: int = 1  # forward and backward, whose gradients add up to one step's
     compiled: Sequence[Sequence[Tensor]] = ()  # weights of each block whose backward is one program
+    fused_geglu: bool = False  # the device has the feed-forward's gated unit as one operator
 
     @property
     def kind(self) -> str:

@@ -43,7 +43,7 @@ class StepMemory:
         """
         self._options, self._placement, self._vae = options, placement, vae
         self._tokens = Tokens(tuple(ids_BKL.to("meta") for ids_BKL in tokens.ids))
-        self._fused = devices.has_fused_attention(device)
+        self._fused, self._fused_geglu = devices.has_fused_attention(device), devices.has_fused_geglu(device)
         self._processes, self._seed = processes, seed
 
     def lines(self, bucket_wh_px: tuple[int, int]) -> list[str]:
@@ -95,5 +95,6 @@ class StepMemory:
             [list(block.parameters()) for block in self._placement.swapped],
             self._options.run.gradient_accumulation_steps,
             [list(block.parameters()) for block in module.unet.blocks()] if compiled else (),
+            self._fused_geglu,
         )
         return step, estimator(module, self._vae, self._placement.compute_dtype, step, encode, training)

@@ -44,7 +44,7 @@ class Network(nn.Module):
 def test_forward_and_backward_hold_what_is_estimated(dtype, checkpointing, batch, side):
     """Under autocast its half copies are among it: those that it keeps for the pass, and those that backward needs."""
     network, no_vae = Network(checkpointing), nn.Identity()
-    training = Training(partial(make_optimizer, "SGD", arguments=[]))
+    training = Training(partial(make_optimizer, "SGD", arguments=[]), fused_geglu=True)
     predicted = estimate(
         network, no_vae, dtype, lambda shapes: shapes("meta", dtype, batch, side), lambda shapes: None, training
     )

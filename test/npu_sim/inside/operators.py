@@ -103,7 +103,7 @@ def test_fused_attention_refuses_what_the_real_one_does(change, message):
             **{"query": q, "key": k, "value": v, "head_num": N, "input_layout": "BNSD", "scale": SCALE, **change}
         )
     with pytest.raises(RuntimeError, match="float64"):
-        torch_npu.npu_fusion_attention(*(part.double() for part in (q, k, v)), N, "BNSD")
+        torch_npu.npu_fusion_attention(*(part.cpu().double().to("npu") for part in (q, k, v)), N, "BNSD")
 
 
 # Query tokens, key tokens, head size. Self-attention of any length; the text's 77, 152 and 227 tokens; head sizes of

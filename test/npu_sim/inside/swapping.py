@@ -197,7 +197,8 @@ def test_the_device_holds_less_and_what_is_estimated(checkpointing, fused):
         network.unet.enable_gradient_checkpointing(checkpointing)
         swapped = [list(network.unet.blocks()[number].parameters()) for number in swap]
         sizes = [4 * sum(one.numel() for one in block.parameters()) for block in network.unet.blocks()]
-        training = Training(partial(make_optimizer, "AdamW", arguments=[]), fused_backward=fused, swapped=swapped)
+        make = partial(make_optimizer, "AdamW", arguments=[])
+        training = Training(make, fused_backward=fused, swapped=swapped, fused_geglu=True)
         predicted = estimate(
             network, nn.Identity(), torch.float32, lambda shapes: shapes("meta"), lambda shapes: None, training
         )

@@ -82,7 +82,7 @@ def test_tensors_of_two_devices_do_not_meet():
         nn.GroupNorm(2, 8),
         nn.LayerNorm(8),
         nn.BatchNorm2d(8),
-        nn.Sequential(nn.SiLU(), nn.GELU(), nn.Softmax(-1)),
+        nn.Sequential(nn.SiLU(), nn.GELU("tanh"), nn.Softmax(-1)),
         nn.Upsample(scale_factor=2, mode="nearest"),
     ],
     ids=repr,
@@ -99,7 +99,7 @@ def test_modules_give_the_same_output_and_gradients_as_on_the_cpu(module):
         torch.testing.assert_close(got.grad.cpu(), want.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["mse_loss", "smooth_l1_loss", "huber_loss", "l1_loss"])
+@pytest.mark.parametrize("loss", ["mse_loss", "smooth_l1_loss", "l1_loss"])
 @pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
 def test_losses(loss, reduction):
     torch.manual_seed(0)

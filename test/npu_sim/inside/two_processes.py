@@ -101,6 +101,24 @@ def check_cpu_tensors_are_refused():
             raise AssertionError("a CPU tensor went through hccl")
 
 
+def check_hccl_reduces_neither_fp64_nor_bits():
+    flags = torch.ones(2, device=NPU, dtype=torch.bool)
+    wide = torch.ones(2, dtype=torch.float64).to(NPU)
+    for call, message in (
+        (lambda: dist.all_reduce(wide), "Unsupported data type torch.float64"),
+        (lambda: dist.all_reduce(flags), "Unsupported data type torch.bool"),
+        (lambda: dist.all_reduce(full(1, dtype=torch.int32), op=dist.ReduceOp.BOR), "ReduceOp.BOR with HCCL"),
+        (lambda: dist.reduce_scatter_tensor(wide[:1], wide), "Unsupported data type torch.float64"),
+    ):
+        try:
+            call()
+        except RuntimeError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(message)
+    dist.broadcast(wide, 0)  # what is only moved may be of any type
+
+
 def small_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 2))

@@ -27,9 +27,10 @@ from library.exit_status import run_script
 from library.signals import Signals
 from library.training.engine.bf16_update import Bf16Update
 from library.training.engine.fused_backward import FusedBackward
+from library.training.engine.loss_scale import agree_on_overflow
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer, set_schedule
 from library.training.engine.precision import make_accelerator
-from library.training.engine.sharding import KINDS, agree_on_overflow, shard
+from library.training.engine.sharding import KINDS, shard
 from library.training.log.metrics import MetricsWriter
 from library.training.loop import LoopOptions, Trainer
 from library.training.state.tensor_rows import saved_parts

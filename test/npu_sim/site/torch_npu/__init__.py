@@ -32,10 +32,21 @@ for _name in [name for name in sys.modules if name.startswith("torch_npu.npu")]:
     sys.modules[_name.replace("torch_npu.npu", "torch.npu", 1)] = sys.modules[_name]
 torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
 
+from torch_npu._activations import (  # noqa: E402
+    npu_geglu,
+    npu_geglu_grad,
+    npu_gelu,
+    npu_gelu_backward,
+    npu_rms_norm,
+    npu_swiglu,
+)
 from torch_npu._hccl import register as _register_hccl  # noqa: E402
-from torch_npu._operators import npu_fusion_attention, npu_geglu, npu_rms_norm, npu_swiglu  # noqa: E402
+from torch_npu._operators import npu_fusion_attention  # noqa: E402
 
 _register_hccl()
 
 __version__ = "2.14.0"
-__all__ = ["npu", "npu_fusion_attention", "npu_geglu", "npu_rms_norm", "npu_swiglu"]
+__all__ = [
+    "npu", "npu_fusion_attention", "npu_geglu", "npu_geglu_grad", "npu_gelu", "npu_gelu_backward", "npu_rms_norm",
+    "npu_swiglu",
+]  # fmt: skip

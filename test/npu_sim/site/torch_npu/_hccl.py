@@ -1,6 +1,7 @@
 """The hccl process group: collectives of npu tensors through gloo, which sees their memory as CPU tensors."""
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,19 @@ def _aliases(value):
     return value
 
 
+# What HCCL reduces, and how; what it moves may be of any type.
+_REDUCED = {torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.bfloat16}
+
+
+def _check_reduction(name: str, tensors: list[Tensor], options: Any) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in _REDUCED:
+            raise RuntimeError(f"HCCL {name}: Unsupported data type {tensor.dtype}")
+    for operation in ("BAND", "BOR", "BXOR"):
+        if options is not None and options.reduceOp == getattr(dist.ReduceOp, operation):
+            raise RuntimeError(f"Cannot use ReduceOp.{operation} with HCCL")
+
+
 def _done(outputs: list[Tensor]) -> dist.Work:
     devices = list({tensor.device for tensor in outputs})
     future = torch.futures.Future(devices=devices)
@@ -54,6 +68,11 @@ def _collective(name: str):
     """A method that runs gloo's of that name; the first argument holds what comes out."""
 
     def run(self: "HcclGroup", *arguments, **options) -> dist.Work:
+        if "reduce" in name:
+            given = [*arguments[1:], *options.values()]
+            _check_reduction(
+                name, _tensors(arguments[0]), next((one for one in given if hasattr(one, "reduceOp")), None)
+            )
         work = getattr(self.inner, name)(*map(_aliases, arguments), **options)
         if work is not None:
             work.wait()
@@ -99,6 +118,7 @@ class HcclGroup(dist.ProcessGroup):
     _reduce_scatter_base = reduce_scatter_single
 
     def _reduce_scatter(self, output: Tensor, flat: Tensor, opts: dist.ReduceScatterOptions) -> None:
+        _check_reduction("reduce_scatter", [flat], opts)
         reduce = dist.AllreduceOptions()
         reduce.reduceOp = opts.reduceOp
         self.inner.allreduce([_aliases(flat)], reduce).wait()

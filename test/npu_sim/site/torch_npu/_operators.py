@@ -15,8 +15,6 @@ MAX_HEAD_SIZE = 768
 MAX_HEADS = 256
 MAX_TOKENS = 2**20
 MAX_BATCH = 2**21
-# CANN's names of the first generation, which lacks the operator.
-FIRST_910 = {f"Ascend910{variant}" for variant in ("", "A", "B", "ProA", "ProB", "PremiumA")}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -52,7 +50,7 @@ def npu_fusion_attention(
         RuntimeError, TypeError: what the real operator refuses. NotImplementedError: what this one lacks.
     """
     _check_tensors("npu_fusion_attention", query, key, value)
-    if torch.npu.get_device_name(query.device) in FIRST_910:
+    if torch.ops.npu_sim.first_generation():
         raise RuntimeError("npu_fusion_attention: aclnnFlashAttentionScore is not supported on this product")
     if head_num <= 0:
         raise RuntimeError(f"npu_fusion_attention: head_num must > 0, but got {head_num}")
@@ -99,30 +97,6 @@ def npu_fusion_attention(
     )
     out = _from_bnsd(out_BNSD, input_layout).contiguous()
     return out, _eight(max_BNS), _eight(sum_BNS), query.new_empty(0), 0, 0, 0 if keep_prob == 1 else max_BNS.numel()
-
-
-def npu_geglu(input: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False) -> tuple[Tensor, Tensor]:
-    """Halves a tensor along dim: (left * gelu(right), gelu(right)), or the other way round with activate_left."""
-    _check_npu("npu_geglu", input)
-    left, right = input.chunk(2, dim)
-    active, other = (left, right) if activate_left else (right, left)
-    gelu = F.gelu(active, approximate="tanh" if approximate == 1 else "none")
-    return other * gelu, gelu
-
-
-def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
-    """silu(left half) * right half."""
-    _check_npu("npu_swiglu", input)
-    left, right = input.chunk(2, dim)
-    return F.silu(left) * right
-
-
-def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(x / rms(x) * gamma, 1 / rms(x)) over the last dimensions, as many as gamma has."""
-    _check_npu("npu_rms_norm", input, gamma)
-    dims = tuple(range(-gamma.dim(), 0))
-    rstd = torch.rsqrt(input.float().pow(2).mean(dims, keepdim=True) + epsilon)
-    return (input.float() * rstd).to(input.dtype) * gamma, rstd
 
 
 def _check_npu(name: str, *tensors: Tensor) -> None:

@@ -1,10 +1,8 @@
 """`torch.npu`: devices, memory figures, streams and random state of the simulated NPU."""
 
-import os
-
 import torch
 
-from torch_npu.npu import amp, random
+from torch_npu.npu import amp, random, utils
 from torch_npu.npu._device import _resolve, _utils, device, device_of  # noqa: F401  _utils is for torch.load
 from torch_npu.npu.memory import (
     empty_cache,
@@ -68,7 +66,7 @@ def synchronize(device=None) -> None:
 
 def get_device_name(device=None) -> str:
     _resolve(device)
-    return os.environ.get("NPU_SIM_NAME", "Ascend910B (simulated)")
+    return torch.ops.npu_sim.device_name()
 
 
 class _Properties:
@@ -84,12 +82,24 @@ def get_device_capability(device=None) -> None:
     """Ascend has none; torch_npu returns None."""
 
 
-def is_bf16_supported() -> bool:
-    return True
+def is_bf16_supported(including_emulation: bool = False) -> bool:
+    return not torch.ops.npu_sim.first_generation()
 
 
 def get_amp_supported_dtype() -> list[torch.dtype]:
-    return [torch.float16, torch.bfloat16, torch.float32]
+    return [torch.float16, *([torch.bfloat16] if is_bf16_supported() else []), torch.float32]
+
+
+_jit_compile = {"asked": True}
+
+
+def set_compile_mode(jit_compile: bool = False) -> None:
+    """Whether operators are compiled for each shape; the first generation does by default."""
+    _jit_compile["asked"] = jit_compile
+
+
+def is_jit_compile_false() -> bool:
+    return not (_jit_compile["asked"] and torch.ops.npu_sim.first_generation())
 
 
 class Stream(torch.Stream):
@@ -129,11 +139,48 @@ def set_stream(stream) -> None:
 
 
 __all__ = [
-    "Event", "Stream", "amp", "current_device", "current_stream", "default_stream", "device",
-    "device_count", "device_of", "empty_cache", "get_amp_supported_dtype", "get_device_capability", "get_device_name",
-    "get_device_properties", "get_rng_state", "get_rng_state_all", "init", "initial_seed", "is_available",
-    "is_bf16_supported", "is_initialized", "manual_seed", "manual_seed_all", "max_memory_allocated",
-    "max_memory_reserved", "mem_get_info", "memory_allocated", "memory_reserved", "memory_stats", "random",
-    "reset_max_memory_allocated", "reset_peak_memory_stats", "seed", "seed_all", "set_device",
-    "set_per_process_memory_fraction", "set_rng_state", "set_rng_state_all", "set_stream", "stream", "synchronize",
+    "Event",
+    "Stream",
+    "amp",
+    "current_device",
+    "current_stream",
+    "default_stream",
+    "device",
+    "device_count",
+    "device_of",
+    "empty_cache",
+    "get_amp_supported_dtype",
+    "get_device_capability",
+    "get_device_name",
+    "get_device_properties",
+    "get_rng_state",
+    "get_rng_state_all",
+    "init",
+    "initial_seed",
+    "is_available",
+    "is_bf16_supported",
+    "is_initialized",
+    "is_jit_compile_false",
+    "manual_seed",
+    "manual_seed_all",
+    "max_memory_allocated",
+    "max_memory_reserved",
+    "mem_get_info",
+    "memory_allocated",
+    "memory_reserved",
+    "memory_stats",
+    "random",
+    "reset_max_memory_allocated",
+    "reset_peak_memory_stats",
+    "seed",
+    "seed_all",
+    "set_compile_mode",
+    "set_device",
+    "set_per_process_memory_fraction",
+    "set_rng_state",
+    "set_rng_state_all",
+    "set_stream",
+    "stream",
+    "synchronize",
+    "utils",
 ]  # fmt: skip
