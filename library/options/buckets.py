@@ -32,7 +32,11 @@ class BucketOptions(OptionGroup):
         at=DATASET,
     )
     enable_bucket: bool = flag(False, "sort images into buckets of like aspect ratio", at=DATASET)
-    min_bucket_reso: int = flag(256, "shortest bucket side in px", least=1, at=DATASET)
-    max_bucket_reso: int = flag(1024, "longest bucket side in px", least=1, at=DATASET)
-    bucket_reso_steps: int = flag(64, "bucket sides are multiples of it, in px", least=1, at=DATASET)
-    bucket_no_upscale: bool = flag(False, "never scale an image up; buckets follow the images", at=DATASET)
+    min_bucket_reso: int = flag(256, "shortest bucket side in px", least=1, at=DATASET, idle_without="enable_bucket")
+    max_bucket_reso: int = flag(1024, "longest bucket side in px", least=1, at=DATASET, idle_without="enable_bucket")
+    bucket_reso_steps: int = flag(
+        64, "bucket sides are multiples of it, in px", least=1, at=DATASET, idle_without="enable_bucket"
+    )
+    bucket_no_upscale: bool = flag(
+        False, "never scale an image up; buckets follow the images", at=DATASET, idle_without="enable_bucket"
+    )

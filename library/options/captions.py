@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from library.options.flag import SUBSET, OptionGroup, flag
 
+_OF_TAGS = ("shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate")  # what changes the tags of a caption
+
 
 def extension(text: str) -> str:
     """A file extension, with its dot added where it is missing."""
@@ -31,7 +33,13 @@ class CaptionOptions(OptionGroup):
     caption_extension: str = flag(
         ".caption", "extension of caption files", read=extension, at=SUBSET, aliases=("caption_extention",)
     )
-    caption_separator: str = flag(",", "what separates a caption's tags", read=separator, at=SUBSET)
+    caption_separator: str = flag(
+        ",",
+        "what separates a caption's tags",
+        read=separator,
+        at=SUBSET,
+        idle_without=(*_OF_TAGS, "keep_tokens_separator", "secondary_separator"),
+    )
     secondary_separator: str = flag("", "separates tags that stay together when the others are shuffled", at=SUBSET)
     caption_prefix: str = flag("", "put before every caption, with a space between", at=SUBSET)
     caption_suffix: str = flag("", "put behind every caption, with a space between", at=SUBSET)
@@ -39,13 +47,15 @@ class CaptionOptions(OptionGroup):
         False, "take one of {a|b|c} in a caption, and one line of a caption file, anew at each step", at=SUBSET
     )
     shuffle_caption: bool = flag(False, "shuffle the tags of a caption, anew at each step", at=SUBSET)
-    keep_tokens: int = flag(0, "leave that many first tags in place", least=0, at=SUBSET)
+    keep_tokens: int = flag(0, "leave that many first tags in place", least=0, at=SUBSET, idle_without=_OF_TAGS)
     keep_tokens_separator: str = flag(
         "",
         "where a caption has it, leave the tags before it in place, and those behind it where it comes again",
         at=SUBSET,
     )
-    token_warmup_min: int = flag(1, "tags shown at the first step of --token_warmup_step", least=0, at=SUBSET)
+    token_warmup_min: int = flag(
+        1, "tags shown at the first step of --token_warmup_step", least=0, at=SUBSET, idle_without="token_warmup_step"
+    )
     token_warmup_step: float = flag(
         0.0,
         "show more tags step by step, and all from this one on; below 1: a share of the run",

@@ -78,7 +78,9 @@ class DataOptions(ValidationOptions, OptionGroup):
         read=location,
         path_to=PathTo.DATA,
     )
-    prior_loss_weight: float = flag(1.0, "weight of the loss of regularisation images", least=0)
+    prior_loss_weight: float = flag(
+        1.0, "weight of the loss of regularisation images", least=0, idle_without=("reg_data_dir", "dataset_config")
+    )
     train_batch_size: int = flag(1, "images per device and pass", least=1, at=DATASET, key="batch_size")
     shuffle_window_shards: int = flag(
         0, "show the samples of so many shards before those of the next, for slow disks; 0: all", least=0

@@ -35,4 +35,8 @@ class ModelOptions(OptionGroup):
     enable_npu_flash_attention: bool = flag(
         False, "torch_npu.npu_fusion_attention in the U-Net; off the NPU a warning and torch's SDPA"
     )
-    no_half_vae: bool = flag(False, "keep the VAE in fp32 under mixed precision")
+    no_half_vae: bool = flag(
+        False,
+        "keep the VAE in fp32 under mixed precision",
+        idle_without=("mixed_precision=fp16", "mixed_precision=bf16"),
+    )

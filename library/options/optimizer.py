@@ -25,6 +25,17 @@ def learning_rates(text: str) -> tuple[float, ...]:
     return rates
 
 
+def steps_or_share(text: str) -> float:
+    """A whole number of steps, or a share of all steps below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 <= value < 1 or (value.is_integer() and value >= 1)):
+        raise ValueError("must be a whole number of steps, or a share of the run below 1")
+    return int(value) if value.is_integer() else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions(OptionGroup):
     """The optimizer, what of it is shared among processes, the learning rate and its schedule."""
@@ -54,10 +65,22 @@ class OptimizerOptions(OptionGroup):
     )
     learning_rate: float = flag(2e-6, "of the U-Net; 0: not trained", least=0)
     lr_scheduler: str = flag("constant", "how the learning rates change over the run", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int = flag(0, "steps of linear warm-up; not for constant", least=0)
-    lr_scheduler_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
-    lr_scheduler_power: float = flag(1.0, "power of polynomial", least=0)
+    lr_warmup_steps: float = flag(
+        0,
+        "steps of linear warm-up, or below 1 a share of the run; not for constant",
+        read=steps_or_share,
+        is_text=False,
+        metavar="N",
+    )
+    lr_scheduler_num_cycles: int = flag(
+        1, "restarts of cosine_with_restarts", least=1, idle_without="lr_scheduler=cosine_with_restarts"
+    )
+    lr_scheduler_power: float = flag(1.0, "power of polynomial", least=0, idle_without="lr_scheduler=polynomial")
     max_grad_norm: float = flag(1.0, "clip the gradient's norm to it; 0: no clipping", least=0)
+
+    def warmup_steps(self, steps: int) -> int:
+        """Steps of warm-up in a run of so many steps."""
+        return int(self.lr_warmup_steps * steps) if 0 < self.lr_warmup_steps < 1 else int(self.lr_warmup_steps)
 
     @property
     def block_rates(self) -> tuple[float, ...]:
@@ -70,7 +93,7 @@ class OptimizerOptions(OptionGroup):
         if self.lr_scheduler == "constant" and warmup:
             yield f"--lr_warmup_steps={warmup} has no effect with --lr_scheduler=constant; use constant_with_warmup"
         if options.run.max_train_epochs is None and warmup > steps:
-            yield warmup_too_long(warmup, steps)
+            yield warmup_too_long(int(warmup), steps)
         if options.precision.full_bf16 and not self.block_rates and not self.learning_rate:
             yield (
                 "--full_bf16 rounds the U-Net to bf16, also where --learning_rate=0 freezes it, and checkpoints would "

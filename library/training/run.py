@@ -405,7 +405,7 @@ def _make_schedule(options: OptimizerOptions, steps: int, optimizer: torch.optim
         options.lr_scheduler,
         optimizer,
         steps,
-        options.lr_warmup_steps,
+        options.warmup_steps(steps),
         options.lr_scheduler_num_cycles,
         options.lr_scheduler_power,
     )

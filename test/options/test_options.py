@@ -9,6 +9,7 @@ import pytest
 
 import sdxl_pretrain
 from library.errors import InputError
+from library.options.rules import log_idle_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--resolution=64", "--output_dir=o"]
@@ -113,6 +114,41 @@ def test_help_shows_every_default(capsys):
     shown = capsys.readouterr().out
     for shown_default in ("(2e-06)", "(1600)", "(.caption)", "(ddim)", "--enable_npu_flash_attention"):
         assert shown_default in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"), [("0", 0), ("0.1", 20), ("0.0", 0), ("1", 1), ("30", 30), ("30.0", 30), ("0.999", 199)]
+)
+def test_a_warm_up_below_one_is_a_share_of_the_run(given, steps):
+    assert parse(f"--lr_warmup_steps={given}").optimizer.warmup_steps(200) == steps
+
+
+@pytest.mark.parametrize("given", ["-1", "1.5", "nan", "inf", "some"])
+def test_a_warm_up_of_no_number_of_steps_is_refused(given):
+    with pytest.raises(InputError, match="--lr_warmup_steps must be a whole number of steps, or a share of the run"):
+        parse(f"--lr_warmup_steps={given}")
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        (["--max_bucket_reso=2048"], "--max_bucket_reso does nothing without --enable_bucket"),
+        (
+            ["--keep_tokens=2"],
+            "--keep_tokens does nothing without --shuffle_caption, --token_warmup_step, or --caption_",
+        ),
+        (["--lr_scheduler=linear", "--lr_scheduler_num_cycles=3"], "without --lr_scheduler=cosine_with_restarts"),
+        (["--sample_sampler=euler"], "--sample_sampler=euler does nothing without --sample_prompts"),
+        (["--prior_loss_weight=0.5"], "--prior_loss_weight does nothing without --reg_data_dir or --dataset_config"),
+        (["--no_half_vae"], "--no_half_vae does nothing without --mixed_precision=fp16 or --mixed_precision=bf16"),
+        (["--max_bucket_reso=2048", "--enable_bucket", "--keep_tokens=2", "--shuffle_caption"], None),
+        (["--max_bucket_reso=1024", "--keep_tokens=0", "--lr_scheduler_power=1"], None),
+    ],
+)
+def test_a_flag_that_does_nothing_is_said_in_the_log(caplog, given, instead):
+    """sd-scripts takes such a flag, and so do command lines that users have."""
+    log_idle_flags(sdxl_pretrain.SCRIPT.flags, parse(*given))
+    assert [instead in record.message for record in caplog.records] == ([True] if instead else [])
 
 
 def test_words_before_the_first_flag_are_named():

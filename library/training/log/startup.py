@@ -34,7 +34,7 @@ def plan_lines(
         f"number of trainable parameters: {sum(trained.values()):,}",
         *(f"learning rate of {group.name}: {group.learning_rate:g}" for group in groups),
         f"optimizer: {optimizer.optimizer_type}, schedule: {optimizer.lr_scheduler}, "
-        f"warm-up steps: {optimizer.lr_warmup_steps}, max grad norm: {optimizer.max_grad_norm:g}",
+        f"warm-up steps: {optimizer.warmup_steps(steps)}, max grad norm: {optimizer.max_grad_norm:g}",
         *_average_lines(options.ema),
         *_fused_lines(options),
         *_sharding_lines(sharding, accelerator.num_processes),
