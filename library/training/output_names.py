@@ -143,7 +143,11 @@ def _check_input(read: _Input, output: _Output) -> None:
                 "Choose another; a folder in it will do"
             )
         for written in output.names if inside else ():
-            if inside and written.has(inside[0], output.ignore_case) and written.example != ABANDONED:
+            # A folder that is only added to may hold what is read: prompts stand in sample/, a state in abandoned/.
+            is_safe = (
+                written.only_grows and len(inside or ()) > 1 and (not read.is_data or written.example == ABANDONED)
+            )
+            if inside and written.has(inside[0], output.ignore_case) and not is_safe:
                 lies = "is" if len(inside) == 1 else "lies in"
                 raise InputError(
                     f"{read} {lies} {output.folder / inside[0]}, where this run writes {written.what}: choose another "

@@ -45,6 +45,7 @@ class Written:
             moved aside.
         is_due: whether the run writes the name with that number.
         moved_aside: whether a run that begins anew moves aside what lies there (library.training.state.branch).
+        only_grows: whether it is a folder of which nothing is ever replaced or removed.
     """
 
     what: str
@@ -55,6 +56,7 @@ class Written:
     is_own: Callable[[Path], bool] | None = None
     is_due: Callable[[int], bool] = lambda number: True
     moved_aside: bool = False
+    only_grows: bool = False
 
     def has(self, name: str, ignore_case: bool = False) -> bool:
         """Whether a name is one of these, or what stands beside one while it is written."""
@@ -69,7 +71,7 @@ class Written:
 def written_names(options: TrainingOptions) -> list[Written]:
     """All names that a run with these options writes in its output folder; with --debug_dataset it is one."""
     if options.data.debug_dataset:
-        return [_fixed("the page of --debug_dataset", "--output_dir", DEBUG_FOLDER, is_folder=True)]
+        return [_growing("the page of --debug_dataset", "--output_dir", DEBUG_FOLDER)]
     return [*_checkpoints(options), *_states(options), *_others(options), *_logs(options)]
 
 
@@ -85,10 +87,12 @@ def name_bytes(name: str) -> int:
     return len(os.fsencode(name)) + _TEMPORARY_BYTES
 
 
-def _fixed(
-    what: str, flag: str, name: str, is_folder: bool = False, is_own: Callable[[Path], bool] | None = None
-) -> Written:
-    return Written(what, flag, name, re.escape(name), is_folder, is_own)
+def _fixed(what: str, flag: str, name: str, is_own: Callable[[Path], bool] | None = None) -> Written:
+    return Written(what, flag, name, re.escape(name), is_own=is_own)
+
+
+def _growing(what: str, flag: str, name: str) -> Written:
+    return Written(what, flag, name, re.escape(name), is_folder=True, only_grows=True)
 
 
 def _stems(options: TrainingOptions) -> Iterator[tuple[str, str, str, Callable[[int], bool]]]:
@@ -134,7 +138,7 @@ def _states(options: TrainingOptions) -> Iterator[Written]:
         "a training state", flag, step_name(name, 1) + end, _numbered(step_name(name, 0), 8) + re.escape(end), True
     )
     if options.states.save_state or options.states.save_state_on_train_end:
-        yield _fixed("the final training state", flag, last_name(name) + end, is_folder=True)
+        yield Written("the final training state", flag, last_name(name) + end, re.escape(last_name(name) + end), True)
     if options.states.save_state and options.saving.save_every_n_epochs:
         pattern = _numbered(epoch_name(name, 0), 6) + re.escape(end)
         yield Written("a training state", flag, epoch_name(name, 1) + end, pattern, True)
@@ -145,15 +149,15 @@ def _others(options: TrainingOptions) -> Iterator[Written]:
     yield _fixed("the lock", "--output_dir", LOCK_FILE)
     yield _fixed("the metrics", "--output_dir", METRICS)
     yield Written("the list of bad samples", "--output_dir", "quarantine.jsonl", r"quarantine(?:\.rank\d+)?\.jsonl")
-    yield _fixed("what an earlier run left", "--output_dir", ABANDONED, is_folder=True)
+    yield _growing("what an earlier run left", "--output_dir", ABANDONED)
     configuration = config_path(options)
     flag = "--output_name" if options.saving.output_name else "--output_dir"
     yield _fixed("the configuration", flag, configuration.name, is_own=_begins_with(CONFIG_HEAD))
     if options.preview.sample_prompts is not None:
-        yield _fixed("the sample pictures", "--sample_prompts", SAMPLE_FOLDER, is_folder=True)
+        yield _growing("the sample pictures", "--output_dir", SAMPLE_FOLDER)
     caches = options.caches
     if caches.cache_latents_to_disk or caches.cache_text_encoder_outputs_to_disk:
-        yield _fixed("caches", "--output_dir", _CACHE_FOLDER, is_folder=True)
+        yield _growing("caches", "--output_dir", _CACHE_FOLDER)
 
 
 def _logs(options: TrainingOptions) -> Iterator[Written]:
@@ -166,7 +170,7 @@ def _logs(options: TrainingOptions) -> Iterator[Written]:
     if options.logs.logging_dir is not None:
         board = Path(os.path.abspath(options.logs.logging_dir))  # noqa: PTH100
         if board != out and board.is_relative_to(out):
-            yield _fixed("TensorBoard's events", "--logging_dir", board.relative_to(out).parts[0], is_folder=True)
+            yield _growing("TensorBoard's events", "--logging_dir", board.relative_to(out).parts[0])
     stem = os.environ.get(LAUNCHER_LOG, "")
     if stem and Path(stem).parent == out:
         name = re.escape(Path(stem).name)

@@ -68,6 +68,11 @@ INPUTS = {  # what lies in the output folder, the flag that names it, the other 
 }  # fmt: skip
 
 
+def test_prompts_may_stand_beside_their_pictures_as_other_programs_put_them(place):
+    prompts = put(place, "sample/prompt.txt", "sample_prompts")
+    assert check(place, f"--sample_prompts={prompts}") == []
+
+
 def put(place, name, flag, content=b"a cat\n"):
     """An input in the output folder."""
     path = place / "out" / name

@@ -99,6 +99,32 @@ class Shelf(Protocol):
         """Put entries of one block there, in place of older ones of the same places; others stay."""
 
 
+class BorrowingShelf:
+    """A user's own shelf before another user's, which is read and never written."""
+
+    def __init__(self, own: Shelf, another: Shelf) -> None:
+        self._own, self._another = own, another
+
+    def find(self, places: Sequence[int], verify: bool) -> Found:
+        """As Shelf; what is damaged on the other's shelf is as if it were not there."""
+        found = self._own.find(places, verify)
+        rest = [place for place in places if place not in found.made]
+        if rest:
+            found.made |= self._another.find(rest, verify).made
+        return found
+
+    def read(self, place: int) -> Entry:
+        """As Shelf."""
+        try:
+            return self._own.read(place)
+        except KeyError:
+            return self._another.read(place)
+
+    def write(self, entries: Mapping[int, Entry]) -> None:
+        """As Shelf."""
+        self._own.write(entries)
+
+
 class MemoryShelf:
     """A shelf in memory. Entries of the same content share it."""
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from library.data.cache.block_files import PARTIAL_BLOCKS, BlockShelf
-from library.data.cache.entries import Shelf
+from library.data.cache.entries import BorrowingShelf, Shelf
 from library.data.cache.npz_files import Beside, NpzShelf, Picture, TextLayout, TextOutputs
 from library.data.cache.settings import Settings
 from library.data.index.folder_use import may_write
@@ -24,20 +24,27 @@ BesideOf = Callable[[int], Callable[[int], Beside]]  # from a source's number an
 
 def cache_root(data: Path, output_dir: Path) -> Path:
     """The folder of a subset's block files: beside the data, or in --output_dir where that may not be written."""
-    folder = data if data.is_dir() else data.parent
-    beside = folder / _FOLDER
+    beside = _beside(data)
     of_kinds_and_sources = (*beside.glob("*/"), *beside.glob("*/*/"))  # another user may have made some of them
     if all(map(may_write, (beside, *of_kinds_and_sources))):
         return beside
-    return output_dir / "cache" / digest(str(folder.resolve()))
+    return output_dir / "cache" / digest(str(beside.parent.resolve()))
+
+
+def _beside(data: Path) -> Path:
+    """The folder of block files beside the data, which all its users share."""
+    return (data if data.is_dir() else data.parent) / _FOLDER
 
 
 def sources_beside_images(index: Index) -> frozenset[int]:
-    """Sources whose entries are kept as .npz beside the images: one source a folder, and one image a name."""
+    """Sources whose entries can be .npz beside the images: one source a folder, and one image a name.
+
+    In a folder that may not be written to, those of another user are read.
+    """
     seen: set[tuple[Path, tuple[int, int]]] = set()
     found = []
     for number, source in enumerate(index.sources):
-        if source.is_shard or (source.path, source.share) in seen or not may_write(source.path):
+        if source.is_shard or (source.path, source.share) in seen:
             continue
         seen.add((source.path, source.share))
         rows = range(int(index.starts_S[number]), int(index.starts_S[number + 1]))
@@ -61,14 +68,20 @@ def disk_shelf(
     Args:
         settings: what the entries are made with.
         roots: of each subset, the folder of its block files.
-        npz: the sources whose entries lie beside the images.
+        npz: the sources whose entries can lie beside the images.
     """
     source = index.sources[number]
-    if number in npz:
+    data = index.subsets[source.subset].path
+    if number in npz and may_write(source.path):
         return NpzShelf(beside(number))
-    name = str(source.path.relative_to(index.subsets[source.subset].path))
+    name = str(source.path.relative_to(data))
     made_from = [source.subset, source.share, source.caption_extension, settings.of_source(number)]
-    return BlockShelf(roots[source.subset] / kind / kept_name(name, made_from, index.tables[number].notes["digest"]))
+    folder = Path(kind) / kept_name(name, made_from, index.tables[number].notes["digest"])
+    own = BlockShelf(roots[source.subset] / folder)
+    if number in npz:
+        return BorrowingShelf(own, NpzShelf(beside(number)))
+    of_all = _beside(data)
+    return own if roots[source.subset] == of_all else BorrowingShelf(own, BlockShelf(of_all / folder))
 
 
 def pictures_of(

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from PIL import Image
 
 from library.data.cache.block_files import BlockShelf, write_shared
 from library.data.cache.entries import Entry, Made
-from library.data.cache.locations import cache_root, clear_left_behind
+from library.data.cache.locations import cache_root, clear_left_behind, disk_shelf
 from library.data.index import folder_use, kept_tables
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
@@ -213,3 +215,31 @@ def test_only_old_half_written_blocks_are_cleared_away(tmp_path):
         os.utime(path, (old, old))
     clear_left_behind(tmp_path)
     assert not gone.exists() and young.exists() and all(path.exists() for path in others)
+
+
+def shelf_of(data, out, npz=frozenset()):
+    """The shelf of the data's one source, as a process with its rights gets it."""
+    index = build_index([Subset(data, ".txt")])
+    settings = SimpleNamespace(of_source=lambda number: "settings")
+    return disk_shelf(index, "latents", settings, lambda number: None, [cache_root(data, out)], npz, 0)
+
+
+def test_another_users_entries_are_used_and_new_ones_go_to_ones_own(data):
+    out = data.parent / "out"
+    out.mkdir()
+    os.chown(out, NOBODY, NOBODY)
+    shelf_of(data, data.parent / "roots").write({0: entry(), 1: entry()})
+    (beside,) = (data / ".encoding_cache").rglob("*.safetensors")
+    before = beside.read_bytes()
+
+    def fill():
+        shelf = shelf_of(data, out)
+        found = sorted(shelf.find(range(3), True).made)
+        shelf.write({2: entry(), 1: replace(entry(), made=Made("newer", "settings"))})
+        return found, sorted(shelf.find(range(3), True).made), [shelf.read(place).made.content for place in range(3)]
+
+    assert as_nobody(fill) == [[0, 1], [0, 1, 2], ["content", "newer", "content"]]
+    assert beside.read_bytes() == before
+    assert [path.name for path in out.rglob("*.safetensors")] == [beside.name]
+    beside.chmod(0o600)
+    assert as_nobody(lambda: sorted(shelf_of(data, out).find(range(3), True).made)) == [1, 2]
