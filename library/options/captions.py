@@ -10,6 +10,9 @@ _OF_TAGS = ("shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate") 
 
 def extension(text: str) -> str:
     """A file extension, with its dot added where it is missing."""
+    text = text.strip()
+    if not text.strip(".") or set(text) & set("/\\*?, "):
+        raise ValueError("must be one file extension, such as .txt")
     return text if text.startswith(".") else f".{text}"
 
 

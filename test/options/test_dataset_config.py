@@ -131,6 +131,8 @@ def test_what_is_not_there_yet_is_refused_where_it_is_asked_for(tmp_path, value)
         (config(subset={"shuffle_caption": 1}), r"shuffle_caption .* true or false, got 1"),
         (config(subset={"caption_dropout_rate": 1.5}), r"caption_dropout_rate .* 0 to 1, got 1\.5"),
         (config(subset={"caption_separator": ""}), r"caption_separator .* must not be empty"),
+        (config(subset={"caption_extension": " "}), r"caption_extension .* must be one file extension"),
+        (config(subset={"image_dir": ""}), r"lacks image_dir"),
         (config(subset={"token_warmup_step": -1}), r"token_warmup_step .* at least 0, got -1"),
         (config(subset={"is_reg": True}), r"\[\[datasets\]\] 1 has only subsets of is_reg = true"),
         (config(general={"is_reg": True}), r"is_reg does not belong in \[general\].*\[\[datasets\.subsets\]\]"),

@@ -79,7 +79,7 @@ class Metadata:
             found |= {image: keys[name] for image in alike if image not in found}
         unused = [printable(key) for key in self.entries if key not in used and key not in of_several]
         if unused:
-            self.warnings.append(f"{len(unused)} keys of {self.path} name no image in {data}: {_some(unused)}")
+            self.warnings.append(f"{len(unused)} keys of {self.path} name no image in {data}: {_some(unused)}.")
         if of_several:
             self.warnings.append(
                 f"{len(of_several)} keys of {self.path} could be several images in {data}, and are not used: "
@@ -130,7 +130,7 @@ def read_metadata(path: Path, extras: Mapping[str, bool] | None = None) -> Metad
     found = Metadata(path, entries)
     if twice:
         named = _some(list(map(printable, twice)))
-        found.warnings.append(f"{len(twice)} keys stand twice in {path}, and the last of each counts: {named}")
+        found.warnings.append(f"{len(twice)} keys stand twice in {path}, and the last of each counts: {named}.")
     return found
 
 

@@ -616,7 +616,7 @@ class TestMetadata:
         assert captions(index) == ["one, x, y", "z", "from its file", "deep", "whole path"]
         assert index.warnings == (
             f"1 images in {path} are not used, because {path.parent / 'meta.json'} does not name them.",
-            f"1 keys of {path.parent / 'meta.json'} name no image in {path}: gone",
+            f"1 keys of {path.parent / 'meta.json'} name no image in {path}: gone.",
         )
 
     def test_a_stem_alone_is_enough(self, path):
@@ -665,7 +665,7 @@ class TestMetadata:
     def test_keys_that_stand_twice_are_said(self, path):
         index = self.build(path, '{"a": {"caption": "first"}, "b": {"caption": "b"}, "a": {"caption": "second"}}')
         assert captions(index) == ["second", "b"]
-        assert any(warning.startswith("1 keys stand twice") and warning.endswith(": a") for warning in index.warnings)
+        assert any(warning.startswith("1 keys stand twice") and warning.endswith(": a.") for warning in index.warnings)
 
     def test_a_list_of_lines_is_refused_by_its_name(self, path):
         (path.parent / "meta.jsonl").write_text('{"file_name": "a.jpg", "text": "a"}')
