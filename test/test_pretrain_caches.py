@@ -110,6 +110,19 @@ def test_training_from_a_cache_is_training_without_bit_for_bit(train, encoded):
     assert sorted(blocks) == ["latents", "text_encoder_outputs"]  # of the shard alone
 
 
+@pytest.mark.all
+def test_a_run_of_other_settings_in_between_changes_nothing_for_the_first(train, encoded):
+    disk = ("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk")
+    status, first, printed = train(*disk, out="first")
+    assert status == 0, printed
+    status, _, printed = train(*disk, "--resolution=96", "--flip_aug", "--caption_prefix=a photo of", out="second")
+    assert status == 0 and "0 entries kept, 15 computed" in printed, printed
+    encoded.clear()
+    status, again, printed = train(*disk, "--skip_cache_check", out="again")
+    assert status == 0 and "15 entries kept, 0 computed" in printed and "16 entries kept, 0 computed" in printed
+    assert not encoded and losses(again) == losses(first) and same_weights(again, first)
+
+
 def test_mirrored_images_and_sample_pictures_are_as_without_a_cache(train, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red cat --w 32 --h 32 --s 1 --l 2 --d 7\n")
     common = (
