@@ -6,6 +6,8 @@ from pathlib import Path
 from library.errors import InputError
 from library.redaction import remember, shown_address
 
+_IPV6 = re.compile(r"\[[0-9A-Fa-f:.]*(%\w+)?\]")
+_COLONS = "\0"  # no address has it
 _SCHEME = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -31,13 +33,16 @@ class Address:
     def shards(self, flag: str) -> list[str]:
         """The address of each shard: braces such as {00000..00999} and {a,b} expanded, separately between `::`.
 
+        The two colons of an IPv6 address in brackets are its own.
+
         Raises:
             InputError: the braces are malformed; the message names the flag.
         """
         from webdataset.shardlists import expand_urls
 
         try:
-            return expand_urls(self.text)
+            kept = _IPV6.sub(lambda match: match[0].replace("::", _COLONS), self.text)
+            return [shard.replace(_COLONS, "::") for shard in expand_urls(kept)]
         except (ValueError, AssertionError) as error:
             raise InputError(f"{flag} {self}: cannot be expanded ({error})") from error
 

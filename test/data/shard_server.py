@@ -1,5 +1,6 @@
 """A web server of shards on the loopback interface that also fails, stalls and cuts short when it is told to."""
 
+import socket
 import threading
 import time
 from collections import Counter
@@ -22,15 +23,16 @@ class ShardServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, folder: Path, ranges: bool = True) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, ranges: bool = True, host: str = "127.0.0.1") -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, 0), _Handler)
         self.folder, self.ranges = folder, ranges
         self.faults: dict[str, list] = {}
         self.broken: dict[str, object] = {}
         self.moved: dict[str, str] = {}
         self.asked: Counter[str] = Counter()
         self.authorization: set[str | None] = set()
-        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def fault(self, name: str) -> object:

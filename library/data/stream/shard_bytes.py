@@ -132,7 +132,12 @@ class _Web:
     """From a web server."""
 
     def __init__(self, address: str, position: int, timeout_s: float) -> None:
-        parts = urlsplit(address)
+        try:
+            parts = urlsplit(address)
+            _ = parts.port
+        except ValueError as error:
+            reason = "a user's name or password must be written with %2F for a slash, %40 for @, %3F for ?"
+            raise _ForGoodError(f"is no address ({error}); {reason}") from error
         headers = {"User-Agent": "sdxl-pretrain", "Accept-Encoding": "identity"}
         if position:
             headers["Range"] = f"bytes={position}-"

@@ -27,7 +27,7 @@ from library.data.stream.sample_counts import sample_counts
 from library.data.stream.shard_samples import StreamSample, StreamSubset
 from library.errors import InputError
 from library.options.data import DataOptions, SubsetOptions
-from library.redaction import shown_address
+from library.redaction import redacted, secrets_of, shown_address
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +105,7 @@ class StreamedData:
 
     def fingerprint(self) -> str:
         """A digest of what the order of samples depends on; it stays when the shards move to another server."""
-        shards = [
-            (shard.address if shard.address.startswith("pipe:") else _file_name(shard.address), shard.subset)
-            for shard in self.layout.shards
-        ]
+        shards = [(_told_apart_by(shard.address), shard.subset) for shard in self.layout.shards]
         buckets = [asdict(options) for options in self.layout.bucket_options]
         captions = [asdict(subset) for subset in self.layout.subsets]
         content = json.dumps([shards, buckets, captions, self.layout.pool])
@@ -325,5 +322,8 @@ def _position(plain: Mapping[str, Any]) -> Position:
     return Position(**{**plain, **pairs})
 
 
-def _file_name(address: str) -> str:
+def _told_apart_by(address: str) -> str:
+    """A shard's file name; of a pipe the command, without its keys, which change."""
+    if address.startswith("pipe:"):
+        return redacted(address, secrets_of(address))
     return address.partition("?")[0].rpartition("/")[2]

@@ -320,6 +320,35 @@ class TestAddresses:
             "http://h.test/a0.tar", "http://h.test/a1.tar", "http://h.test/b0.tar", "http://h.test/b1.tar",
         ]  # fmt: skip
 
+    def test_lists_of_addresses_and_ipv6_ones_are_expanded(self):
+        def of(text):
+            shards = Address(text.replace("W:", "http:" + "//")).shards("--train_data_dir")
+            return [shard.replace("http:" + "//", "") for shard in shards]
+
+        assert of("W:[::1]:80/{0..2}.tar") == ["[::1]:80/0.tar", "[::1]:80/1.tar", "[::1]:80/2.tar"]
+        assert of("W:u:p@[fe80::1%25eth0]/{a,b}.tar") == ["u:p@[fe80::1%25eth0]/a.tar", "u:p@[fe80::1%25eth0]/b.tar"]
+        assert of("W:{[::1],[2001:db8::2]}/0.tar") == ["[::1]/0.tar", "[2001:db8::2]/0.tar"]
+        assert of("W:h:{80..81}/{0,1}.tar") == ["h:80/0.tar", "h:80/1.tar", "h:81/0.tar", "h:81/1.tar"]
+        assert of("W:[::1]/{0..1}.tar::W:[::1]/9.tar") == ["[::1]/0.tar", "[::1]/1.tar", "[::1]/9.tar"]
+        assert of("pipe:cat [::1]/{0..1}.tar") == ["pipe:cat [::1]/0.tar", "pipe:cat [::1]/1.tar"]
+
+    def test_an_ipv6_server_is_read(self, server, prepare):
+        try:
+            other = ShardServer(server.folder, host="::1")
+        except OSError:
+            pytest.skip("no IPv6 here")
+        try:
+            (data,) = prepare(f"{other.address}/{{00000..00008}}.tar")
+            assert len(taken(data, 2)[0]) == 2
+        finally:
+            other.stop()
+
+    @pytest.mark.parametrize("place", ["me:pa/ss@h.test", "me:pa?ss@h.test", "[::1", "h.test:x"])
+    def test_what_is_no_address_is_said_at_once_without_its_password(self, prepare, place):
+        with pytest.raises(InputError, match=r"is no address .*%2F for a slash") as raised:
+            prepare("http:" + f"//{place}/a.tar")
+        assert "pa" not in str(raised.value).partition("train_data_dir")[2].partition("; a user")[0].partition(" (")[0]
+
     def test_the_fingerprint_stays_when_the_shards_move_and_changes_with_what_is_trained(self, server, prepare):
         def of(address, *more, **given):
             return prepare(address, *more, **given)[0].fingerprint()
@@ -327,6 +356,8 @@ class TestAddresses:
         first = of(every(server))
         assert of(f"file://{server.folder}/{{00000..00008}}.tar") == first
         assert of(every(server) + "?key=1", ranks=2, seed=9) == first
+        commands = [f"pipe:KEY={key} cat {server.folder}/{{00000..00008}}.tar" for key in ("abcdefg", "hijklmn")]
+        assert of(commands[0]) == of(commands[1]) != first  # a key that changes is no other data
         others = [of(every(server, "{00000..00007}.tar")), of(every(server), "--resolution=40")]
         assert len({first, *others, of(every(server), "--caption_extension=.json")}) == 4
 
