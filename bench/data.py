@@ -47,12 +47,13 @@ from library.data.index.table import build_index
 from library.data.indexed_batches import make_loader
 from library.data.micro_batch import Share
 from library.data.order.bucket_rows import bucket_rows
-from library.data.order.buckets import BucketOptions, assign_buckets, fit
+from library.data.order.buckets import assign_buckets, fit
 from library.data.order.plan import Plan, repeated
 from library.data.sample.augmentation import apply_gamma, shift_hue
 from library.data.sample.decode import DRAFT_MARGIN, decode
 from library.data.sample.prepare import Treatment
 from library.data.sample.scaling import FILTERS, Filter
+from library.options.buckets import BucketOptions
 
 SIZES = ((1024, 1024), (1440, 1080), (1200, 1800), (1600, 1600), (2048, 1536), (2000, 2000))  # 1.0 to 4.0 megapixels
 TARGETS = (1024, 512)

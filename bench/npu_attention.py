@@ -25,9 +25,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library import device as devices
-from library.data.order.buckets import BucketOptions, bucket_list
+from library.data.order.buckets import bucket_list
 from library.models.attention import BACKENDS
 from library.models.unet import UNetConfig
+from library.options.buckets import BucketOptions
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TEXT_TOKENS = (77, 152, 227)

@@ -24,19 +24,20 @@ from library.data.indexed_batches import MicroBatchDataset, make_loader
 from library.data.loader import Loader
 from library.data.micro_batch import Share, Tokenize
 from library.data.order.bucket_rows import Buckets, bucket_rows
-from library.data.order.buckets import BucketOptions, check_options
+from library.data.order.buckets import check_options
 from library.data.order.held_out import Split, ValidationPlan, check_choices, choices
 from library.data.order.plan import Plan, repeated
 from library.data.order.regularisation import balanced, regularisation_lines
 from library.data.report import caption_line, data_report
-from library.data.sample.augmentation import ImageOptions, face_in
-from library.data.sample.captions import CaptionOptions
+from library.data.sample.augmentation import ImageChanges, face_in
+from library.data.sample.captions import CaptionChanges
 from library.data.sample.extra_images import CONDITION, MASK
 from library.data.sample.prepare import Treatment
 from library.data.sample.scaling import FILTERS
 from library.data.stream.streamed_set import is_streamed, prepare_stream
 from library.data.training_set import TrainingSet
 from library.errors import InputError
+from library.options.buckets import BucketOptions
 from library.options.data import DataOptions, SubsetOptions
 from library.options.values import fill
 
@@ -332,9 +333,9 @@ def _treatment(options: SubsetOptions, run_steps: int, prior_loss_weight: float)
     """How a subset's samples are prepared in a run of that many steps."""
     warmup = options.token_warmup_step
     warmup_steps = warmup if warmup >= 1 else int(warmup * run_steps)
-    captions = fill(CaptionOptions, options, token_warmup_steps=warmup_steps)
+    captions = fill(CaptionChanges, options, token_warmup_steps=warmup_steps)
     interpolation = options.resize_interpolation
-    images = fill(ImageOptions, options, resize_interpolation=None if interpolation is None else FILTERS[interpolation])
+    images = fill(ImageChanges, options, resize_interpolation=None if interpolation is None else FILTERS[interpolation])
     return Treatment(captions, prior_loss_weight if options.is_reg else 1.0, images=images)
 
 

@@ -9,7 +9,7 @@ from library.data.bad_samples import SampleError
 from library.data.index.table import Index
 from library.data.order.bucket_rows import Buckets
 from library.data.order.plan import Plan
-from library.data.sample.captions import CaptionOptions, process_caption
+from library.data.sample.captions import CaptionChanges, process_caption
 from library.data.sample.reader import Reader
 
 _MOST_BUCKETS = 40  # lines; the rest is summed up
@@ -61,7 +61,7 @@ def data_report(index: Index, buckets: Buckets, plan: Plan) -> list[str]:
 
 def caption_line(
     index: Index,
-    options: Sequence[CaptionOptions],
+    options: Sequence[CaptionChanges],
     count_tokens: Callable[[Sequence[str]], list[int]],
     most_tokens: int,
 ) -> str:

@@ -116,7 +116,9 @@ class DataOptions(ValidationOptions, OptionGroup):
         return data_options(cls, values, problems)
 
     def check(self, options: "TrainingOptions") -> Iterator[str]:
-        """Say where a page is asked for in a dry run, or masks where there are none."""
+        """Say where buckets contradict each other, a page is asked for in a dry run, or masks where there are none."""
+        for subset in self.subsets:
+            yield from subset.contradictions()
         if self.debug_dataset and options.run.dry_run:
             yield "--debug_dataset writes a page, and --dry_run writes nothing; give one of them"
         if self.masked_loss and not any(subset.alpha_mask for subset in self.subsets):

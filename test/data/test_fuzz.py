@@ -30,10 +30,10 @@ from library.data.index.table import build_index
 from library.data.indexed_batches import make_loader
 from library.data.micro_batch import Share
 from library.data.order.bucket_rows import bucket_rows
-from library.data.order.buckets import BucketOptions
 from library.data.order.plan import Plan, repeated
 from library.data.sample.prepare import Treatment
 from library.errors import InputError
+from library.options.buckets import BucketOptions
 from test.data.test_tar_kinds import of_index, of_stream
 
 LONGEST_S = 20  # a case takes some 20 ms

@@ -13,17 +13,17 @@ from library.data.index.table import build_index
 from library.data.indexed_batches import make_loader
 from library.data.micro_batch import Share
 from library.data.order.bucket_rows import bucket_rows
-from library.data.order.buckets import BucketOptions
 from library.data.order.plan import Plan, repeated
 from library.data.report import data_report
-from library.data.sample.captions import CaptionOptions
+from library.data.sample.captions import CaptionChanges
 from library.data.sample.prepare import Treatment
 from library.errors import InputError
 from library.models.text import Tokens
+from library.options.buckets import BucketOptions
 
 OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)
 SHAPES = [(40, 30), (30, 40), (32, 32), (64, 24), (50, 50), (31, 42)]
-TREATMENT = Treatment(CaptionOptions(shuffle_caption=True, caption_dropout_rate=0.2))
+TREATMENT = Treatment(CaptionChanges(shuffle_caption=True, caption_dropout_rate=0.2))
 
 
 class Set:
@@ -134,7 +134,7 @@ def test_captions_differ_between_passes(shards):
 def test_epoch_and_step_that_captions_depend_on_are_those_of_the_plan(shards):
     """27 images of a bucket, batches of 6: epochs of 4 and 5 steps, which no count of steps alone would find."""
     data = Set(shards, BucketOptions((32, 32), False))
-    captions = CaptionOptions(caption_dropout_every_n_epochs=2, token_warmup_min=1, token_warmup_steps=4)
+    captions = CaptionChanges(caption_dropout_every_n_epochs=2, token_warmup_min=1, token_warmup_steps=4)
     batches = list(data.loader(Share(6), 20, captions, start_step=1, workers=1))
     epochs = [data.plan(6).epoch_of_step(batch.step) for batch in batches]
     assert len(set(epochs)) > 2
@@ -157,7 +157,7 @@ def test_one_line_of_a_caption_file_is_taken_by_wildcards_and_the_first_one_with
     data = Set(tmp_path)
 
     def found(**options):
-        return {text for batch in data.loader(Share(8), 6, CaptionOptions(**options)) for text in batch.captions}
+        return {text for batch in data.loader(Share(8), 6, CaptionChanges(**options)) for text in batch.captions}
 
     assert found() == {"one"}
     assert found(enable_wildcard=True) == {"one", "two", "three"}

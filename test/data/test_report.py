@@ -5,10 +5,10 @@ import pytest
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
 from library.data.order.bucket_rows import bucket_rows
-from library.data.order.buckets import BucketOptions
 from library.data.order.plan import Plan, repeated
 from library.data.report import caption_line, data_report
-from library.data.sample.captions import CaptionOptions
+from library.data.sample.captions import CaptionChanges
+from library.options.buckets import BucketOptions
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def test_upscaled_and_dropped_images_are_counted_and_named(index):
 
 def test_captions_that_are_cut_are_counted_with_their_prefix(index):
     """Each is "picture 0, place N, 32 by 32": seven words."""
-    line = caption_line(index, [CaptionOptions()], words, 7)
+    line = caption_line(index, [CaptionChanges()], words, 7)
     assert line == "captions cut to 7 tokens: none of 6, the longest has 7"
-    options = CaptionOptions(caption_prefix="a good", caption_dropout_rate=1.0, caption_tag_dropout_rate=1.0)
+    options = CaptionChanges(caption_prefix="a good", caption_dropout_rate=1.0, caption_tag_dropout_rate=1.0)
     line = caption_line(index, [options], words, 8)
     assert line.startswith("captions cut to 8 tokens: 6 of 6 (100.0%), the longest has 9: ")
     assert "; and 3 more. " in line and line.count("00000.tar:") == 3
@@ -46,4 +46,4 @@ def test_captions_that_are_cut_are_counted_with_their_prefix(index):
 
 def test_only_some_captions_are_read_of_many(index, monkeypatch):
     monkeypatch.setattr("library.data.report._MOST_CAPTIONS", 3)
-    assert "none of 3 looked at" in caption_line(index, [CaptionOptions()], words, 7)
+    assert "none of 3 looked at" in caption_line(index, [CaptionChanges()], words, 7)

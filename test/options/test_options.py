@@ -197,6 +197,22 @@ class TestOneReport:
         assert [line for line in said if not any(each in line for each in expected)] == []
         assert [each for each in expected if not any(each in line for line in said)] == []
 
+    def test_buckets_that_contradict_each_other_are_in_it(self, capsys):
+        words = [
+            "--resolution=512",
+            "--enable_bucket",
+            "--min_bucket_reso=500",
+            "--max_bucket_reso=100",
+            "--offload_ema",
+        ]
+        assert sdxl_pretrain.main([*REQUIRED, *words, "--offload_ema"]) == 2
+        said = capsys.readouterr().err
+        for problem in (
+            "--min_bucket_reso 500 must be a multiple", "--max_bucket_reso 100 must be a multiple",
+            "--max_bucket_reso 100 is less than the longer side", "--offload_ema has nothing to act on",
+        ):  # fmt: skip
+            assert problem in said
+
     def test_what_only_follows_from_another_error_is_not_in_it(self, files, capsys):
         """--offload_ema has something to act on once --use_ema is spelt right."""
         sdxl_pretrain.main([*REQUIRED, "--use_emma", "--offload_ema", "--max_train_steps=x", "--lr_warmup_steps=2000"])

@@ -15,7 +15,7 @@ from library.data.fit import Fit
 from library.data.index.table import Index
 from library.data.order.bucket_rows import Buckets
 from library.data.order.row_fit import row_fit
-from library.data.sample.augmentation import ImageOptions
+from library.data.sample.augmentation import ImageChanges
 from library.data.sample.captions import process_caption
 from library.data.sample.decode import decode
 from library.data.sample.prepare import Treatment
@@ -33,7 +33,7 @@ class LatentMaking:
         self,
         index: Index,
         buckets: Buckets,
-        images: Sequence[ImageOptions],
+        images: Sequence[ImageChanges],
         encoder: str,
         encode: EncodeImages,
         batch_size: int,

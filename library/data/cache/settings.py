@@ -14,8 +14,8 @@ from library.data.cache.entries import digest_of
 from library.data.index.mapped_file import Opened
 from library.data.index.table import Index
 from library.data.order.bucket_rows import Buckets
-from library.data.sample.augmentation import ImageOptions
-from library.data.sample.captions import CaptionOptions
+from library.data.sample.augmentation import ImageChanges
+from library.data.sample.captions import CaptionChanges
 
 _VERSION = 3  # raise it whenever the same image or caption, and settings, give other pixels or another text
 
@@ -33,7 +33,7 @@ class Settings(Protocol):
 class LatentSettings:
     """Bucket and what made it, how images are scaled and whether they are mirrored, and the VAE."""
 
-    def __init__(self, index: Index, buckets: Buckets, images: Sequence[ImageOptions], encoder: str) -> None:
+    def __init__(self, index: Index, buckets: Buckets, images: Sequence[ImageChanges], encoder: str) -> None:
         """
         Args:
             images: of each subset.
@@ -48,7 +48,7 @@ class LatentSettings:
         source, place = self._index.place(row)
         return int(self._buckets_of[source][place])
 
-    def images(self, row: int) -> ImageOptions:
+    def images(self, row: int) -> ImageChanges:
         """How the images of the row's subset are treated."""
         return self._images[self._index.source(row).subset]
 
@@ -77,7 +77,7 @@ class LatentSettings:
 class CaptionSettings:
     """Where captions are read, what is done to them, and the text encoders."""
 
-    def __init__(self, index: Index, captions: Sequence[CaptionOptions], encoder: str) -> None:
+    def __init__(self, index: Index, captions: Sequence[CaptionChanges], encoder: str) -> None:
         """
         Args:
             captions: of each subset.

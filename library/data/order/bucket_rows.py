@@ -15,8 +15,9 @@ from library.data.index.mapped_file import Opened
 from library.data.index.rows import NAMED, row_key, row_keys
 from library.data.index.sources import Source
 from library.data.index.table import Index
-from library.data.order.buckets import BucketOptions, assign_buckets, check_options, fit, scaled_sizes, size_codes
+from library.data.order.buckets import assign_buckets, check_options, fit, scaled_sizes, size_codes
 from library.data.order.held_out import Choice
+from library.options.buckets import BucketOptions
 
 _VERSION = 4  # raise it whenever the same sizes and options give another table
 

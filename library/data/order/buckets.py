@@ -12,29 +12,9 @@ import numpy as np
 
 from library.data.fit import Fit
 from library.errors import InputError
+from library.options.buckets import BucketOptions
 
-_LATENT_PX = 8  # the VAE makes one latent column of so many pixel columns
 _NAMED = 5
-
-
-@dataclass(frozen=True)
-class BucketOptions:
-    """The flags that make buckets; sizes in px.
-
-    Attributes:
-        resolution: width and height of the single bucket, or whose area buckets keep to.
-        enable_bucket: several buckets by aspect ratio.
-        min_bucket_reso, max_bucket_reso: shortest and longest side; not used with bucket_no_upscale.
-        bucket_reso_steps: sides are multiples of it.
-        bucket_no_upscale: images are only scaled down, and buckets follow from their sizes.
-    """
-
-    resolution: tuple[int, int]
-    enable_bucket: bool = False
-    min_bucket_reso: int = 256
-    max_bucket_reso: int = 1024
-    bucket_reso_steps: int = 64
-    bucket_no_upscale: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,40 +33,9 @@ class Assigned:
 
 
 def check_options(options: BucketOptions) -> None:
-    """Raise InputError for options that contradict each other, naming the flag and the way out."""
-    width, height = options.resolution
-    if not options.enable_bucket:
-        if width % _LATENT_PX or height % _LATENT_PX:
-            raise InputError(
-                f"--resolution {width},{height}: width and height must be multiples of {_LATENT_PX}, for example "
-                f"{_up(width, _LATENT_PX)},{_up(height, _LATENT_PX)}."
-            )
-        return
-    step, low, high = options.bucket_reso_steps, options.min_bucket_reso, options.max_bucket_reso
-    if step < 1 or step % _LATENT_PX:
-        raise InputError(f"--bucket_reso_steps {step} must be a multiple of {_LATENT_PX}, for example 64.")
-    if min(width, height) < step:
-        raise InputError(
-            f"--resolution {width},{height} has a side under --bucket_reso_steps {step}: "
-            "raise the one or lower the other."
-        )
-    if options.bucket_no_upscale:
-        return
-    for flag, value in (("--min_bucket_reso", low), ("--max_bucket_reso", high)):
-        if value % step or value < step:
-            raise InputError(
-                f"{flag} {value} must be a multiple of --bucket_reso_steps {step}, e.g. {_up(value, step)}."
-            )
-    if low > min(width, height):
-        raise InputError(
-            f"--min_bucket_reso {low} is more than the shorter side of --resolution {width},{height}: "
-            f"lower it to {max(step, min(width, height) // 2 // step * step)}, or raise the resolution."
-        )
-    if high < max(width, height):
-        raise InputError(
-            f"--max_bucket_reso {high} is less than the longer side of --resolution {width},{height}: "
-            f"raise it to {_up(2 * max(width, height), step)}, or lower the resolution."
-        )
+    """Raise InputError for options that contradict each other, naming the flags and the way out."""
+    if problems := list(options.contradictions()):
+        raise InputError(*problems)
 
 
 def bucket_list(options: BucketOptions) -> np.ndarray:
@@ -228,11 +177,6 @@ def _to_step(values: np.ndarray, step: int) -> np.ndarray:
 
 def _floored(sizes_n2: np.ndarray, step: int) -> np.ndarray:
     return sizes_n2 // step * step
-
-
-def _up(value: int, step: int) -> int:
-    """The next multiple of step, at least one."""
-    return max(1, -(-value // step)) * step
 
 
 def size_codes(sizes_n2: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ _FACE_SHIFT = 0.05  # of the face's longer side, where its size is drawn from a 
 
 
 @dataclass(frozen=True)
-class ImageOptions:
+class ImageChanges:
     """What is done to the images of a subset; the defaults crop them at the centre and leave them as they are.
 
     Attributes:
@@ -60,7 +60,7 @@ def face_in(name: str) -> Face | None:
     return Face((x, y), (width, height)) if width and height else None
 
 
-def is_mirrored(options: ImageOptions, change_4: np.ndarray) -> bool:
+def is_mirrored(options: ImageChanges, change_4: np.ndarray) -> bool:
     """Whether a sample is mirrored."""
     return options.flip_aug and bool(change_4[0] < 0.5)
 
@@ -69,7 +69,7 @@ def placed(
     fit: Fit,
     size_wh_px: tuple[int, int],
     bucket_wh_px: tuple[int, int],
-    options: ImageOptions,
+    options: ImageChanges,
     face: Face | None,
     crop_5: np.ndarray,
     mirrored: bool,
@@ -95,7 +95,7 @@ def _around_face(
     face: Face,
     size_wh_px: tuple[int, int],
     bucket_wh_px: tuple[int, int],
-    options: ImageOptions,
+    options: ImageChanges,
     crop_5: np.ndarray,
 ) -> Fit:
     """Scaled so that the bucket is as many times the face as the range says, as far as the image reaches.
@@ -125,7 +125,7 @@ def _around_face(
     return Fit((scaled[0], scaled[1]), (corner[0], corner[1]))
 
 
-def recoloured(pixels_HWC: np.ndarray, options: ImageOptions, change_4: np.ndarray) -> np.ndarray:
+def recoloured(pixels_HWC: np.ndarray, options: ImageChanges, change_4: np.ndarray) -> np.ndarray:
     """The pixels with another hue or gamma, or as they are. uint8 RGB."""
     _, whether, which, amount = change_4.tolist()
     if not options.color_aug or whether >= _COLOUR_SHARE:

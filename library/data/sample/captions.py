@@ -15,7 +15,7 @@ _DEEPEST_WILDCARD = 8  # each level is a pass over the text, which may be a mega
 
 
 @dataclass(frozen=True)
-class CaptionOptions:
+class CaptionChanges:
     """How captions are changed; the defaults leave them as they are.
 
     Attributes:
@@ -49,7 +49,7 @@ class CaptionOptions:
     token_warmup_steps: float = 0.0
 
 
-def process_caption(text: str, options: CaptionOptions, rng: np.random.Generator, step: int, epoch: int) -> str:
+def process_caption(text: str, options: CaptionChanges, rng: np.random.Generator, step: int, epoch: int) -> str:
     """The caption as trained.
 
     In this order: dropout; one line; prefix and suffix; wildcards; then, if anything is done to tags, warm-up, shuffle
@@ -136,7 +136,7 @@ def _with_literal_braces(text: str) -> str:
     return "".join(written.get(place, character) for place, character in enumerate(text)) if written else text
 
 
-def tags_shown(tags: int, options: CaptionOptions, step: int) -> int:
+def tags_shown(tags: int, options: CaptionChanges, step: int) -> int:
     """How many of a caption's tags token warm-up shows, from the first on.
 
     Before step `token_warmup_steps`, w: m + floor(step · (tags - m) / w), m being `token_warmup_min`; then all.
@@ -147,7 +147,7 @@ def tags_shown(tags: int, options: CaptionOptions, step: int) -> int:
     return least + int(step * (tags - least) / steps)
 
 
-def _with_tags_changed(text: str, options: CaptionOptions, rng: np.random.Generator, step: int) -> str:
+def _with_tags_changed(text: str, options: CaptionChanges, rng: np.random.Generator, step: int) -> str:
     """Warm-up, which counts kept tags and never hides them; shuffle and dropout of the others."""
     first, loose, last = _parts(text, options)
     shown = tags_shown(len(first) + len(loose), options, step)
@@ -160,7 +160,7 @@ def _with_tags_changed(text: str, options: CaptionOptions, rng: np.random.Genera
     return ", ".join(first + loose + last)
 
 
-def _parts(text: str, options: CaptionOptions) -> tuple[list[str], list[str], list[str]]:
+def _parts(text: str, options: CaptionChanges) -> tuple[list[str], list[str], list[str]]:
     """The tags that are kept at the beginning, those that are not kept, those that are kept at the end."""
     separator = options.keep_tokens_separator
     if separator and separator in text:
@@ -170,5 +170,5 @@ def _parts(text: str, options: CaptionOptions) -> tuple[list[str], list[str], li
     return tags[: options.keep_tokens], tags[options.keep_tokens :], []
 
 
-def _tags(text: str, options: CaptionOptions) -> list[str]:
+def _tags(text: str, options: CaptionChanges) -> list[str]:
     return [tag.strip() for tag in text.split(options.caption_separator) if tag.strip()]

@@ -13,13 +13,13 @@ from library.data.fit import Fit, SizeIds
 from library.data.sample.augmentation import (
     CHANGE_NUMBERS,
     CROP_NUMBERS,
-    ImageOptions,
+    ImageChanges,
     face_in,
     is_mirrored,
     placed,
     recoloured,
 )
-from library.data.sample.captions import CaptionOptions, process_caption
+from library.data.sample.captions import CaptionChanges, process_caption
 from library.data.sample.decode import decode
 from library.data.sample.extra_images import MASK, decode_extras
 from library.keyed_random import Stream, generator
@@ -34,9 +34,9 @@ class Treatment:
         masked: whether each sample gets a mask; where an image has none, all of it counts.
     """
 
-    captions: CaptionOptions = field(default_factory=CaptionOptions)
+    captions: CaptionChanges = field(default_factory=CaptionChanges)
     loss_weight: float = 1.0
-    images: ImageOptions = field(default_factory=ImageOptions)
+    images: ImageChanges = field(default_factory=ImageChanges)
     masked: bool = False
 
 

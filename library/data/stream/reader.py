@@ -20,13 +20,14 @@ import numpy as np
 
 from library.data.bad_samples import SampleError
 from library.data.index.tar_headers import TornTarError
-from library.data.order.buckets import BucketOptions, bucket_list, bucket_of
+from library.data.order.buckets import bucket_list, bucket_of
 from library.data.order.permutation import ROUNDS, permute
 from library.data.sample.prepare import Sample
 from library.data.stream.shard_bytes import Patience, ShardError
 from library.data.stream.shard_samples import StreamSample, StreamSubset, shard_samples
 from library.errors import InputError
 from library.keyed_random import Stream, generator
+from library.options.buckets import BucketOptions
 from library.redaction import shown_address
 
 logger = logging.getLogger(__name__)

@@ -19,13 +19,14 @@ from torch.utils.data import Dataset
 from library.address import Address
 from library.data.loader import Loader
 from library.data.micro_batch import MicroBatch, Share, Tokenize, micro_batch
-from library.data.order.buckets import BucketOptions, check_options, fit
+from library.data.order.buckets import check_options, fit
 from library.data.sample.prepare import Place, Sample, Treatment, prepare_sample
 from library.data.stream.probe import probe
 from library.data.stream.reader import Bucket, Layout, Position, Shard, StreamReader
 from library.data.stream.sample_counts import sample_counts
 from library.data.stream.shard_samples import StreamSample, StreamSubset
 from library.errors import InputError
+from library.options.buckets import BucketOptions
 from library.options.data import DataOptions, SubsetOptions
 from library.redaction import redacted, secrets_of, shown_address
 

@@ -20,17 +20,17 @@ from library.data.index.table import build_index
 from library.data.indexed_batches import make_loader
 from library.data.micro_batch import Share
 from library.data.order.bucket_rows import bucket_rows
-from library.data.order.buckets import BucketOptions
 from library.data.order.plan import Plan, repeated
-from library.data.sample.augmentation import ImageOptions
-from library.data.sample.captions import CaptionOptions
+from library.data.sample.augmentation import ImageChanges
+from library.data.sample.captions import CaptionChanges
 from library.data.sample.prepare import Treatment
 from library.data.sample.scaling import Filter
 from library.errors import InputError
 from library.families import FAMILIES
+from library.options.buckets import BucketOptions
 
 OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)
-TREATMENT = Treatment(CaptionOptions(caption_dropout_rate=0.3))
+TREATMENT = Treatment(CaptionChanges(caption_dropout_rate=0.3))
 SIZES = [(40, 30), (30, 40), (32, 32)] * 30  # 90 images: two blocks
 
 
@@ -243,8 +243,8 @@ OTHER_SETTINGS = {
     "resolution": {"options": BucketOptions((48, 48), True, 16, 64, 8)},
     "steps": {"options": BucketOptions((32, 32), True, 16, 64, 16)},
     "no_upscale": {"options": replace(OPTIONS, bucket_no_upscale=True)},
-    "flip": {"images": ImageOptions(flip_aug=True)},
-    "filter": {"images": ImageOptions(resize_interpolation=Filter.AREA)},
+    "flip": {"images": ImageChanges(flip_aug=True)},
+    "filter": {"images": ImageChanges(resize_interpolation=Filter.AREA)},
     "vae": {"encoder": "another"},
 }
 
@@ -424,8 +424,8 @@ class Captions:
     "other",
     [
         {"encoder": "another"},
-        {"captions": CaptionOptions(caption_prefix="photo of")},
-        {"captions": CaptionOptions(secondary_separator=" ")},
+        {"captions": CaptionChanges(caption_prefix="photo of")},
+        {"captions": CaptionChanges(secondary_separator=" ")},
         {"extension": ".tags"},
     ],
     ids=["encoder", "prefix", "separator", "extension"],

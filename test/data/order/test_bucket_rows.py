@@ -5,8 +5,9 @@ from library.data.index.sources import Subset
 from library.data.index.table import build_index
 from library.data.order import bucket_rows as bucket_rows_module
 from library.data.order.bucket_rows import bucket_rows
-from library.data.order.buckets import BucketOptions, assign_buckets
+from library.data.order.buckets import assign_buckets
 from library.errors import InputError
+from library.options.buckets import BucketOptions
 
 OPTIONS = BucketOptions((32, 32), True, 16, 64, 8)
 SHAPES = [(40, 30), (30, 40), (32, 32), (64, 24), (50, 50), (31, 42)]

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.data.order.buckets import BucketOptions, assign_buckets, bucket_list, center_crops, fit, scaled_sizes
+from library.data.order.buckets import assign_buckets, bucket_list, center_crops, fit, scaled_sizes
 from library.errors import InputError
+from library.options.buckets import BucketOptions
 
 SDXL = BucketOptions((1024, 1024), True, 512, 2048, 64)
 NO_UPSCALE = BucketOptions((1024, 1024), True, bucket_no_upscale=True)

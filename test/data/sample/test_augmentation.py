@@ -10,12 +10,13 @@ from PIL import Image
 from torchvision.transforms import functional as reference
 
 from library.data.fit import Fit
-from library.data.order.buckets import BucketOptions, fit
-from library.data.sample.augmentation import ImageOptions, apply_gamma, face_in, is_mirrored, placed, shift_hue
+from library.data.order.buckets import fit
+from library.data.sample.augmentation import ImageChanges, apply_gamma, face_in, is_mirrored, placed, shift_hue
 from library.data.sample.decode import decode
 from library.data.sample.prepare import Place, Treatment, prepare_sample
 from library.data.sample.scaling import FILTERS, Filter
 from library.diffusion.masks import latent_weights
+from library.options.buckets import BucketOptions
 from library.options.images import INTERPOLATIONS
 
 SIZE, BUCKET = (240, 160), (64, 64)  # scaled to cover the bucket: 96×64
@@ -57,7 +58,7 @@ class TestRandomCrop:
     def test_the_size_ids_are_where_the_pixels_come_from(self):
         lefts = []
         for step in range(60):
-            found = sample(ImageOptions(random_crop=True), step)
+            found = sample(ImageChanges(random_crop=True), step)
             left, top, right, bottom = corners(found)
             assert found.size_ids[:2] == SIZE[::-1]
             assert found.size_ids[4:] == BUCKET[::-1]
@@ -70,7 +71,7 @@ class TestRandomCrop:
         assert len(set(lefts)) > 20
 
     def test_every_place_in_the_room_is_reached_as_often_and_none_outside(self):
-        options = ImageOptions(random_crop=True)
+        options = ImageChanges(random_crop=True)
         random = np.random.default_rng(0)
         centred = Fit((70, 67), (3, 1))
         found = [placed(centred, (70, 67), BUCKET, options, None, random.random(5), False) for _ in range(4000)]
@@ -82,7 +83,7 @@ class TestRandomCrop:
         assert last.crop_xy_px == (6, 3)
 
     def test_without_upscaling_both_sides_are_cropped_at_random(self):
-        options = ImageOptions(random_crop=True)
+        options = ImageChanges(random_crop=True)
         larger = BucketOptions((128, 128), enable_bucket=True, bucket_no_upscale=True)  # the bucket is 90×80 floored
         found = [
             sample(options, step, picture=coordinates(90, 80), bucket_options=larger).size_ids[2:4]
@@ -92,7 +93,7 @@ class TestRandomCrop:
         assert max(left for _, left in found) > 18
 
     def test_it_depends_on_seed_step_and_place_alone(self):
-        options = ImageOptions(random_crop=True)
+        options = ImageChanges(random_crop=True)
         first = sample(options, 3, 4)
         again = sample(options, 3, 4)
         assert again.size_ids == first.size_ids
@@ -116,7 +117,7 @@ class TestFlip:
     def test_half_of_the_samples_are_the_unflipped_ones_mirrored_and_the_others_untouched(self):
         mirrored = 0
         for step in range(40):
-            plain, found = sample(ImageOptions(), step), sample(ImageOptions(flip_aug=True), step)
+            plain, found = sample(ImageChanges(), step), sample(ImageChanges(flip_aug=True), step)
             expected = plain.pixels_HWC[:, ::-1] if found.mirrored else plain.pixels_HWC
             assert (found.pixels_HWC == expected).all()
             mirrored += found.mirrored
@@ -126,7 +127,7 @@ class TestFlip:
         """What a flipped sample says of itself is what it would say if the file itself were mirrored."""
         seen = set()
         for step in range(30):
-            found = sample(ImageOptions(flip_aug=True, random_crop=True), step)
+            found = sample(ImageChanges(flip_aug=True, random_crop=True), step)
             if not found.mirrored:
                 continue
             top, left = found.size_ids[2:4]
@@ -140,12 +141,12 @@ class TestFlip:
     def test_an_odd_pixel_of_the_centre_crop_is_on_the_other_side(self):
         entry = Fit((97, 64), (16, 0), mirrored=True)
         assert entry.seen_left_px(64) == 17
-        assert sample(ImageOptions(flip_aug=True), step=0, picture=coordinates(97, 64)).size_ids[3] in (16, 17)
+        assert sample(ImageChanges(flip_aug=True), step=0, picture=coordinates(97, 64)).size_ids[3] in (16, 17)
 
     def test_options_do_not_change_each_others_numbers(self):
         for step in range(12):
-            both = sample(ImageOptions(flip_aug=True, random_crop=True), step)
-            flipped, cropped = sample(ImageOptions(flip_aug=True), step), sample(ImageOptions(random_crop=True), step)
+            both = sample(ImageChanges(flip_aug=True, random_crop=True), step)
+            flipped, cropped = sample(ImageChanges(flip_aug=True), step), sample(ImageChanges(random_crop=True), step)
             assert both.mirrored == flipped.mirrored
             left = cropped.size_ids[3]
             assert both.size_ids[3] == (96 - 64 - left if both.mirrored else left)
@@ -168,7 +169,7 @@ class TestFaces:
         assert (face and (face.centre_xy_px, face.size_wh_px)) == found
 
     def test_the_crop_is_around_the_face_at_a_size_of_the_range(self):
-        options = ImageOptions(face_crop_aug_range=(2.0, 4.0))
+        options = ImageChanges(face_crop_aug_range=(2.0, 4.0))
         scales = []
         for step in range(40):
             found = sample(options, step, name="x_150_90_24_20.png")
@@ -185,7 +186,7 @@ class TestFaces:
 
     def test_at_the_edge_the_crop_stays_inside_and_nothing_is_enlarged_for_a_face(self):
         random = np.random.default_rng(0)
-        options = ImageOptions(face_crop_aug_range=(1.0, 3.0), random_crop=True)
+        options = ImageChanges(face_crop_aug_range=(1.0, 3.0), random_crop=True)
         for name, size in (
             ("x_3_3_5_5.jpg", SIZE),
             ("x_239_159_9_9.jpg", SIZE),
@@ -202,8 +203,8 @@ class TestFaces:
                 assert found.scaled_wh_px[0] <= max(1, covering) * size[0] + 0.5
 
     def test_an_image_without_a_face_in_its_name_is_cropped_as_others(self):
-        for options in (ImageOptions(), ImageOptions(random_crop=True)):
-            with_range = ImageOptions(random_crop=options.random_crop, face_crop_aug_range=(1, 2))
+        for options in (ImageChanges(), ImageChanges(random_crop=True)):
+            with_range = ImageChanges(random_crop=options.random_crop, face_crop_aug_range=(1, 2))
             assert sample(with_range, 5).size_ids == sample(options, 5).size_ids
 
 
@@ -213,7 +214,7 @@ class TestColours:
         plain = np.asarray(grey, int)
         changed = 0
         for step in range(150):
-            found = sample(ImageOptions(color_aug=True), step, picture=grey)
+            found = sample(ImageChanges(color_aug=True), step, picture=grey)
             difference = np.abs(found.pixels_HWC - plain)
             changed += bool(difference.any())
             assert difference.mean() < 25
@@ -249,7 +250,7 @@ class TestAlphaMask:
         return image
 
     def test_the_mask_is_cropped_and_mirrored_with_the_image_and_the_colours_stay(self):
-        options = ImageOptions(alpha_mask=True, random_crop=True, flip_aug=True)
+        options = ImageChanges(alpha_mask=True, random_crop=True, flip_aug=True)
         shown = set()
         for step in range(20):
             found = sample(options, step, picture=self.picture())
@@ -258,22 +259,22 @@ class TestAlphaMask:
             assert (found.extras["mask"][opaque] > 250).all()
             assert (found.extras["mask"][transparent] < 5).all()
             shown.add(found.mirrored)
-            plain = sample(ImageOptions(random_crop=True, flip_aug=True), step, picture=coordinates())
+            plain = sample(ImageChanges(random_crop=True, flip_aug=True), step, picture=coordinates())
             assert np.abs(found.pixels_HWC - plain.pixels_HWC.astype(int)).max() <= 1  # not white, not weighed by alpha
         assert shown == {True, False}
 
     def test_without_it_white_is_under_transparency(self):
-        found = sample(ImageOptions(), picture=self.picture())
+        found = sample(ImageChanges(), picture=self.picture())
         assert "mask" not in found.extras
         assert (found.pixels_HWC[:, :24] == 255).all()
 
     @pytest.mark.parametrize("kind", ["RGB", "L", "P", "16"])
     def test_all_counts_of_an_image_without_alpha(self, kind):
         image = Image.new("I;16", (64, 64), 40_000) if kind == "16" else Image.new("RGB", (64, 64), "red").convert(kind)
-        found = sample(ImageOptions(alpha_mask=True), picture=image)
+        found = sample(ImageChanges(alpha_mask=True), picture=image)
         assert (found.extras["mask"] == 255).all()
         assert found.pixels_HWC.shape == (64, 64, 3)
-        assert (found.pixels_HWC == sample(ImageOptions(), picture=image).pixels_HWC).all()
+        assert (found.pixels_HWC == sample(ImageChanges(), picture=image).pixels_HWC).all()
 
     def test_latents_weigh_as_much_as_of_them_is_seen(self):
         masks = torch.zeros(2, 16, 24, dtype=torch.uint8)
@@ -293,7 +294,7 @@ class TestInterpolation:
         colours = np.random.default_rng(4).integers(0, 256, (40, 60, 3), dtype=np.uint8)
         image = Image.fromarray(colours).resize((600, 400), Image.Resampling.BICUBIC)
         data = saved(image, "JPEG", quality=95, subsampling=0)  # would be decoded at a quarter without a filter
-        options = ImageOptions(resize_interpolation=FILTERS[name])
+        options = ImageChanges(resize_interpolation=FILTERS[name])
         treatment = Treatment(images=options)
         found = prepare_sample(
             "a", data, "", treatment, BUCKET, lambda width, height: Fit((96, 64), (16, 0)), Place(0, 0, 0, 0)
@@ -307,6 +308,6 @@ class TestInterpolation:
 
 
 def test_flips_are_drawn_only_where_asked_for():
-    assert not is_mirrored(ImageOptions(), np.zeros(4))
-    assert is_mirrored(ImageOptions(flip_aug=True), np.zeros(4))
-    assert not is_mirrored(ImageOptions(flip_aug=True), np.full(4, 0.5))
+    assert not is_mirrored(ImageChanges(), np.zeros(4))
+    assert is_mirrored(ImageChanges(flip_aug=True), np.zeros(4))
+    assert not is_mirrored(ImageChanges(flip_aug=True), np.full(4, 0.5))

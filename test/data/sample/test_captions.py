@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from library.data.sample.captions import CaptionOptions, fill_wildcards, process_caption, tags_shown
+from library.data.sample.captions import CaptionChanges, fill_wildcards, process_caption, tags_shown
 
 TAGS = "a cat,  red hat , blue sky, grass,sun"
 
 
 def process(text, seed=0, step=0, epoch=0, **options):
-    return process_caption(text, CaptionOptions(**options), np.random.default_rng(seed), step, epoch)
+    return process_caption(text, CaptionChanges(**options), np.random.default_rng(seed), step, epoch)
 
 
 def test_without_options_a_caption_stays_as_it_is():
@@ -189,7 +189,7 @@ NAMES = st.text("abcdefg ", min_size=1, max_size=6).map(str.strip).filter(bool)
     tags=st.lists(NAMES, max_size=12, unique=True),
     parts=st.none() | st.tuples(st.integers(0, 12), st.integers(0, 12)),
     options=st.builds(
-        CaptionOptions,
+        CaptionChanges,
         shuffle_caption=st.booleans(),
         keep_tokens=st.integers(0, 5),
         caption_tag_dropout_rate=st.sampled_from([0.0, 0.4, 1.0]),
@@ -226,7 +226,7 @@ def test_no_tag_is_doubled_or_made_up_and_kept_ones_stay(tags, parts, options, s
 
 @given(tags=st.integers(0, 300), least=st.integers(0, 50), steps=st.floats(1, 1e6), step=st.integers(0, 10**6))
 def test_warm_up_never_goes_back_and_ends_with_all_tags(tags, least, steps, step):
-    options = CaptionOptions(token_warmup_min=least, token_warmup_steps=steps)
+    options = CaptionChanges(token_warmup_min=least, token_warmup_steps=steps)
     now, then = tags_shown(tags, options, step), tags_shown(tags, options, step + 1)
     assert min(least, tags) <= now <= then <= tags
     assert tags_shown(tags, options, int(steps) + 1) == tags

@@ -15,11 +15,11 @@ from library.data.image_header import header
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
 from library.data.order.bucket_rows import bucket_rows
-from library.data.order.buckets import BucketOptions
 from library.data.order.plan import Plan, repeated
 from library.data.report import data_report
 from library.data.sample.decode import decode
 from library.data.sample.extra_images import decode_extras
+from library.options.buckets import BucketOptions
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 SIDE = 16

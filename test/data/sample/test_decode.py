@@ -10,11 +10,12 @@ from library.data import image_header
 from library.data.bad_samples import SampleError
 from library.data.fit import Fit
 from library.data.image_formats.file_bytes import FileBytes
-from library.data.order.buckets import BucketOptions, fit
+from library.data.order.buckets import fit
 from library.data.sample import decode as decode_module
 from library.data.sample import scaling
 from library.data.sample.decode import decode
 from library.data.sample.scaling import Filter, scaled_crop
+from library.options.buckets import BucketOptions
 
 
 def encoded(image, format="PNG", **options):

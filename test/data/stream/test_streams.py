@@ -118,7 +118,7 @@ class TestEverySample:
 
 
 def prepare_layout(addresses, slots=1, batch_size=2, pool=16, seed=3):
-    from library.data.order.buckets import BucketOptions
+    from library.options.buckets import BucketOptions
 
     buckets = BucketOptions((32, 32), True, 16, 64, 8)
     shards = tuple(Shard(address, 0) for address in addresses)
