@@ -1,9 +1,10 @@
 """From options to a finished run: what every script does around its task, in one order."""
 
 import logging
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -26,6 +27,8 @@ from library.options.run import RunOptions
 from library.options.saved_config import config_path, write_config
 from library.options.training import TrainingOptions
 from library.options.values import plain_values
+from library.processes.environment import place_of_process, take_environment
+from library.processes.gathering import wait_for_all
 from library.signals import Signals
 from library.training.build import MakeRecipe, Parts, build_parts, load_token_counter
 from library.training.cache_filling import make_caches
@@ -111,7 +114,7 @@ def run(
     """
     trained = [FAMILIES[name] for name in families]
     with ExitStack() as stack:
-        accelerator = make_accelerator(options.precision.mixed_precision, timedelta(minutes=options.run.ddp_timeout))
+        accelerator = _gathered(options, signals)
         devices.keep_freed_memory(accelerator.device)
         beside = companions(accelerator.process_index, accelerator.num_processes, signals, 60 * options.run.ddp_timeout)
         stack.enter_context(beside)
@@ -178,6 +181,20 @@ def run(
             compiled = parts.placement.compiled.lines() if parts.placement.compiled else []
             finish(options, report, parts.model.family.title, compiled, data, accelerator, started)
         accelerator.end_training()
+
+
+def _gathered(options: TrainingOptions, signals: Signals) -> Accelerator:
+    """The run's accelerator, once all processes are there; of the environment nothing acts unseen."""
+    precision, minutes = options.precision.mixed_precision, options.run.ddp_timeout
+    place, lines = place_of_process(os.environ)
+    lines += take_environment(os.environ, precision)
+    for line in lines if place is None or place.rank == 0 else ():
+        logger.warning(line)
+    store = None if place is None else wait_for_all(place, signals, 60 * minutes)
+    with signals.ending_at_once("connecting the processes") if place is not None else nullcontext():
+        accelerator = make_accelerator(precision, timedelta(minutes=minutes))
+    del store  # the process group has its own connection now
+    return accelerator
 
 
 def _take_folder(options: TrainingOptions, stack: ExitStack) -> None:

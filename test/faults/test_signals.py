@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -163,6 +164,20 @@ def test_a_second_signal_ends_a_run_that_does_not_come_to_the_end_of_its_step(st
     run = start(out)
     assert run.wait() == 0, run.text
     assert_undisturbed(out, undisturbed)
+
+
+def test_a_process_that_waits_for_nobody_says_for_whom_and_a_signal_ends_it(start, tmp_path):
+    """WORLD_SIZE from a cluster, and no other process comes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run = start(tmp_path / "out", env=env)
+    wait_until(lambda: f"waiting for rank 1 of 2 processes at 127.0.0.1:{port}" in run.text, run)
+    assert "LOCAL_RANK is not set" in run.text
+    run.send(signal.SIGTERM)
+    assert run.wait(5) == 143, run.text
+    assert "SIGTERM: ended at once while waiting for the other processes" in run.text
 
 
 def test_a_second_signal_lets_a_state_that_has_begun_become_durable(start, undisturbed, tmp_path):

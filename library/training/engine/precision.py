@@ -39,7 +39,7 @@ def make_accelerator(mixed_precision: str, ddp_timeout: timedelta = timedelta(mi
     try:
         accelerator = Accelerator(mixed_precision=mixed_precision, cpu=devices.is_cpu(device), kwargs_handlers=handlers)
     except ValueError as error:
-        if mixed_precision not in str(error):
+        if f"{mixed_precision} mixed precision" not in str(error):
             raise
         raise InputError(f"--mixed_precision={mixed_precision} does not go with this device: {error}") from error
     accelerator.gradient_accumulation_steps = 1  # the loop accumulates; a variable of `accelerate launch` must not, too
