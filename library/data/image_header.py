@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from library.data.bad_samples import SampleError
 from library.data.image_formats import avif, jpeg, png, webp
@@ -129,6 +129,12 @@ def open_picture(data: bytes) -> Picture:
     image = _opened(io.BytesIO(data))
     found = _facts_of_header(FileBytes.of(data))
     return Picture(image, _orientation(image) if found is None else found.orientation, _profile(image))
+
+
+def known_kinds() -> list[str]:
+    """The kinds of images that can be decoded with the Pillow that is installed, which may lack some."""
+    codecs = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif"}
+    return [kind for kind in _FORMATS if kind not in codecs or features.check(codecs[kind])]
 
 
 def reported(work: Callable[[], Any]) -> Any:

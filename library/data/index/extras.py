@@ -9,7 +9,7 @@ import numpy as np
 
 from library.data.bad_samples import SampleError
 from library.data.image_header import MAX_BYTES
-from library.data.index.folder_walk import is_image, passed_over, walk
+from library.data.index.folder_walk import is_file, is_image, passed_over, walk
 from library.data.index.rows import IMAGE_EXTENSIONS, NAMED, TextPool, printable
 from library.data.index.tar_headers import Member
 from library.errors import InputError
@@ -101,7 +101,7 @@ def files_by_stem(root: Path, inside: Path) -> dict[str, list[ExtraFile]]:
         return found
     with os.scandir(root / inside) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if is_image(entry.name) and entry.name[0] != "." and entry.is_file():
+            if is_image(entry.name) and entry.name[0] != "." and is_file(entry):
                 stat = entry.stat()
                 file = ExtraFile((inside / entry.name).as_posix(), stat.st_size, stat.st_mtime_ns)
                 found.setdefault(PurePath(entry.name).stem, []).append(file)

@@ -1,9 +1,10 @@
 """The folders of a data set with their files, and what lies there and is no part of it, counted by reason."""
 
+import errno
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Folder:
     Attributes:
         files: by name.
         dead_links: names of links that lead nowhere.
+        no_files: names of pipes, sockets and devices.
         captions: of its images, where metadata gives them; None without metadata.
         extra_paths: of the metadata, by image and extra.
     """
@@ -39,6 +41,7 @@ class Folder:
     path: Path
     files: tuple[os.DirEntry[str], ...]
     dead_links: tuple[str, ...] = ()
+    no_files: tuple[str, ...] = ()
     captions: dict[str, str] | None = None
     extra_paths: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -52,6 +55,11 @@ def extension_of(name: str) -> str:
     """In small letters, with its dot; "" where there is none."""
     start = name.rfind(".")
     return name[start:].lower() if start > 0 else ""
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a file, or a link that leads to one."""
+    return _is(entry.is_file)
 
 
 def is_image(name: str) -> bool:
@@ -78,13 +86,26 @@ def walk(root: Path, never: Path | None = None) -> Iterator[Folder]:
         seen.add((stat.st_dev, stat.st_ino))
         with os.scandir(path) as entries:
             shown = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda entry: entry.name)
-        folders = [entry for entry in shown if entry.is_dir()]
+        folders = [entry for entry in shown if _is(entry.is_dir)]
         waiting += [Path(entry.path) for entry in reversed(folders)]
-        files = tuple(entry for entry in shown if entry.is_file())
+        files = tuple(entry for entry in shown if is_file(entry))
         dead: tuple[str, ...] = ()
+        no_files: tuple[str, ...] = ()
         if len(files) + len(folders) < len(shown):
-            dead = tuple(entry.name for entry in shown if entry.is_symlink() and not Path(entry.path).exists())
-        yield Folder(path, files, dead)
+            others = [entry for entry in shown if not (_is(entry.is_dir) or is_file(entry))]
+            dead = tuple(entry.name for entry in others if entry.is_symlink() and not Path(entry.path).exists())
+            no_files = tuple(entry.name for entry in others if entry.name not in dead)
+        yield Folder(path, files, dead, no_files)
+
+
+def _is(ask: Callable[[], bool]) -> bool:
+    """What a directory entry answers; False of a link that leads to itself."""
+    try:
+        return ask()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def passed_over(folders: Iterable[Folder], data: Path) -> list[str]:
@@ -95,6 +116,7 @@ def passed_over(folders: Iterable[Folder], data: Path) -> list[str]:
     for folder in folders:
         names = {entry.name for entry in folder.files}
         found.setdefault("links", []).extend(str(folder.path / name) for name in folder.dead_links)
+        found.setdefault("no files", []).extend(str(folder.path / name) for name in folder.no_files)
         for name in sorted(names):
             kind = _kind(name, names)
             if kind is not None:
@@ -109,6 +131,7 @@ def passed_over(folders: Iterable[Folder], data: Path) -> list[str]:
     )
     sentences: Mapping[str, str] = {
         "links": "links in {data} lead nowhere. Fetch what they point to, or take them out",
+        "no files": "entries of {data} are pipes, sockets or devices, and are not read. Put files in their places",
         "pictures": f"files in {{data}} are of kinds that are not read ({kinds}). Convert them to one of {images}, or "
         "take them out",
         "archives": "archives in {data} are not read. Shards are tars named *.tar, in small letters, and not "

@@ -151,11 +151,11 @@ def _caption(entry: object) -> str:
 
 
 def _text(name: str, value: object) -> str:
-    """A text, of a list all of its texts; "" where there is none, which tables write as null or NaN."""
+    """A text; of a list of captions each a line, of tags all with commas; "" where tables write null or NaN."""
     if value is None or value != value:
         return ""
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        return ", ".join(value)
+        return ("\n" if name == "caption" else ", ").join(value)
     if not isinstance(value, str):
         raise ValueError(f'"{name}" must be a text, got {value!r:.60}')
     return value

@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 
+from library.data.image_header import known_kinds
 from library.data.index.extras import Extra
 from library.data.index.folders import scan_folder
 from library.data.index.kept_tables import Arrays, Job, Notes, Table, cache_folders, kept_name, opened, tables
@@ -166,7 +167,7 @@ def _read_errors(subset: Subset) -> Iterator[None]:
 def _jobs(subset: Subset, listed: Sequence[Listed], use_cache: bool) -> list[Job]:
     """A scan a source."""
     folder, of_others = cache_folders(subset.path) if use_cache else (None, None)
-    jobs = []
+    jobs, kinds = [], known_kinds()
     for entry in listed:
         source, file, another = entry.source, None, None
         if folder is not None:
@@ -182,6 +183,7 @@ def _jobs(subset: Subset, listed: Sequence[Listed], use_cache: bool) -> list[Job
                         for image, files in of_images.items()
                     ]
                 )
+            made_from.append(kinds)  # an image of a kind that Pillow lacked is left out until it knows it
             file = folder / f"{kept_name(name, made_from, state)}.rows"
             another = of_others / file.name if of_others is not None else None
         jobs.append(Job(file, partial(_scan, entry), max(1, entry.images), another))

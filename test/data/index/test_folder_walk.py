@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -55,6 +56,16 @@ def test_links_that_lead_nowhere(data):
     links, _ = index.warnings
     assert links.startswith(f"9 links in {data} lead nowhere")
     assert f"{data}/00000.tar; {data}/0.jpg" in links.replace("; and", "") or "and 4 more" in links
+
+
+def test_links_that_lead_to_themselves_and_what_is_no_file(data):
+    (data / "c.jpg").symlink_to("c.jpg")
+    (data / "d").symlink_to("e")
+    (data / "e").symlink_to("d")
+    os.mkfifo(data / "f.jpg")
+    links, no_files = build(data).warnings
+    assert links.startswith("3 links") and f"{data}/c.jpg; {data}/d; {data}/e." in links
+    assert no_files.startswith("1 entries") and no_files.endswith(f"{data}/f.jpg.")
 
 
 def test_pictures_of_kinds_that_are_not_read(data):
@@ -148,7 +159,7 @@ class TestSecondFolder:
         second = tmp_path / "conditions"
         for name in ("a.png", "b.jfif", "c.png", "deep/a.png"):
             put(second / name, make_picture(16, 8), caption=None)
-        (second / "d.png").symlink_to("gone")
+        (second / "d.png").symlink_to("d.png")
         (second / "e.heic").touch()
         index = build(data, extras=(Extra("cond", second),))
         assert len(index) == 2 and not index.bad

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from library.data import image_header
 from library.data.bad_samples import SampleError
 from library.data.index import kept_tables as index_cache
 from library.data.index import shards as shards_module
@@ -486,6 +487,16 @@ class TestCache:
         assert len(scans) == 4
         assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
+    def test_a_pillow_that_knows_more_kinds_reads_what_one_without_them_left_out(self, pictures, scans, monkeypatch):
+        path = pictures({"1.jpg": (16, 8), "1.txt": "a"})
+        check = image_header.features.check
+        with monkeypatch.context() as before:
+            before.setattr(image_header.features, "check", lambda kind: kind != "avif" and check(kind))
+            build(path, use_cache=True)
+        build(path, use_cache=True)
+        build(path, use_cache=True)
+        assert scans == ["images", "images"]
+
     def test_a_moved_data_set_is_not_scanned_again_and_named_rightly(self, tmp_path, make_shard, scans):
         old, new = tmp_path / "old", tmp_path / "new"
         old.mkdir()
@@ -652,10 +663,11 @@ class TestMetadata:
             "a": {"caption": "one\ntwo\u2028three\n", "tags": ["x", "y"]},
             "b": {"tags": "{x|{y|z}}\nw"},
             "c": {"caption": float("nan"), "tags": None},
+            "f": {"caption": ["one", "two"]},
         }
         index = self.build(path, content)
-        assert captions(index) == ["one, x, y\ntwo three, x, y", "{x|{y|z}}\nw", "from its file"]
-        assert any("2 captions" in warning and "--enable_wildcard" in warning for warning in index.warnings)
+        assert captions(index) == ["one, x, y\ntwo three, x, y", "{x|{y|z}}\nw", "from its file", "one\ntwo"]
+        assert any("3 captions" in warning and "--enable_wildcard" in warning for warning in index.warnings)
 
     def test_captions_that_no_file_could_hold_are_bad_samples(self, path):
         index = self.build(path, {"a": {"caption": "\ud800"}, "b": {"caption": "x" * (1 << 21)}, "c": {"caption": "c"}})
