@@ -85,6 +85,30 @@ def say_what_is_fetched(wanted: Wanted) -> None:
     logger.info("%s: %s is fetched into %s, as far as it is not there yet", what, place, constants.HF_HUB_CACHE)
 
 
+def local_path(source: str, flag: str) -> Path | None:
+    """A file or folder that a flag names; None for what can only be a repository of the hub (owner/name).
+
+    Raises:
+        InputError: nothing is there, and the text is no name of a repository, or names a place in a folder that is
+            here: an unmounted disk or a misspelt path is not looked up among strangers' repositories.
+    """
+    path = Path(source).expanduser()
+    try:
+        if source.strip() and path.exists():
+            return path
+        dead = path.readlink() if path.is_symlink() else None
+    except OSError as error:
+        raise InputError(f"{flag} {source}: cannot be looked at ({error.strerror}).") from error
+    if not source.strip():
+        raise InputError(f"{flag} is empty (a variable that is not set?). Give a path, or a hub name (owner/name).")
+    if dead is not None:
+        raise InputError(f"{flag} {source}: it is a link to {dead}, and nothing is there.")
+    if not is_hub_name(source):
+        raise InputError(f"{flag} {source}: no such file or folder, and not spelt as a hub name (owner/name).")
+    refuse_missing_path(source, flag)
+    return None
+
+
 def snapshot(wanted: Wanted, choose: Callable[[Iterable[str]], list[str]], cached: Sequence[str]) -> Path:
     """The folder of a hub repository in the local cache, with the chosen files in it.
 

@@ -13,7 +13,7 @@ CLIP_L = EncoderSpec(
     width=768,
     single_file_prefix="cond_stage_model.transformer.",
     single_file_names="transformers",
-    single_file_unused="",
+    single_file_unused=r"text_projection(\.weight)*|logit_scale",  # CLIP's own training has both
     lora_name="lora_te",
 )
 

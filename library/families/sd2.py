@@ -20,7 +20,7 @@ OPENCLIP_H = EncoderSpec(
     width=1024,
     single_file_prefix="cond_stage_model.model.",
     single_file_names="open_clip",
-    single_file_unused=r"transformer\.resblocks\.23\..*|text_projection|logit_scale",
+    single_file_unused=r"transformer\.resblocks\.23\..*|text_projection(\.weight)*|logit_scale",
     lora_name="lora_te",
 )
 

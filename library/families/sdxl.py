@@ -16,7 +16,7 @@ CLIP_L = EncoderSpec(
     width=768,
     single_file_prefix="conditioner.embedders.0.transformer.",
     single_file_names="transformers",
-    single_file_unused="",
+    single_file_unused=r"text_projection(\.weight)*|logit_scale",  # CLIP's own training has both
     lora_name="lora_te1",
 )
 OPENCLIP_BIGG = EncoderSpec(

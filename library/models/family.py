@@ -22,7 +22,8 @@ class EncoderSpec:
         projection: whether it is a CLIPTextModelWithProjection.
         width: channels of its states in the published model; each of its heads has 64.
         single_file_prefix, single_file_names: where a single file has it, and by whose names.
-        single_file_unused: a pattern for the names after the prefix of tensors that no output is made of.
+        single_file_unused: a pattern for the names of tensors that no output is made of, as they end after what the
+            prefix begins with, `transformer.` or `model.` (other programs leave that out).
         lora_name: how names in LoRA files begin.
     """
 

@@ -8,6 +8,7 @@ parse               command line over configuration file over defaults, and the 
 values              the values of all flags out of a script's options
 rules               what is checked before anything loads: `needs` of each flag, then each group's own rules
 named_paths         whether what flags name is there
+model_paths         whether the models that flags name are there, as far as is known without reading them
 refused             flags of sd-scripts that are refused, with why and what to use
 config_file         --config_file and --output_config
 dataset_config      --dataset_config: several data sets, each of several subsets

@@ -45,6 +45,9 @@ class PathTo(Enum):
     DATA = "a folder, a shard or the hub's name of a data set"
     STATE = "the folder of a training state, or auto"
     OUTPUT = "a folder, or nothing yet"
+    MODEL = "a diffusers folder, a single file or the hub's name of a model"
+    VAE = "a folder, a single file or the hub's name of a VAE"
+    TOKENIZER = "a folder or the hub's name of a tokenizer"
 
 
 @dataclass(frozen=True)

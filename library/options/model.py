@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from library.options.flag import REQUIRED, OptionGroup, flag
+from library.options.flag import REQUIRED, OptionGroup, PathTo, flag
 
 TOKEN_LENGTHS = (75, 77, 150, 225, 512)
 
@@ -17,11 +17,13 @@ class ModelOptions(OptionGroup):
     pretrained_model_name_or_path: str = flag(
         REQUIRED,
         "the model to start from: a diffusers folder, a single file (.safetensors, .ckpt) or a hub name",
+        path_to=PathTo.MODEL,
         same_on_ranks=False,  # machines may have it in different places; its weights are compared
     )
     vae: str | None = flag(
         None,
         "another VAE: folder, single file or hub name (fp16: madebyollin/sdxl-vae-fp16-fix)",
+        path_to=PathTo.VAE,
         same_on_ranks=False,
     )
     max_token_length: int | None = flag(

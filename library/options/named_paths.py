@@ -8,6 +8,7 @@ from typing import Any
 from library.errors import InputError
 from library.hub import is_hub_name, refuse_missing_path
 from library.options.flag import Flag, Flags, Level, PathTo
+from library.options.model_paths import MODELS, problems_of_model
 
 
 def problems_of_paths(flags: Flags, values: Mapping[str, list[Any]]) -> Iterator[str]:
@@ -19,6 +20,9 @@ def problems_of_paths(flags: Flags, values: Mapping[str, list[Any]]) -> Iterator
     config = next(iter(values["dataset_config"]))
     for flag in flags:
         if flag.path_to is None:
+            continue
+        if flag.path_to in MODELS:
+            yield from problems_of_model(flag.path_to, f"--{flag.name}", values[flag.name][0])
             continue
         named = f"{config}: {flag.key}" if config and flag.at is not Level.RUN else f"--{flag.name}"
         for value in dict.fromkeys(values.get(flag.name, ())):  # of subsets none where no subset could be read

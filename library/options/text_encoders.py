@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from library.options.flag import OptionGroup, flag
+from library.options.flag import OptionGroup, PathTo, flag
 
 if TYPE_CHECKING:
     from library.options.training import TrainingOptions
@@ -35,10 +35,16 @@ class SDXLTextEncoderOptions(TextEncoderOptions):
     """Both text encoders of SDXL: CLIP-L and OpenCLIP bigG."""
 
     tokenizer1_path: str | None = flag(
-        None, "name or folder of CLIP-L's tokenizer (default: the model's own)", same_on_ranks=False
+        None,
+        "name or folder of CLIP-L's tokenizer (default: the model's own)",
+        same_on_ranks=False,
+        path_to=PathTo.TOKENIZER,
     )
     tokenizer2_path: str | None = flag(
-        None, "name or folder of OpenCLIP bigG's tokenizer (default: the model's own)", same_on_ranks=False
+        None,
+        "name or folder of OpenCLIP bigG's tokenizer (default: the model's own)",
+        same_on_ranks=False,
+        path_to=PathTo.TOKENIZER,
     )
     train_text_encoder: bool = flag(False, "train both text encoders, too")
     learning_rate_te1: float | None = flag(None, "of CLIP-L (default: --learning_rate; 0: not trained)", least=0)
@@ -72,7 +78,10 @@ class SDTextEncoderOptions(TextEncoderOptions):
     """The text encoder of SD 1.x or SD 2.x."""
 
     tokenizer_path: str | None = flag(
-        None, "name or folder of the text encoder's tokenizer (default: the model's own)", same_on_ranks=False
+        None,
+        "name or folder of the text encoder's tokenizer (default: the model's own)",
+        same_on_ranks=False,
+        path_to=PathTo.TOKENIZER,
     )
     train_text_encoder: bool = flag(False, "train the text encoder, too")
     learning_rate_te: float | None = flag(

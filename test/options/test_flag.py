@@ -26,7 +26,7 @@ from library.training.state.resume import log_changed_options, versions
 from tools import write_flag_docs
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIRED = ["--pretrained_model_name_or_path=m", "--output_dir=o"]
+REQUIRED = ["--pretrained_model_name_or_path=owner/model", "--output_dir=o"]
 DATA = ["--train_data_dir=d", "--resolution=64"]
 
 

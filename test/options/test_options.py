@@ -12,7 +12,7 @@ from library.errors import InputError
 from library.options.rules import log_idle_flags
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUIRED = ["--pretrained_model_name_or_path=m", "--train_data_dir=d", "--resolution=64", "--output_dir=o"]
+REQUIRED = ["--pretrained_model_name_or_path=owner/model", "--train_data_dir=d", "--resolution=64", "--output_dir=o"]
 
 
 def parse(*arguments):
@@ -175,7 +175,7 @@ class TestOneReport:
 
     def test_it_names_everything(self, files, capsys):
         status = sdxl_pretrain.main(
-            ["--pretrained_model_name_or_path=m", f"--config_file={files / 'run'}", "--resolutoin=64",
+            ["--pretrained_model_name_or_path=owner/model", f"--config_file={files / 'run'}", "--resolutoin=64",
              "--lr_warmup_steps=9",
              f"--dataset_config={files / 'data.toml'}", f"--sample_prompts={files / 'prompts.txt'}", "--fp8_base",
              "--offload_ema", "--learning_rate_te1=1e-5", "--train_batch_size=none", "--save_last_n_steps=3"]
@@ -229,7 +229,7 @@ class TestOneReport:
         )
         code = (
             "import sys, sdxl_pretrain\n"
-            "common = ['--pretrained_model_name_or_path=m', '--output_dir=file', '--logging_dir=file']\n"
+            "common = ['--pretrained_model_name_or_path=owner/model', '--output_dir=file', '--logging_dir=file']\n"
             "common += ['--resume=file']\n"
             "line = ['--resolution=64', '--train_data_dir=a/b/c', '--reg_data_dir=data', '--in_json=x.json']\n"
             "for words in (line, ['--dataset_config=data.toml']):\n"

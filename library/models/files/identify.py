@@ -9,6 +9,7 @@ from torch import Tensor
 from library.errors import InputError
 from library.models.family import Family
 from library.models.files.weight_files import read_json
+from library.options.model_paths import check_pipeline_folder
 
 _LORA, _UNET = "a LoRA (or another network module)", "a U-Net alone"
 
@@ -67,10 +68,7 @@ def family_of_folder(folder: Path, families: Sequence[Family]) -> Family:
     Raises:
         InputError: none of them, or no complete one.
     """
-    if not (folder / "unet" / "config.json").is_file():
-        singles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".safetensors", ".ckpt"))
-        hint = f" There are single files in it; give one of them: {', '.join(singles[:3])}." if singles else ""
-        raise InputError(f"{folder}: no diffusers model: it has no unet/config.json.{hint}")
+    check_pipeline_folder(folder)
     index = folder / "model_index.json"
     pipeline = str(read_json(index).get("_class_name", "unknown")) if index.is_file() else "unknown"
     config = read_json(folder / "unet" / "config.json")

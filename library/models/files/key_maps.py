@@ -166,6 +166,7 @@ def open_clip_to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
     Raises:
         KeyError: a name is not OpenCLIP's.
+        ValueError: there are two projections, and they differ.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -173,8 +174,11 @@ def open_clip_to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor
             continue
         if name in _OPEN_CLIP_ENDS:
             renamed[_OPEN_CLIP_ENDS[name]] = tensor
-        elif name == _PROJECTION_OLD:
-            renamed[_PROJECTION_NEW] = tensor.T.contiguous()
+        elif re.fullmatch(rf"{_PROJECTION_OLD}(\.weight)*", name):
+            # OpenCLIP multiplies from the right; under .weight the same is a linear layer, as other programs have it.
+            projection = tensor.T.contiguous() if name == _PROJECTION_OLD else tensor
+            if not torch.equal(renamed.setdefault(_PROJECTION_NEW, projection), projection):
+                raise ValueError(f"{name} is another projection than {_PROJECTION_OLD}")
         elif match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", name):
             layer = f"text_model.encoder.layers.{match[1]}.self_attn"
             for letter, part in zip(_QKV, tensor.chunk(3), strict=True):

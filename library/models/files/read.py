@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 from library.errors import InputError
-from library.hub import is_hub_name, refuse_missing_path
+from library.hub import local_path
 from library.imports import import_pruned
 from library.models.family import EncoderSpec, Family
 from library.models.files import hub, infer_configs, kept_configs, single_file
 from library.models.files.build import build
 from library.models.files.diffusers_config import unet_config_from_diffusers
+from library.models.files.fit import check_parts
 from library.models.files.identify import describe, family_of_folder, family_of_tensors
 from library.models.files.kept_prediction import scheduler_of
+from library.models.files.noise_process import check_scheduler
 from library.models.files.weight_files import read_component, read_json, read_names, read_weights
 from library.models.model import Model
 from library.models.text_encoders import use_erf_gelu
 from library.models.unet import UNet, UNetConfig
+from library.options.model_paths import MODEL_FLAG, VAE_FLAG, check_tokenizer_folder
 
-MODEL_FLAG = "--pretrained_model_name_or_path"
 # Where the classes are that are taken from diffusers and transformers.
 _VAE = "diffusers.models.autoencoders.autoencoder_kl"
 _ENCODERS = "transformers.models.clip.modeling_clip"
@@ -55,12 +57,7 @@ def load_model(
     import_pruned(_VAE, _ENCODERS, _TOKENIZERS)
     read = _from_folder if path.is_dir() else _from_single_file
     model = read(path, wanted, dtype, vae, tokenizers)
-    latent_channels = model.vae.config.latent_channels
-    if model.unet.config.in_channels != latent_channels:
-        raise InputError(
-            f"{source}: its U-Net takes {model.unet.config.in_channels} channels, and latents have {latent_channels}: "
-            "it is a model for inpainting or the like. Give a model that makes pictures from text alone."
-        )
+    check_parts(model, source, vae)
     for place, (tokenizer, encoder) in enumerate(zip(model.tokenizers, model.text_encoders, strict=True)):
         if len(tokenizer) > encoder.config.vocab_size:
             raise InputError(
@@ -129,14 +126,10 @@ def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]],
     Raises:
         InputError: neither, or a path whose beginning alone is here.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if is_hub_name(source):
-        if given:
-            refuse_missing_path(source, flag)
-        return hub.snapshot(source, flag, choose)
-    raise InputError(f"{flag} {source}: no such file or folder, and not spelt as a hub name (owner/name).")
+    if given:
+        return local_path(source, flag) or hub.snapshot(source, flag, choose)
+    path = Path(source)
+    return path if path.exists() else hub.snapshot(source, flag, choose)
 
 
 def load_vae(source: str, family: Family, dtype: torch.dtype) -> Any:
@@ -147,7 +140,7 @@ def load_vae(source: str, family: Family, dtype: torch.dtype) -> Any:
     Raises:
         InputError: it cannot be found, read, or is no VAE.
     """
-    path = locate(source, "--vae", hub.vae_files)
+    path = locate(source, VAE_FLAG, hub.vae_files)
     import_pruned(_VAE)
     if path.is_dir():
         return _vae_from_folder(path / "vae" if (path / "vae" / "config.json").is_file() else path, family, dtype)
@@ -163,6 +156,7 @@ def _from_folder(
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
     there = scheduler_file.is_file()
     scheduler = read_json(scheduler_file) if there else dict(family.scheduler)
+    check_scheduler(scheduler, str(scheduler_file))
     return Model(
         family,
         unet=_unet_from_folder(folder / "unet", family, dtype),
@@ -195,8 +189,16 @@ def _vae_from_folder(folder: Path, family: Family, dtype: torch.dtype) -> Any:
 
 
 def _encoder_from_folder(folder: Path, family: Family, spec: EncoderSpec, dtype: torch.dtype) -> Any:
-    tensors = single_file.encoder_from_disk(spec, read_component(folder))
+    tensors = single_file.encoder_from_disk(spec, read_component(folder), str(folder))
     config = read_json(folder / "config.json")
+    if isinstance(config.get("text_config"), dict):  # all of CLIP, of which the text encoder is a part
+        config = config["text_config"]
+    kind = config.get("model_type", "clip_text_model")
+    if kind != "clip_text_model":
+        raise InputError(
+            f"{folder / 'config.json'}: its model_type is {str(kind)[:80]!r}, not a CLIP text encoder. Give an "
+            f"{family.title} base model."
+        )
     return _build_encoder(config, spec, tensors, dtype, str(folder), "a text encoder", family.title)
 
 
@@ -260,9 +262,9 @@ def _from_single_file(
 ) -> Model:
     tensors, metadata = read_weights(path)
     family = family_of_tensors(tensors, families, str(path))
+    scheduler, prediction_source = scheduler_of(tensors, metadata, family, str(path))
     file = _File(path, family, metadata, describe(tensors), dtype)
     parts = single_file.split(tensors, family, str(path), file.kind, with_vae=vae is None)
-    scheduler, prediction_source = scheduler_of(tensors, metadata, family, str(path))
     return Model(
         family,
         unet=_unet_from_tensors(parts.unet, file),
@@ -321,8 +323,10 @@ def _tokenizer(spec: EncoderSpec, flag: str, source: str | None, own: Path | Non
     inside = path / spec.tokenizer_folder
     if inside.is_dir():  # a whole pipeline was given
         path = inside
-    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise InputError(f"{flag} {path}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt).")
+    try:
+        check_tokenizer_folder(path)
+    except InputError as error:
+        raise InputError(f"{flag} {error}") from error
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

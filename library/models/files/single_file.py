@@ -1,5 +1,6 @@
 """The names of one model's tensors: in a single file, in diffusers' and transformers' files, in our networks."""
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -14,19 +15,32 @@ from library.models.files import kept_configs, kept_prediction, key_maps
 from library.models.model import Model
 from library.models.unet import UNet, UNetConfig
 
+logger = logging.getLogger(__name__)
+
 SCALING_FACTOR_KEY = "sd_training.vae_scaling_factor"  # metadata of our own
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 _TEXT_MODEL = "text_model."
+_SHOWN = 5
 
-# What files in the field carry besides the networks: numbers that follow from the configuration, CLIP's temperature,
-# an averaged copy of the U-Net, what other programs put beside it, and marks of the prediction type.
+# What files of every program have besides the networks, and is read elsewhere or follows from the configuration: tables
+# of the noise schedule, CLIP's positions and masks, marks of the prediction type, the loss of the VAE's training.
 _IGNORED = re.compile(
-    r"model_ema\..*|denoiser\.sigmas|(model_)?(betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar)"
-    r"|.*\.position_ids|.*logit_scale|v_pred|ztsnr|edm_.*|first_stage_model\.(loss|model_ema)\..*|.*\.attn_mask"
-    r"|(model_)?lvlb_weights|scale_factor|embedding_manager\..*"
+    r"denoiser\.sigmas|(model_)?(betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar|lvlb_weights)"
+    r"|.*\.position_ids|.*\.attn_mask|v_pred|ztsnr|scale_factor|first_stage_model\.loss\..*"
 )
+# What some programs put beside it, which no output of a model is made of: averaged copies (EMA), ComfyUI's own
+# objects, CLIP's image tower, counters.
+_SURPLUS = re.compile(
+    r"(.*\.)?(model_ema|ema_model|unet_ema|ema)\..*|(model_sampling|latent_format|embedding_manager|scheduler)\..*"
+    r"|.*\.(visual|vision_model)\..*|.*\.visual_projection(\.weight)*|global_step|step|epoch|iteration|.*\.logit_scale"
+)
+
+
+# The same in the files of one text encoder.
+_ENCODER_SURPLUS = re.compile(r"(.*\.)?(vision_model|visual)\..*|visual_projection(\.weight)*|(.*\.)?logit_scale")
+_PROJECTION = re.compile(r"(text_model\.)?text_projection(\.weight)*")
 
 
 @dataclass
@@ -44,22 +58,27 @@ class Parts:
 
 
 def split(tensors: Mapping[str, Tensor], family: Family, origin: str, kind: str, *, with_vae: bool = True) -> Parts:
-    """Take a single file apart.
+    """Take a single file apart. What no part of a model has a use for is named in a warning.
 
     Raises:
         InputError: a part has no tensors at all, or there are tensors of no part.
     """
     prefixes = (UNET_PREFIX, VAE_PREFIX, *(spec.single_file_prefix for spec in family.encoders))
     found: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
-    unused = [re.escape(spec.single_file_prefix) + f"({spec.single_file_unused})" for spec in family.encoders]
+    unused = {_unused_pattern(spec): spec for spec in family.encoders}
     carried: dict[str, Tensor] = {}
-    foreign = []
+    foreign, surplus, kept = [], [], []
     for name, tensor in tensors.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if any(re.fullmatch(pattern, name) for pattern in unused):
+        owner = next((spec for pattern, spec in unused.items() if re.fullmatch(pattern, name)), None)
+        if owner is not None:
             carried[name] = tensor
+            if owner.single_file_names == "transformers":  # published files of OpenCLIP's encoders have theirs
+                kept.append(name)
         elif _IGNORED.fullmatch(name):
             continue
+        elif _SURPLUS.fullmatch(name):
+            surplus.append(name)
         elif prefix is None:
             foreign.append(name)
         else:
@@ -75,11 +94,15 @@ def split(tensors: Mapping[str, Tensor], family: Family, origin: str, kind: str,
             f"{origin}: no complete {family.title} model: {'; '.join(reasons)}. It seems to be {kind}. "
             f"Give an {family.title} base model.{way_out}"
         )
+    _warn_of(surplus, origin, "left out")
+    _warn_of(kept, origin, "kept as they are")
     try:
         return Parts(
             unet=found[UNET_PREFIX],
             vae=key_maps.vae_to_diffusers(found[VAE_PREFIX]) if with_vae else {},
-            text_encoders=[_encoder_from_file(spec, found[spec.single_file_prefix]) for spec in family.encoders],
+            text_encoders=[
+                _encoder_from_file(spec, found[spec.single_file_prefix], origin) for spec in family.encoders
+            ],
             carried=carried,
         )
     except (LookupError, ValueError, RuntimeError) as error:  # RuntimeError: a shape that cannot be taken apart
@@ -87,6 +110,19 @@ def split(tensors: Mapping[str, Tensor], family: Family, origin: str, kind: str,
             f"{origin}: no {family.title} model: it has a tensor of an unknown name or shape ({error}). It seems to be "
             f"{kind}. Give an {family.title} base model."
         ) from error
+
+
+def _unused_pattern(spec: EncoderSpec) -> str:
+    """A pattern for the full names of what a text encoder has and no output is made of."""
+    holder = spec.single_file_prefix.rsplit(".", 2)[0]
+    return rf"{re.escape(holder)}\.(transformer\.|model\.)?(text_model\.)?({spec.single_file_unused})"
+
+
+def _warn_of(names: list[str], origin: str, what: str) -> None:
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        shown = ", ".join(names[:_SHOWN]) + more
+        logger.warning("%s: %d tensors that no output is made of are %s: %s", origin, len(names), what, shown)
 
 
 def join(model: Model) -> dict[str, Tensor]:
@@ -163,22 +199,30 @@ def encoder_to_disk(encoder: Any) -> dict[str, Tensor]:
     }
 
 
-def encoder_from_disk(spec: EncoderSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def encoder_from_disk(spec: EncoderSpec, tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
     """What a text encoder's files have, as CLIPTextModel or the one with projection names it in memory.
 
-    transformers 5 has no `text_model.` in CLIPTextModel any more; CLIPTextModelWithProjection still has it.
+    transformers 5 has no `text_model.` in CLIPTextModel any more; CLIPTextModelWithProjection still has it. What
+    belongs to the rest of CLIP alone (its image tower, a projection that the family does not use) is left out.
+
+    Args:
+        origin: the file or folder, for the warning that names what is left out.
     """
-    plain = key_maps.clip_l_to_transformers(tensors)
+    surplus = [name for name in tensors if _ENCODER_SURPLUS.fullmatch(name)]
+    if not spec.projection:
+        surplus += [name for name in tensors if _PROJECTION.fullmatch(name)]
+    _warn_of(surplus, origin, "left out")
+    plain = key_maps.clip_l_to_transformers({name: one for name, one in tensors.items() if name not in surplus})
     if not spec.projection:
         return plain
     return {name if name.startswith("text_projection") else _TEXT_MODEL + name: t for name, t in plain.items()}
 
 
-def _encoder_from_file(spec: EncoderSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _encoder_from_file(spec: EncoderSpec, tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
     """What a single file has after a text encoder's prefix, by the names that it has in memory."""
     if spec.single_file_names == "open_clip":
         tensors = key_maps.open_clip_to_transformers(tensors)
-    return encoder_from_disk(spec, tensors)
+    return encoder_from_disk(spec, tensors, origin)
 
 
 def _encoder_to_file(spec: EncoderSpec, encoder: Any) -> dict[str, Tensor]:

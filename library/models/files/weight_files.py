@@ -5,12 +5,16 @@ import re
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from library import device
 from library.errors import InputError
+from library.file_kind import weight_form
+
+Value = TypeVar("Value")
 
 # The names that diffusers (first) and transformers (the others) give to the weights of one component.
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -23,21 +27,36 @@ _SHARED_AT_MOST = 4
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of one file by name, on the CPU and backed by the file where it can be mapped, and its metadata.
 
-    A file whose name ends in .safetensors is read as such, any other as a pickle of torch, by torch's reader for
-    weights: nothing in the file is executed.
+    The file's content tells whether it is read as safetensors or as a pickle of torch, by torch's reader for weights:
+    nothing in the file is executed. Names are as the networks had them before torch.compile and wrappers.
 
     Raises:
-        InputError: no such file, damaged, cut off, a pickle that would run code, or no tensors in it.
+        InputError: no such file, damaged, cut off, a pickle that would run code, no tensors in it, or no file of
+            weights at all.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
-    if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
-    else:
-        tensors, metadata = _read_pickle(path)
+    read = _read_safetensors if weight_form(path) == "safetensors" else _read_pickle
+    tensors, metadata = read(path)
     if not tensors:
         raise InputError(f"{path}: holds no tensors. Give a model's weights (.safetensors, .ckpt, .pt, .bin).")
-    return tensors, metadata
+    return plain_names(tensors, str(path)), metadata
+
+
+def plain_names(tensors: Mapping[str, Value], origin: str) -> dict[str, Value]:
+    """Tensors by their names without what wrappers put into them: torch.compile `_orig_mod.`, DDP `module.` before all.
+
+    Raises:
+        InputError: two names become one.
+    """
+    wrapped = bool(tensors) and all(name.startswith("module.") for name in tensors)
+    plain: dict[str, Value] = {}
+    for name, tensor in tensors.items():
+        short = (name.removeprefix("module.") if wrapped else name).replace("_orig_mod.", "")
+        if short in plain:
+            raise InputError(f"{origin}: it has {short} twice, with and without _orig_mod. in its name.")
+        plain[short] = tensor
+    return plain
 
 
 def read_names(path: Path) -> Mapping[str, object]:
@@ -46,15 +65,15 @@ def read_names(path: Path) -> Mapping[str, object]:
     Raises:
         InputError: as `read_weights`.
     """
-    if path.suffix != ".safetensors":
-        return read_weights(path)[0]
     if not path.is_file():
         raise InputError(f"{path}: no such file.")
+    if weight_form(path) != "safetensors":
+        return read_weights(path)[0]
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return dict.fromkeys(file.keys())
+            return plain_names(dict.fromkeys(file.keys()), str(path))
     except Exception as error:  # as in _read_safetensors
         raise InputError(
             f"{path}: damaged or cut off ({_reason(error)}; {path.stat().st_size} bytes). Copy or download it again."
@@ -157,7 +176,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_archive(path))
+        mapped = _is_plain_archive(path)
+        if path.suffix == ".safetensors":  # torch would go by the name; an open file has none, and is not mapped
+            with path.open("rb") as file:
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except InputError:
         raise
     except Exception as error:  # damaged pickles end in every kind of error
@@ -166,11 +190,12 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise InputError(
                 f"{path}: refused. Reading this pickle would run {forbidden.group(1)}, and a weight file has no need "
                 "to. Get the model as .safetensors from a source you trust."
-            ) from error
+            ) from None
+        # torch's own words are left out: they advise to read the file without weights_only, which executes it.
         raise InputError(
-            f"{path}: damaged, cut off, or no file of weights ({_reason(error)}; {path.stat().st_size} bytes). "
-            "Copy or download it again."
-        ) from error
+            f"{path}: damaged, cut off, or no file of weights ({type(error).__name__} when reading it; "
+            f"{path.stat().st_size} bytes). Copy or download it again, or get the model as .safetensors."
+        ) from None
     metadata = loaded.get("metadata") if isinstance(loaded, dict) else None
     for _ in range(2):  # a checkpoint of Lightning in one of ours; not `while`: a pickle may hold itself
         if isinstance(loaded, dict) and "state_dict" in loaded:
