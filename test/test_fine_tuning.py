@@ -166,10 +166,38 @@ def test_as_many_rates_as_blocks_or_one(sdxl):
     assert block_groups(sdxl.unet, ()) == []
 
 
-def test_rounding_what_is_frozen_is_refused(fine_tuned, capfd):
-    rates = ("--block_lr=0,1e-3", "--full_bf16", "--mixed_precision=bf16")
-    assert fine_tuned("sdxl", "--max_train_steps=1", *rates)[0] == 2
-    assert "--full_bf16 rounds all of the U-Net" in capfd.readouterr().err
+def test_full_bf16_writes_frozen_layers_as_they_were(fine_tuned, folders):
+    """The layer that --clip_skip leaves out lies beside layers that train in bf16: it was rounded with them."""
+    bf16 = ("--full_bf16", "--mixed_precision=bf16")
+    status, out = fine_tuned("sd1", "--max_train_steps=1", "--clip_skip=2", "--train_text_encoder", *bf16)
+    assert status == 0
+    ours, before = (load_model(str(path), SD1).text_encoders[0].state_dict() for path in (out / "last", folders["sd1"]))
+    for name, old in before.items():
+        if ".layers.2." in name:
+            assert torch.equal(ours[name], old), name
+            assert (
+                not old.any()
+                or name.endswith(("bias", "norm1.weight", "norm2.weight"))
+                or not torch.equal(old, old.bfloat16().float())
+            )
+        else:
+            assert torch.equal(ours[name], ours[name].bfloat16().float()), name
+
+
+@pytest.mark.parametrize("form", ["safetensors", "diffusers"])
+def test_full_bf16_writes_frozen_blocks_as_they_were(sdxl, fine_tuned, folders, form):
+    rates = ["0"] * (1 + len(sdxl.unet.input_blocks) + 3 + len(sdxl.unet.output_blocks)) + ["1e-3"]
+    bf16 = ("--full_bf16", "--mixed_precision=bf16", f"--save_model_as={form}")
+    status, out = fine_tuned("sdxl", "--max_train_steps=1", f"--block_lr={','.join(rates)}", *bf16)
+    assert status == 0
+    path = out / ("last.safetensors" if form == "safetensors" else "last")
+    tokenizers = (str(folders["sdxl"] / "tokenizer"), str(folders["sdxl"] / "tokenizer_2"))
+    ours = load_model(str(path), SDXL, tokenizers=tokenizers).unet.state_dict()
+    before = load_model(str(folders["sdxl"]), SDXL).unet.state_dict()
+    assert {name for name in before if not torch.equal(ours[name], before[name])} == {
+        "out.0.weight", "out.0.bias", "out.2.weight", "out.2.bias",
+    }  # fmt: skip
+    assert torch.equal(ours["out.2.weight"], ours["out.2.weight"].bfloat16().float())
 
 
 @pytest.mark.parametrize("given", ["x", "1e-3,", "-1", "0,0"])

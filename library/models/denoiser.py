@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.models.model import Model
+from library.models.model import UNET, Model
 from library.models.text import TextStates, Tokens
 from library.models.text_encoders import (
     enable_gradient_checkpointing,
@@ -35,6 +35,7 @@ class Denoiser(nn.Module):
     Attributes:
         text_encoders: empty once they have been taken out (`without_text_encoders`).
         trained_encoders: the parameters that train, of each text encoder; empty lists for those that do not train.
+        originals: weights that `cast_trained` has rounded although they do not train, as `Model.originals`.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Denoiser(nn.Module):
         for encoder, use, train in zip(self.text_encoders, self.uses, trains, strict=True):
             set_trainable(encoder, use, train)
         self.trained_encoders = [trainable_parameters(encoder) for encoder in self.text_encoders]
+        self.originals: dict[str, dict[str, Tensor]] = {}
         self.train()
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -75,11 +77,20 @@ class Denoiser(nn.Module):
                 self.text_encoders[place] = frozen_copy(self.text_encoders[place], dtype)
 
     def cast_trained(self, dtype: torch.dtype) -> None:
-        """Have the weights of the U-Net and of each encoder that trains in `dtype`, and their gradients with them."""
-        self.unet.to(dtype)
-        for encoder, trained in zip(self.text_encoders, self.trained_encoders, strict=True):
-            if trained:
-                encoder.to(dtype)
+        """Have the weights of the U-Net and of each encoder that trains in `dtype`, and their gradients with them.
+
+        Frozen layers beside those that train compute in `dtype`, too; checkpoints have their weights as they were.
+        """
+        folders = [spec.folder for spec in self.family.encoders]
+        encoders = zip(folders, self.text_encoders, self.trained_encoders, strict=True)
+        cast = {UNET: self.unet, **{folder: encoder for folder, encoder, trained in encoders if trained}}
+        for part, network in cast.items():
+            self.originals[part] = {
+                name: parameter.detach().to("cpu", copy=True)
+                for name, parameter in network.named_parameters()
+                if not parameter.requires_grad and parameter.dtype != dtype
+            }
+            network.to(dtype)
 
     def sharding_units(self) -> list[nn.Module]:
         """The parts that fully sharded training gathers one by one: each is called for itself."""

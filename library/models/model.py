@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from library.models.unet import UNet
 
 
+UNET, VAE = "unet", "vae"  # as diffusers names the folders of a model's parts; text encoders have their specs'
+
+
 @dataclass
 class Model:
     """The networks, the tokenizers and the scheduler's configuration (diffusers' scheduler_config.json).
@@ -24,6 +27,8 @@ class Model:
         prediction_source: where the files that were read say what the U-Net predicts; "" where they do not.
         carried: tensors of the single file that was read, by their names in it, of which no output is made; they are
             written back into single files.
+        originals: weights that do not train and were rounded to compute with, as they were read: by the part's folder
+            and the parameter's name, on the CPU. They are written in place of the rounded ones.
     """
 
     family: Family
@@ -34,6 +39,7 @@ class Model:
     scheduler_config: dict[str, Any]
     prediction_source: str = ""
     carried: "Mapping[str, Tensor]" = field(default_factory=dict)
+    originals: "Mapping[str, Mapping[str, Tensor]]" = field(default_factory=dict)
 
     @property
     def prediction_type(self) -> str:
@@ -49,6 +55,16 @@ class Model:
     def default_px(self) -> int:
         """Width and height of the pictures that such a model draws where nobody asks for others."""
         return self._by_prediction(self.family.default_px)
+
+    def weights(self, part: str) -> "dict[str, Tensor]":
+        """The tensors of a part, by the names that they have in its network, as they are to be written.
+
+        Args:
+            part: its folder in diffusers' layout.
+        """
+        networks = {UNET: self.unet, VAE: self.vae}
+        networks |= {spec.folder: one for spec, one in zip(self.family.encoders, self.text_encoders, strict=True)}
+        return {**networks[part].state_dict(), **self.originals.get(part, {})}
 
     def uses(self, clip_skip: int | None) -> tuple[EncoderUse, ...]:
         """What is used of each text encoder, with --clip_skip (None: not given) and the tokenizers' own EOS.

@@ -121,16 +121,11 @@ class BlockRateOptimizerOptions(OptimizerOptions):
         return self.block_lr or ()
 
     def check(self, options: "TrainingOptions") -> Iterator[str]:
-        """Say where all rates are 0, or frozen blocks would be rounded, besides what any optimizer says."""
+        """Say where all rates are 0, besides what any optimizer says."""
         yield from super().check(options)
         encoders = options.text_encoders.rates(self.learning_rate)
         if self.block_rates and not any(self.block_rates) and not any(encoders):
             yield "--block_lr: all rates are 0, and no text encoder trains: nothing is learned; raise one"
-        if options.precision.full_bf16 and not all(self.block_rates):
-            yield (
-                "--full_bf16 rounds all of the U-Net to bf16, also the blocks that --block_lr freezes by a rate of 0, "
-                "and checkpoints would have them rounded; leave one of the two out"
-            )
 
 
 def warmup_too_long(warmup_steps: int, max_train_steps: int) -> str:

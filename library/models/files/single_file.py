@@ -5,15 +5,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from library.errors import InputError
 from library.models.family import EncoderSpec, Family
 from library.models.files import kept_configs, kept_prediction, key_maps
-from library.models.model import Model
-from library.models.unet import UNet, UNetConfig
+from library.models.model import UNET, VAE, Model
+from library.models.unet import UNetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +130,11 @@ def join(model: Model) -> dict[str, Tensor]:
     With them go what the file that was read carried, and the field's marks of the prediction type.
     """
     parts = (
-        (UNET_PREFIX, model.unet.state_dict()),
-        (VAE_PREFIX, key_maps.vae_from_diffusers(model.vae.state_dict())),
+        (UNET_PREFIX, model.weights(UNET)),
+        (VAE_PREFIX, key_maps.vae_from_diffusers(model.weights(VAE))),
         *(
-            (spec.single_file_prefix, _encoder_to_file(spec, encoder))
-            for spec, encoder in zip(model.family.encoders, model.text_encoders, strict=True)
+            (spec.single_file_prefix, _encoder_to_file(spec, model.weights(spec.folder)))
+            for spec in model.family.encoders
         ),
     )
     tensors = {prefix + name: tensor for prefix, part in parts for name, tensor in part.items()}
@@ -186,16 +185,15 @@ def unet_from_diffusers(config: UNetConfig, tensors: Mapping[str, Tensor]) -> di
     return {to_stability.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def unet_to_diffusers(unet: UNet) -> dict[str, Tensor]:
-    """The U-Net's tensors by diffusers' names."""
-    return key_maps.rename(unet.state_dict(), key_maps.unet_to_diffusers(unet.config))
+def encoder_to_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder's tensors as files have them: all but the projection under `text_model.`, of either encoder.
 
-
-def encoder_to_disk(encoder: Any) -> dict[str, Tensor]:
-    """A text encoder's tensors as files have them: all but the projection under `text_model.`, of either encoder."""
+    Args:
+        tensors: by the names that they have in memory.
+    """
     return {
         name if name.startswith((_TEXT_MODEL, "text_projection")) else _TEXT_MODEL + name: tensor
-        for name, tensor in encoder.state_dict().items()
+        for name, tensor in tensors.items()
     }
 
 
@@ -225,7 +223,7 @@ def _encoder_from_file(spec: EncoderSpec, tensors: Mapping[str, Tensor], origin:
     return encoder_from_disk(spec, tensors, origin)
 
 
-def _encoder_to_file(spec: EncoderSpec, encoder: Any) -> dict[str, Tensor]:
+def _encoder_to_file(spec: EncoderSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `_encoder_from_file`."""
-    tensors = encoder_to_disk(encoder)
+    tensors = encoder_to_disk(tensors)
     return key_maps.open_clip_from_transformers(tensors) if spec.single_file_names == "open_clip" else tensors

@@ -13,7 +13,7 @@ from torch import Tensor
 from library.atomic_write import write_file, write_folder
 from library.disk_space import check_space
 from library.errors import InputError
-from library.models.files import single_file
+from library.models.files import key_maps, single_file
 from library.models.files.diffusers_config import unet_config_to_diffusers
 from library.models.files.modelspec import (
     HASH_KEY,
@@ -22,7 +22,7 @@ from library.models.files.modelspec import (
     IMPLEMENTATION_STABILITY,
 )
 from library.models.files.own_checkpoint import MARK, MARK_VALUE
-from library.models.model import Model
+from library.models.model import UNET, VAE, Model
 from library.options.saving import SAVE_FORMS
 from library.tensor_file import tensor_file
 
@@ -119,10 +119,10 @@ def _write_pipeline(
     version = importlib.metadata.version("diffusers")
     scheduler = {"_diffusers_version": version, **model.scheduler_config}
     components: dict[str, tuple[Any, dict[str, Tensor]]] = {
-        "unet": (model.unet, single_file.unet_to_diffusers(model.unet)),
-        "vae": (model.vae, model.vae.state_dict()),
+        UNET: (model.unet, key_maps.rename(model.weights(UNET), key_maps.unet_to_diffusers(model.unet.config))),
+        VAE: (model.vae, model.weights(VAE)),
         **{
-            spec.folder: (encoder, single_file.encoder_to_disk(encoder))
+            spec.folder: (encoder, single_file.encoder_to_disk(model.weights(spec.folder)))
             for spec, encoder in zip(model.family.encoders, model.text_encoders, strict=True)
         },
     }
@@ -145,11 +145,11 @@ def _write_pipeline(
 
 
 def _write_config(name: str, network: Any, folder: Path, dtype: torch.dtype, version: str, default_px: int) -> None:
-    if name == "unet":
+    if name == UNET:
         fields = unet_config_to_diffusers(network.config, default_px // LATENT_PX)
         config = {"_diffusers_version": version, **fields}
         _write_json(config, folder / "config.json")
-    elif name == "vae":
+    elif name == VAE:
         network.save_config(folder)
     else:
         config = {**network.config.to_diff_dict(), "architectures": [type(network).__name__]}

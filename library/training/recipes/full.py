@@ -90,7 +90,7 @@ class Full:
             if trained:
                 encoders[place] = module.text_encoders[place]
         return save_model(
-            replace(self._model, unet=module.unet, text_encoders=tuple(encoders)),
+            replace(self._model, unet=module.unet, text_encoders=tuple(encoders), originals=self.module.originals),
             self._saving.output_dir / stem,
             self._save_as,
             self._save_dtype,

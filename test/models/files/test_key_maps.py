@@ -68,7 +68,7 @@ def test_two_names_for_one_cannot_be_inverted():
 
 def test_clip_l_file_names_are_transformers_names_with_text_model(text_encoders):
     ours = text_encoders[0].state_dict()
-    file = single_file.encoder_to_disk(text_encoders[0])
+    file = single_file.encoder_to_disk(text_encoders[0].state_dict())
     assert "text_model.encoder.layers.2.self_attn.out_proj.bias" in file
     assert all(name.startswith("text_model.") for name in file)
     same(key_maps.clip_l_to_transformers(file), ours)
