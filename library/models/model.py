@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from library.models.unet import UNet
 
 
+LATENT_PX = 8  # pixels a side that a latent of the published VAEs stands for
 UNET, VAE = "unet", "vae"  # as diffusers names the folders of a model's parts; text encoders have their specs'
 
 
@@ -25,6 +26,9 @@ class Model:
         text_encoders: transformers' CLIPTextModel or CLIPTextModelWithProjection, in the family's order.
         tokenizers: transformers' CLIPTokenizer, one for each text encoder.
         prediction_source: where the files that were read say what the U-Net predicts; "" where they do not.
+        sample_size: latent rows and columns that pipelines draw where nobody asks for others, as unet/config.json has
+            it; None: the family's.
+        pipeline_settings: of model_index.json, in place of the family's.
         carried: tensors of the single file that was read, by their names in it, of which no output is made; they are
             written back into single files.
         originals: weights that do not train and were rounded to compute with, as they were read: by the part's folder
@@ -38,6 +42,8 @@ class Model:
     tokenizers: tuple[Any, ...]
     scheduler_config: dict[str, Any]
     prediction_source: str = ""
+    sample_size: int | list[int] | None = None
+    pipeline_settings: "Mapping[str, bool]" = field(default_factory=dict)
     carried: "Mapping[str, Tensor]" = field(default_factory=dict)
     originals: "Mapping[str, Mapping[str, Tensor]]" = field(default_factory=dict)
 
@@ -55,6 +61,11 @@ class Model:
     def default_px(self) -> int:
         """Width and height of the pictures that such a model draws where nobody asks for others."""
         return self._by_prediction(self.family.default_px)
+
+    @property
+    def default_sample_size(self) -> int:
+        """The same in latent rows and columns."""
+        return self.default_px // LATENT_PX
 
     def weights(self, part: str) -> "dict[str, Tensor]":
         """The tensors of a part, by the names that they have in its network, as they are to be written.

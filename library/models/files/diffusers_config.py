@@ -41,7 +41,7 @@ _DOWN, _DOWN_ATTENTION = "DownBlock2D", "CrossAttnDownBlock2D"
 _UP, _UP_ATTENTION = "UpBlock2D", "CrossAttnUpBlock2D"
 
 
-def unet_config_to_diffusers(config: UNetConfig, sample_size: int = 128) -> dict[str, Any]:
+def unet_config_to_diffusers(config: UNetConfig, sample_size: int | list[int] = 128) -> dict[str, Any]:
     """The content of unet/config.json, without `_diffusers_version`.
 
     Args:

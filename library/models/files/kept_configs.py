@@ -17,6 +17,8 @@ from library.models.model import Model
 UNET_KEY = "sd_training.unet"
 VAE_KEY = "sd_training.vae"
 ENCODERS_KEY = "sd_training.text_encoders"
+PIPELINE_KEY = "sd_training.pipeline"  # not needed to read a file: what a diffusers folder made of it would lack
+PIPELINE_SETTINGS = ("force_zeros_for_empty_prompt",)  # of model_index.json; others are about parts that are not kept
 
 # Fields of UNetConfig, AutoencoderKL's and CLIPTextConfig's configuration, with the type of each.
 _UNET_FIELDS: dict[str, tuple[type, ...]] = {
@@ -58,7 +60,34 @@ def metadata_of(model: Model) -> dict[str, str]:
     ]
     if any(encoders):
         entries[ENCODERS_KEY] = encoders
+    usual = {"sample_size": model.default_sample_size, **model.family.pipeline_settings}
+    pipeline = {"sample_size": model.sample_size or model.default_sample_size, **model.pipeline_settings}
+    pipeline = {name: value for name, value in pipeline.items() if value != usual.get(name)}
+    if pipeline:
+        entries[PIPELINE_KEY] = pipeline
     return {key: json.dumps(value, sort_keys=True) for key, value in entries.items()}
+
+
+def pipeline_fields(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`Model.sample_size` and `Model.pipeline_settings` as far as configurations or metadata have them.
+
+    Args:
+        found: a U-Net's config.json and model_index.json together, or our metadata; what makes no sense is passed over.
+    """
+    size = found.get("sample_size")
+    sides = size if isinstance(size, list) and len(size) == 2 else [size]
+    fits = all(type(side) is int and 0 < side < 1 << 16 for side in sides)
+    settings = {name: found[name] for name in PIPELINE_SETTINGS if isinstance(found.get(name), bool)}
+    return {"sample_size": size if fits else None, "pipeline_settings": settings}
+
+
+def pipeline_metadata(metadata: Mapping[str, str], origin: str) -> dict[str, Any]:
+    """What a single file's metadata has for `pipeline_fields`; {} where it has nothing.
+
+    Raises:
+        InputError: it makes no sense.
+    """
+    return _read(metadata, PIPELINE_KEY, origin) or {}
 
 
 def unet_fields(sizes: Mapping[str, Any], metadata: Mapping[str, str], family: Family, origin: str) -> dict[str, Any]:

@@ -167,7 +167,14 @@ def _from_folder(
         tokenizers=_tokenizers(family, tokenizers, folder),
         scheduler_config=scheduler,
         prediction_source=str(scheduler_file) if "prediction_type" in scheduler and there else "",
+        **kept_configs.pipeline_fields(_pipeline_configs(folder, family)),
     )
+
+
+def _pipeline_configs(folder: Path, family: Family) -> dict[str, Any]:
+    """The U-Net's config.json and, where it is of the family's pipeline, model_index.json together."""
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    return {**(index if index.get("_class_name") == family.pipeline else {}), **read_json(folder / "unet/config.json")}
 
 
 def _unet_from_folder(folder: Path, family: Family, dtype: torch.dtype) -> UNet:
@@ -274,6 +281,7 @@ def _from_single_file(
         scheduler_config=scheduler,
         prediction_source=prediction_source,
         carried={name: tensor.clone() for name, tensor in parts.carried.items()},
+        **kept_configs.pipeline_fields(kept_configs.pipeline_metadata(metadata, str(path))),
     )
 
 

@@ -26,8 +26,6 @@ from library.models.model import UNET, VAE, Model
 from library.options.saving import SAVE_FORMS
 from library.tensor_file import tensor_file
 
-LATENT_PX = 8  # pixels a side that a latent of the published VAEs stands for
-
 
 def save_model(
     model: Model,
@@ -129,7 +127,7 @@ def _write_pipeline(
     for name, (network, tensors) in components.items():
         target = folder / name
         target.mkdir()
-        _write_config(name, network, target, dtype, version, model.default_px)
+        _write_config(name, network, target, dtype, version, model.sample_size or model.default_sample_size)
         of_transformers = name.startswith("text_encoder")
         if as_safetensors:
             file = "model.safetensors" if of_transformers else "diffusion_pytorch_model.safetensors"
@@ -144,9 +142,11 @@ def _write_pipeline(
     _write_json(_model_index(model, scheduler["_class_name"], version), folder / "model_index.json")
 
 
-def _write_config(name: str, network: Any, folder: Path, dtype: torch.dtype, version: str, default_px: int) -> None:
+def _write_config(
+    name: str, network: Any, folder: Path, dtype: torch.dtype, version: str, sample_size: int | list[int]
+) -> None:
     if name == UNET:
-        fields = unet_config_to_diffusers(network.config, default_px // LATENT_PX)
+        fields = unet_config_to_diffusers(network.config, sample_size)
         config = {"_diffusers_version": version, **fields}
         _write_json(config, folder / "config.json")
     elif name == VAE:
@@ -176,6 +176,7 @@ def _model_index(model: Model, scheduler_class: str, version: str) -> dict[str, 
         "_class_name": model.family.pipeline,
         "_diffusers_version": version,
         **model.family.pipeline_settings,
+        **model.pipeline_settings,
         "scheduler": ["diffusers", scheduler_class],
         **encoders,
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -1,6 +1,7 @@
 """SD 1.x and SD 2.x on disk: what diffusers makes of ours, round trips, and what no tensor of a single file shows."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,25 @@ def test_diffusers_opens_our_folder_and_computes_the_same(name, form, request, t
     assert pipeline.scheduler.config.prediction_type == model.prediction_type
     assert pipeline.unet.config.sample_size == {"sd1": 64, "sd2_v": 96}[name]  # 512 and 768 px
     _assert_equal(_load(folder, folder), model)
+
+
+@pytest.mark.parametrize(("name", "size", "zeros"), [("sdxl", 64, False), ("sd1", [64, 96], None), ("sd2_v", 64, None)])
+def test_what_a_pipeline_draws_by_default_is_the_models_own(written, tmp_path, name, size, zeros):
+    """Written as the family's, a model for 512 px would draw 1024 px, and none for an empty prompt what it should."""
+    shutil.copytree(written[name, "diffusers_safetensors"], tmp_path / "own")
+    for file, change in (
+        ("unet/config.json", {"sample_size": size}),
+        ("model_index.json", {} if zeros is None else {"force_zeros_for_empty_prompt": zeros}),
+    ):
+        path = tmp_path / "own" / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    model = _load(tmp_path / "own", tmp_path / "own")
+    single = save_model(model, tmp_path / "single", "safetensors")
+    for number, again in enumerate((model, _load(single, tmp_path / "own"))):
+        folder = save_model(again, tmp_path / f"again{number}", "diffusers_safetensors")
+        assert json.loads((folder / "unet" / "config.json").read_text())["sample_size"] == size
+        index = json.loads((folder / "model_index.json").read_text())
+        assert index.get("force_zeros_for_empty_prompt") == zeros
 
 
 @pytest.mark.parametrize("name", BOTH)
