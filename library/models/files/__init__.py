@@ -15,6 +15,7 @@ modelspec           metadata after Stability's ModelSpec
 layout              how many blocks and layers a model has, without reading weights
 identify            what a file or folder is by its content: a model of which family, or something else
 fit                 whether the parts of a model fit each other
+tokenizers_here     tokenizers on this machine, which an error offers where one is missing
 build               networks filled with tensors that were read, nothing initialised twice
 hub                 of a model's repository on the hub, the files that training needs
 """

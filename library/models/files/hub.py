@@ -6,6 +6,11 @@ from pathlib import Path, PurePosixPath
 from library import hub
 from library.models.files.weight_files import choose_weights, files_of
 
+# What options of models take, in words.
+MODEL, TOKENIZER = (
+    "a diffusers folder or a single file",
+    "a folder with tokenizer.json, or with vocab.json and merges.txt",
+)
 # The components of a pipeline with weights, as far as it has them; "" is a repository that holds one at its root.
 _COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TOKENIZER_FILES = (
@@ -53,19 +58,21 @@ def _component_files(names: list[str], folders: Iterable[str]) -> list[str]:
     return wanted
 
 
-def snapshot(name: str, flag: str, choose: Callable[[Iterable[str]], list[str]]) -> Path:
+def snapshot(name: str, flag: str, choose: Callable[[Iterable[str]], list[str]], takes: str = MODEL) -> Path:
     """The folder of a model's repository in the local cache, with the chosen files in it.
 
     Args:
         name: owner/name.
         flag: the option that named it, for messages.
         choose: from all file names of the repository those that are needed.
+        takes: what the option takes instead.
 
     Raises:
         InputError: as library.hub.snapshot.
     """
     way_out = (
-        f"Give {flag} a local path instead (a diffusers folder or a single file), or download it where there is a "
-        f"network and set HF_HOME to that cache."
+        f"Give {flag} a local path instead ({takes}), or download it where there is a network and set HF_HOME to that "
+        "cache."
     )
-    return hub.snapshot(hub.Wanted(name, "model", flag, "weights with their configuration", way_out), choose, cached=())
+    needs = TOKENIZER if takes == TOKENIZER else "weights with their configuration"
+    return hub.snapshot(hub.Wanted(name, "model", flag, needs, way_out), choose, cached=())

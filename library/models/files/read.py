@@ -19,6 +19,7 @@ from library.models.files.fit import check_parts
 from library.models.files.identify import describe, family_of_folder, family_of_tensors
 from library.models.files.kept_prediction import scheduler_of
 from library.models.files.noise_process import check_scheduler
+from library.models.files.tokenizers_here import tokenizers_here
 from library.models.files.weight_files import read_component, read_json, read_names, read_weights
 from library.models.model import Model
 from library.models.text_encoders import use_erf_gelu
@@ -29,6 +30,7 @@ from library.options.model_paths import MODEL_FLAG, VAE_FLAG, check_tokenizer_fo
 _VAE = "diffusers.models.autoencoders.autoencoder_kl"
 _ENCODERS = "transformers.models.clip.modeling_clip"
 _TOKENIZERS = "transformers.models.clip.tokenization_clip"
+_OFFERED = 4
 
 
 def load_model(
@@ -87,15 +89,15 @@ def load_tokenizers(
         family = family_of_folder(path, wanted)
     else:
         family = family_of_tensors(read_names(path), wanted, str(path))
-    return _tokenizers(family, tokenizers, path if path.is_dir() else None)
+    return _tokenizers(family, tokenizers, path)
 
 
-def _tokenizers(family: Family, given: Sequence[str | None], folder: Path | None) -> tuple[Any, ...]:
+def _tokenizers(family: Family, given: Sequence[str | None], model: Path | None) -> tuple[Any, ...]:
     """A tokenizer for each text encoder.
 
     Args:
         given: for each a folder or hub name, None or left out where none was given.
-        folder: a diffusers folder that has its own.
+        model: a diffusers folder, which has its own, or a single file; None where nothing of it is needed.
 
     Raises:
         InputError: one cannot be found or read, or more are given than the family has text encoders.
@@ -108,7 +110,7 @@ def _tokenizers(family: Family, given: Sequence[str | None], folder: Path | None
         )
     given = [*given[: len(encoders)], *[None] * (len(encoders) - len(given))]
     return tuple(
-        _tokenizer(spec, _tokenizer_flag(family, place), source, folder and folder / spec.tokenizer_folder)
+        _tokenizer(spec, _tokenizer_flag(family, place), source, model)
         for place, (spec, source) in enumerate(zip(family.encoders, given, strict=True))
     )
 
@@ -117,19 +119,16 @@ def _tokenizer_flag(family: Family, place: int) -> str:
     return f"--tokenizer{place + 1}_path" if len(family.encoders) > 1 else "--tokenizer_path"
 
 
-def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]], *, given: bool = True) -> Path:
+def locate(source: str, flag: str, choose: Callable[[Iterable[str]], list[str]], takes: str = hub.MODEL) -> Path:
     """A path as it is, or a hub name's folder in the cache.
 
     Args:
-        given: the user gave it; False for a hub name that the family has, which is not meant as a path.
+        takes: what the flag takes, for messages.
 
     Raises:
         InputError: neither, or a path whose beginning alone is here.
     """
-    if given:
-        return local_path(source, flag) or hub.snapshot(source, flag, choose)
-    path = Path(source)
-    return path if path.exists() else hub.snapshot(source, flag, choose)
+    return local_path(source, flag) or hub.snapshot(source, flag, choose, takes)
 
 
 def load_vae(source: str, family: Family, dtype: torch.dtype) -> Any:
@@ -277,7 +276,7 @@ def _from_single_file(
         unet=_unet_from_tensors(parts.unet, file),
         vae=load_vae(vae, family, dtype) if vae else _vae_from_tensors(parts.vae, file),
         text_encoders=tuple(_encoder_from_tensors(part, place, file) for place, part in enumerate(parts.text_encoders)),
-        tokenizers=_tokenizers(family, tokenizers, None),
+        tokenizers=_tokenizers(family, tokenizers, path),
         scheduler_config=scheduler,
         prediction_source=prediction_source,
         carried={name: tensor.clone() for name, tensor in parts.carried.items()},
@@ -320,14 +319,15 @@ def _encoder_from_tensors(tensors: dict[str, Tensor], place: int, file: _File) -
     return _build_encoder(found, spec, tensors, file.dtype, origin, file.kind, file.family.title)
 
 
-def _tokenizer(spec: EncoderSpec, flag: str, source: str | None, own: Path | None) -> Any:
+def _tokenizer(spec: EncoderSpec, flag: str, source: str | None, model: Path | None) -> Any:
     """A text encoder's tokenizer: as asked for, else the model's own, else the one that the family was trained with."""
     from transformers import CLIPTokenizer
 
-    if source is None and own is not None:
-        path = own
+    own = model / spec.tokenizer_folder if model is not None and model.is_dir() else None
+    if source is not None:
+        path = locate(source, flag, hub.tokenizer_files, hub.TOKENIZER)
     else:
-        path = locate(source or spec.tokenizer, flag, hub.tokenizer_files, given=source is not None)
+        path = own or _usual_tokenizer(spec, flag, model)
     inside = path / spec.tokenizer_folder
     if inside.is_dir():  # a whole pipeline was given
         path = inside
@@ -342,3 +342,22 @@ def _tokenizer(spec: EncoderSpec, flag: str, source: str | None, own: Path | Non
     if spec.pad_id is not None and path != own and tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spec.pad_id)
     return tokenizer
+
+
+def _usual_tokenizer(spec: EncoderSpec, flag: str, model: Path | None) -> Path:
+    """The folder of the tokenizer that the family was trained with: one of its name here, or out of the hub's cache.
+
+    Raises:
+        InputError: there is none, and it cannot be fetched; tokenizers that are on this machine are offered.
+    """
+    here = Path(spec.tokenizer)
+    if here.exists():
+        return here
+    try:
+        return hub.snapshot(spec.tokenizer, flag, hub.tokenizer_files, hub.TOKENIZER)
+    except InputError as error:
+        offers = ", ".join(f"{flag}={path}" for path in tokenizers_here(spec, model)[:_OFFERED])
+        said = f" On this machine are: {offers}." if offers else ""
+        raise InputError(
+            f"{model or spec.tokenizer}: a single file has no tokenizer of its own. {error}{said}"
+        ) from error

@@ -11,7 +11,7 @@ import torch
 from library.errors import InputError
 from library.families import SDXL
 from library.models.files import hub
-from library.models.files.read import load_model, load_tokenizers, load_vae, locate
+from library.models.files.read import load_model, load_tokenizers, load_vae
 from library.models.files.weight_files import choose_weights, files_of
 from library.models.files.write import save_model
 from test.models.files.hub_server import Hub
@@ -148,9 +148,10 @@ def test_a_missing_path_in_a_folder_that_is_here_is_not_asked_of_the_hub(monkeyp
     with pytest.raises(InputError, match="models/clip: 'models' is here"):
         load_tokenizers("whatever", SDXL, ("models/clip", "models/clip"))
     (tmp_path / "openai").mkdir()
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(hub, "snapshot", lambda name, *_: (_ for _ in ()).throw(LookupError(name)))
     with pytest.raises(LookupError, match="openai/clip-vit-large-patch14"):
-        locate("openai/clip-vit-large-patch14", "--tokenizer", hub.tokenizer_files, given=False)
+        load_tokenizers(str(tmp_path / "model.safetensors"), SDXL)
 
 
 def test_full_precision_is_chosen_before_a_variant_and_safetensors_before_pickles():
