@@ -22,6 +22,7 @@ and the modules that every layer may import:
     exit_status         how a script ends: errors as one line, and statuses that a launcher can rely on
     errors              the exceptions that end a script with a message for the user
     file_kind           what a file is by its first bytes: weights, or what was saved in their place
+    finite              whether tensors hold finite numbers alone
     hub                 downloads from the Hugging Face hub
     imports             imports that are deferred until their names are used
     keyed_random        random numbers as a pure function of seed, purpose and counters

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from library import device
+from library.finite import is_finite
 from library.models.attention_trial import failure
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,11 @@ def decode_latents(vae: Any, latents_BChw: Tensor, *, slice_size: int | None = N
     parts = []
     for part_BChw in raw_BChw.split(slice_size or max(len(raw_BChw), 1)):
         picture_BCHW = vae.decode(part_BChw).sample.float()
+        if not is_finite(picture_BCHW):
+            logger.warning(
+                "the VAE decodes latents to numbers that are NaN or infinite%s: such a picture is black in places",
+                ": it overflows in fp16, use --no_half_vae or a --vae for fp16" if vae.dtype == torch.float16 else "",
+            )
         parts.append(((picture_BCHW + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
     return torch.cat(parts).contiguous()
 

@@ -312,7 +312,7 @@ class Trainer:
         what = "loss" if not math.isfinite(result.loss) else "gradient"
         if what == "gradient" and self.accelerator.scaler is not None:
             what = f"gradient at any loss scale down to 2^{math.log2(LOWEST_SCALE):.0f}"
-        names = self._names(batches)
+        names = self._names(batches) + self._broken_latents(batches)
         if self.counters.not_finite_running < MAX_NOT_FINITE:
             self.writer.write_text(f"step {step + 1}: {what} not finite, weights left alone; samples: {names}")
             return
@@ -325,6 +325,12 @@ class Trainer:
     def _names(self, batches: Sequence[MicroBatch]) -> str:
         """The samples of one step over all processes, for a message."""
         return ", ".join(gather_object([name for batch in batches for name in batch.names]))
+
+    def _broken_latents(self, batches: Sequence[MicroBatch]) -> str:
+        """Of the samples of one step those whose latents are not finite, for a message; "" where there is none."""
+        find: Callable[[MicroBatch], list[str]] = getattr(self.task, "samples_not_finite", lambda batch: [])
+        broken = gather_object([name for batch in batches for name in find(batch)])
+        return f"; the latents themselves are not finite of {', '.join(broken)}" if broken else ""
 
     def _after_step(self, steps_done: int, requests: Requests) -> None:
         """Save and sample where it is due.

@@ -4,6 +4,7 @@ Legend: B batch, C channels, H W latent rows and columns, T text tokens, V vecto
 """
 
 import glob
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from library.atomic_write import write_file
 from library.diffusion.samplers import make_sampler
 from library.diffusion.schedule import NoiseSchedule, Prediction
 from library.errors import InputError
+from library.finite import is_finite
 from library.generation.guidance import GuidedDenoiser
 from library.generation.pipeline import sample_latents
 from library.keyed_random import Stream, generator
@@ -28,6 +30,8 @@ from library.models.vae import latent_shape
 from library.options.prompts import SamplePrompt
 from library.training.encoders import Encoders
 from library.training.state.names import SAMPLE_FOLDER, sample_name
+
+logger = logging.getLogger(__name__)
 
 _TIME = "%Y%m%d%H%M%S"  # in the names of pictures
 
@@ -94,6 +98,13 @@ class Previewer:
             shape_CHW = latent_shape(encoders.vae, prompt.height, prompt.width)
             denoise = self._denoiser(module, encoders, device, prompt)
             latents_BCHW = sample_latents(denoise, sampler, shape_CHW, self._random(prompt, index, step), device)
+            if not is_finite(latents_BCHW):
+                logger.warning(
+                    "sample picture of %r at step %d: its latents are NaN or infinite, and it shows nothing: the U-Net "
+                    "overflows, or has diverged",
+                    prompt.prompt,
+                    step,
+                )
             image_HWC = encoders.decode(latents_BCHW)[0].cpu().numpy()
             path = folder / sample_name(self.output_name, now, position, index, prompt.seed)
             write_file(path, partial(Image.fromarray(image_HWC).save, format="PNG"))

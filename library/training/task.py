@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from library import device as devices
 from library.data.micro_batch import MicroBatch
 from library.diffusion.random_draws import normal
+from library.finite import is_finite
 from library.keyed_random import Stream
 from library.models.keyed_dropout import draws
 from library.models.text import TextStates, Tokens
@@ -52,6 +53,15 @@ class Task:
         latents_BCHW = self._latents(batch, seed, Stream.VALIDATION_VAE, 0, keys)
         losses_B = self._objective.validation_losses(self._predict(module, batch), latents_BCHW, batch, seed, keys)
         return losses_B[: len(numbers)]
+
+    def samples_not_finite(self, batch: MicroBatch) -> list[str]:
+        """Names of a batch's samples whose latents are not finite: the VAE overflows on them, or their cache is broken.
+
+        Called where a loss is not finite: looking at all latents would have the host wait for the device.
+        """
+        places = batch.places_B.tolist()
+        latents_BCHW = self._latents(batch, self._seed, Stream.VAE, batch.step, places)
+        return [name for name, one in zip(batch.names, latents_BCHW, strict=False) if not is_finite(one)]
 
     def save(self, stem: str, module: nn.Module) -> Path:
         """Write a checkpoint, complete or not at all; returns its path. Called on the main process."""

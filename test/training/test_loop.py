@@ -216,6 +216,17 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone_and_goes_on(tmp_path
     assert all(math.isfinite(line["average_loss"]) for line in metrics)
 
 
+def test_samples_whose_latents_are_not_finite_are_named_apart(tmp_path):
+    class Broken(Regression):
+        def samples_not_finite(self, batch):
+            return [batch.names[1]]
+
+    with pytest.raises(
+        TrainingError, match=r"Samples of this step: \S+, .*; the latents themselves are not finite of \S+$"
+    ):
+        train(tmp_path, Broken(blow_up=dict.fromkeys(range(40), math.nan)), steps=40)
+
+
 def test_an_overflow_that_passes_leaves_the_weights_of_a_run_without_it(tmp_path):
     """The scale alone differs, and powers of two do not round."""
     for folder in ("a", "b"):

@@ -9,6 +9,7 @@ from PIL import Image
 
 import sdxl_pretrain
 from library.keyed_random import Stream, generator
+from library.training import preview
 
 WIDTH, HEIGHT, STEPS, SEED = 24, 32, 4, 7
 GUIDANCE = 80.0
@@ -82,6 +83,16 @@ def test_guidance_is_in_the_picture(tiny_sdxl_folder, tmp_path):
         sampled_by_us(tiny_sdxl_folder, tmp_path / str(scale), f"--ss euler --l {scale}") for scale in (1, GUIDANCE)
     )
     assert np.abs(plain - guided).max() > 10
+
+
+def test_pictures_of_nan_are_said_to_be_that(tiny_sdxl_folder, tmp_path, capsys, monkeypatch):
+    """A U-Net that has diverged: the picture is black, and nothing said why."""
+    exact = preview.sample_latents
+    monkeypatch.setattr(preview, "sample_latents", lambda *given: exact(*given) * float("nan"))
+    assert not sampled_by_us(tiny_sdxl_folder, tmp_path, "--ss euler").any()
+    said = capsys.readouterr().err
+    assert "sample picture of 'a red cat' at step 0: its latents are NaN or infinite" in said
+    assert "the VAE decodes latents to numbers that are NaN or infinite: such a picture is black" in said
 
 
 def test_a_long_prompt_is_drawn_by_all_of_it(tiny_sdxl_folder, tmp_path, capsys):

@@ -15,9 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from library.data.bad_samples import SampleError
 from library.data.cache.entries import Block, Entry, Made, Shelf
 from library.data.index.table import Index
+from library.finite import is_finite
 from library.signals import leave_signals_to_parent
 
 _WINDOW = 8  # blocks whose rows are grouped together: more of them fill more of the batches
+# Of a row whose encoding would make the loss NaN whenever it trains.
+_NOT_FINITE = (
+    "it is encoded to numbers that are NaN or infinite: the network overflows. For latents use --no_half_vae or a "
+    "--vae for fp16; otherwise --mixed_precision=bf16 or no"
+)
 _PREFETCH = 2  # batches that each worker keeps ready
 
 
@@ -165,8 +171,11 @@ class _Window:
                 block = self._block_of_row[row]
                 made = Made(found.content, self._making.settings(row))
                 entry = Entry(made, found.size_ids, tuple(tensor[number].clone() for tensor in tensors))
+                if not all(map(is_finite, entry.tensors)):
+                    filled.bad[row] = _NOT_FINITE
+                    continue
                 self._entries[block][row - int(self._index.starts_S[block.source])] = entry
-            filled.computed += len(loaded)
+            filled.computed += sum(row not in filled.bad for row, _ in loaded)
         for row, _ in batch:
             block = self._block_of_row[row]
             self._open[block] -= 1

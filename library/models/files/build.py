@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import InputError
+from library.finite import is_finite
 
 Network = TypeVar("Network", bound=nn.Module)
 _SHOWN = 10
@@ -95,18 +96,14 @@ def check_names(
 def check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
     """Find weights that are no numbers: NaN or infinite. For all of SDXL's that takes half a second.
 
-    The least and the largest number of a tensor are found in one pass, thirty times as quickly as `isfinite`, and NaN
-    is both of them where there is one.
-
     Raises:
         InputError: there are some; up to ten tensors are named.
     """
-    wrong = []
-    for name, tensor in tensors.items():
-        if tensor.numel() and tensor.is_floating_point():
-            least, most = torch.aminmax(tensor)
-            if not (torch.isfinite(least) and torch.isfinite(most)):
-                wrong.append(f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers)")
+    wrong = [
+        f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers)"
+        for name, tensor in tensors.items()
+        if not is_finite(tensor)
+    ]
     if wrong:
         raise InputError(
             f"{origin}: {len(wrong)} tensors have weights that are NaN or infinite ({_listed(wrong)}): the model is "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import InputError
+from library.finite import is_finite
 
 Part = Mapping[str, Any]
 
@@ -93,16 +94,16 @@ def read_weight(name: str, into: Tensor, parts: Sequence[Part], start: int = 0) 
     """Fill a parameter, or the rows from `start` on that a process holds of it.
 
     Raises:
-        InputError: the parts have another shape, or do not cover it.
+        InputError: the parts have another shape, do not cover it, or have numbers that are not finite.
     """
-    _fill(f"{name}'s weight", into.detach(), [(part["start"], part["weight"]) for part in parts], start)
+    _fill(f"{name}'s weight", into.detach(), [(part["start"], part["weight"]) for part in parts], start, finite=True)
 
 
 def read_average(name: str, into: Tensor, parts: Sequence[Part], start: int = 0) -> bool:
     """Fill a parameter's moving average, as `read_weight`; False if the parts have none."""
     if not all("average" in part for part in parts):
         return False
-    _fill(f"{name}'s average", into, [(part["start"], part["average"]) for part in parts], start)
+    _fill(f"{name}'s average", into, [(part["start"], part["average"]) for part in parts], start, finite=True)
     return True
 
 
@@ -165,8 +166,12 @@ def _copied(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _fill(what: str, into: Tensor, saved: Sequence[tuple[int, Tensor]], start: int) -> None:
-    """Copy rows start … start + len(into) out of the parts."""
+def _fill(what: str, into: Tensor, saved: Sequence[tuple[int, Tensor]], start: int, *, finite: bool = False) -> None:
+    """Copy rows start … start + len(into) out of the parts.
+
+    Args:
+        finite: whether to refuse numbers that are NaN or infinite.
+    """
     if into.dim() == 0:
         into.copy_(saved[0][1])
         return
@@ -176,7 +181,13 @@ def _fill(what: str, into: Tensor, saved: Sequence[tuple[int, Tensor]], start: i
             raise InputError(f"--resume: {what} has rows of {tuple(rows.shape[1:])}, not {tuple(into.shape[1:])}")
         begin, end = max(first, start), min(first + len(rows), start + len(into))
         if begin < end:
-            into[begin - start : end - start].copy_(rows[begin - first : end - first])
+            wanted = rows[begin - first : end - first]
+            if finite and not is_finite(wanted):
+                raise InputError(
+                    f"--resume: {what} has numbers that are NaN or infinite: the run had diverged when it saved the "
+                    "state. Go on from an earlier state, with a lower learning rate."
+                )
+            into[begin - start : end - start].copy_(wanted)
             done += end - begin
     if done != len(into):
         raise InputError(f"--resume: {what} has {done} of the {len(into)} rows that are needed; it is another model's")

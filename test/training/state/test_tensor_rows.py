@@ -9,7 +9,15 @@ from library.training.state.files import StateInfo
 from library.training.state.files import read_state as read_state_folder
 from library.training.state.lineage import new_lineage
 from library.training.state.states import TRAINING, parts_in
-from library.training.state.tensor_rows import check_names, make_part, read_state, read_weight, rows_of, saved_parts
+from library.training.state.tensor_rows import (
+    check_names,
+    make_part,
+    read_average,
+    read_state,
+    read_weight,
+    rows_of,
+    saved_parts,
+)
 from library.training.state.writer import StateWriter
 
 INFO = StateInfo(1, 7, "", {}, {}, {}, new_lineage(None, 0, []))
@@ -94,6 +102,18 @@ def test_another_shape_and_missing_rows_are_named():
         read_weight("w", torch.zeros(10, 4), [part])
     with pytest.raises(InputError, match="w's weight has 10 of the 12 rows"):
         read_weight("w", torch.zeros(12, 3), [part])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_and_averages_that_are_no_numbers_are_named(value):
+    weight, optimizer = trained()
+    broken = weight.detach().clone()
+    broken[4, 1] = value
+    part = {**make_part(weight, optimizer), "weight": broken, "average": broken}
+    for read in (read_weight, read_average):
+        with pytest.raises(InputError, match=r"--resume: w's (weight|average) has numbers that are NaN or infinite"):
+            read("w", torch.zeros(10, 3), [part])
+    read_weight("w", torch.zeros(2, 3), [part])  # a process that holds other rows of it
 
 
 def test_other_parameters_are_named():
