@@ -185,13 +185,15 @@ class Picture:
     def arrays(self, entry: Entry) -> dict[str, np.ndarray]:
         """One sample in sd-scripts' keys, whose noise is a function of what was encoded, and the moments in ours."""
         (height, width, top, left, bucket_h, bucket_w), _ = entry.variant(False)
+        # sd-scripts takes the mirrored image's left margin as the bucket's width less the third number.
+        mirrored_left = entry.variant(True)[0][3] if len(entry.tensors) == 4 else left
         mean, std = (_array(tensor) for tensor in entry.tensors[:2])
         key = int(digest[:16], 16) if (digest := entry.made.content) else 0
         noise = generator(key, Stream.VAE).standard_normal(mean.shape, dtype=np.float32)
         arrays = {
             "latents": mean.astype(np.float32) + std.astype(np.float32) * noise,
             "original_size": np.array([width, height]),
-            "crop_ltrb": np.array([left, top, left + bucket_w, top + bucket_h]),
+            "crop_ltrb": np.array([left, top, bucket_w - mirrored_left, bucket_h - top]),
             _FACTS: np.array(json.dumps([entry.made.content, entry.made.settings, entry.size_ids])),
             f"{_MOMENT}_0": mean,
             f"{_MOMENT}_1": std,
@@ -222,13 +224,14 @@ class Picture:
         else:
             raise KeyError("latents")
         width, height = (int(side) for side in file[f"original_size{suffix}"])
-        left, top = (int(side) for side in file[f"crop_ltrb{suffix}"][:2])
+        left, top, right = (int(side) for side in file[f"crop_ltrb{suffix}"][:3])
         size_ids = (height, width, top, left, bucket_h, bucket_w)
+        if self.mirrored:
+            size_ids += (height, width, top, max(bucket_w - right, 0), bucket_h, bucket_w)
         names = ("latents", "latents_flipped") if self.mirrored else ("latents",)
         means = [torch.from_numpy(file[f"{name}{suffix}"]).float() for name in names]
         moments = tuple(part for mean in means for part in (mean, torch.zeros_like(mean)))
-        # Their crop is at the centre: the same from either side, to a pixel.
-        return Entry(Made("", ""), size_ids * len(names), moments)
+        return Entry(Made("", ""), size_ids, moments)
 
 
 @dataclass(frozen=True)

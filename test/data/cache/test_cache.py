@@ -355,7 +355,32 @@ def test_npz_files_are_what_sd_scripts_reads(folder):
     file = np.load(folder / "00_0040x0030_sdxl.npz")
     assert file["latents"].shape == (3, 4, 4) and file["latents"].dtype == np.float32
     assert file["original_size"].tolist() == [40, 30]
-    assert file["crop_ltrb"].tolist() == [5, 0, 37, 32]  # of 43×32, which 40×30 is scaled to for the bucket 32×32
+    assert file["crop_ltrb"].tolist() == [5, 0, 27, 32]  # of 43×32, which 40×30 is scaled to for the bucket 32×32
+
+
+def test_sd_scripts_reads_the_crop_of_the_mirrored_image(folder):
+    """By its own formula: the third number is the right end in the bucket's coordinates."""
+    data = Data(folder, npz_shelf, images=ImageChanges(flip_aug=True))
+    data.fill()
+    for row, entry in enumerate(data.entries()):
+        file = np.load(next(folder.glob(f"{row:02d}_*_sdxl.npz")))
+        bucket_w = file["latents_flipped"].shape[2] * 8
+        left, top, right, _ = file["crop_ltrb"].tolist()
+        assert entry.variant(False)[0][2:4] == (top, left)
+        assert entry.variant(True)[0][2:4] == (top, bucket_w - right)
+        assert min(left, top, bucket_w - right) >= 0
+    assert data.entries()[0].variant(True)[0][3] == 43 - 32 - 5  # what the crop leaves at the other end
+
+
+def test_the_crop_of_a_mirrored_image_is_read_as_sd_scripts_wrote_it(folder):
+    latents = np.zeros((3, 4, 4), np.float32)
+    arrays = {"latents": latents, "latents_flipped": latents, "original_size": [40, 30], "crop_ltrb": [0, 4, 31, 28]}
+    np.savez(folder / "00.npz", **arrays)
+    entry = Picture(folder / "00.png", "s", (40, 30), (32, 32), "_sdxl.npz", mirrored=True).entry(
+        np.load(folder / "00.npz")
+    )
+    assert entry.variant(False)[0] == (30, 40, 4, 0, 32, 32)
+    assert entry.variant(True)[0] == (30, 40, 4, 1, 32, 32)
 
 
 @pytest.mark.parametrize(
