@@ -33,20 +33,28 @@ class BucketOptions(OptionGroup):
 
     resolution: tuple[int, int] = flag(
         None,
-        "'width,height' or one number, in px; needed, here or in --dataset_config",
+        "Train at this size in px, 'width,height' or one number for a square; it is needed, here or in "
+        "--dataset_config",
         read=resolution,
         is_text=False,
         metavar="W,H",
         at=DATASET,
     )
-    enable_bucket: bool = flag(False, "sort images into buckets of like aspect ratio", at=DATASET)
-    min_bucket_reso: int = flag(256, "shortest bucket side in px", least=1, at=DATASET, idle_without="enable_bucket")
-    max_bucket_reso: int = flag(1024, "longest bucket side in px", least=1, at=DATASET, idle_without="enable_bucket")
+    enable_bucket: bool = flag(False, "Sort images into buckets of like aspect ratio", at=DATASET)
+    min_bucket_reso: int = flag(
+        256, "Make no bucket with a side shorter than this, in px", least=1, at=DATASET, idle_without="enable_bucket"
+    )
+    max_bucket_reso: int = flag(
+        1024, "Make no bucket with a side longer than this, in px", least=1, at=DATASET, idle_without="enable_bucket"
+    )
     bucket_reso_steps: int = flag(
-        64, "bucket sides are multiples of it, in px", least=1, at=DATASET, idle_without="enable_bucket"
+        64, "Make the sides of buckets multiples of this, in px", least=1, at=DATASET, idle_without="enable_bucket"
     )
     bucket_no_upscale: bool = flag(
-        False, "never scale an image up; buckets follow the images", at=DATASET, idle_without="enable_bucket"
+        False,
+        "Never scale an image up; the buckets follow from the images' sizes",
+        at=DATASET,
+        idle_without="enable_bucket",
     )
 
     def contradictions(self) -> Iterator[str]:

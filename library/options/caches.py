@@ -19,31 +19,35 @@ class CacheOptions(OptionGroup):
     title: ClassVar[str] = "caches of encodings"
     page: ClassVar[str] = "caches.md"
 
-    cache_latents: bool = flag(False, "encode all images before training and keep them in memory")
+    cache_latents: bool = flag(False, "Encode all images before training, and keep their latents in memory")
     cache_latents_to_disk: bool = flag(
         False,
-        "keep them on disk: beside images as .npz that sd-scripts reads, of shards in .encoding_cache beside them",
+        "Encode all images before training, and keep their latents on disk: beside images as .npz that "
+        "sd-scripts reads, of shards in .encoding_cache beside them",
     )
     vae_batch_size: int | None = flag(
-        None, "images that go through the VAE at once, with and without a cache (default: --train_batch_size)", least=1
+        None,
+        "Send so many images through the VAE at once, with and without a cache (default: --train_batch_size)",
+        least=1,
     )
     cache_text_encoder_outputs: bool = flag(
         False,
-        "encode all captions before training and keep the results in memory; the text encoders leave the device",
+        "Encode all captions before training, and keep the results in memory; the text encoders leave the device",
     )
     cache_text_encoder_outputs_to_disk: bool = flag(
         False,
-        "keep them on disk: beside images as .npz that sd-scripts reads, of shards in .encoding_cache beside them",
+        "Encode all captions before training, and keep the results on disk: beside images as .npz that "
+        "sd-scripts reads, of shards in .encoding_cache beside them",
     )
     text_encoder_batch_size: int | None = flag(
         None,
-        "captions that are encoded at once for the cache (default: --train_batch_size)",
+        "Encode so many captions at once for the cache (default: --train_batch_size)",
         least=1,
         needs=("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
     )
     skip_cache_check: bool = flag(
         False,
-        "use what a cache on disk has without reading images again, and .npz of sd-scripts as they are",
+        "Use what a cache on disk has without reading images again, and .npz of sd-scripts as they are",
         needs=("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
     )
 

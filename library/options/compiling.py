@@ -20,10 +20,10 @@ class CompilingOptions(OptionGroup):
     title: ClassVar[str] = "compiling"
     page: ClassVar[str] = "training.md"
 
-    torch_compile: bool = flag(False, "compile the U-Net's blocks by torch.compile, once for all buckets")
+    torch_compile: bool = flag(False, "Compile the U-Net's blocks by torch.compile, once for all buckets")
     dynamo_backend: str = flag(
         DYNAMO_BACKEND,
-        "what compiles the blocks under --torch_compile; it is tried before training",
+        "Compile the blocks by this backend under --torch_compile; it is tried before training",
         choices=DYNAMO_BACKENDS,
     )
 

@@ -31,14 +31,14 @@ class ConfigFileOptions(OptionGroup):
 
     config_file: Path | None = flag(
         None,
-        ".toml with any flags as keys; what the command line gives wins",
+        "Read flags from this .toml file, whose keys are flags; what the command line gives wins",
         read=toml_path,
         told_on_resume=False,
         in_config_file=False,
     )
     output_config: bool = flag(
         False,
-        "write the flags that differ from their defaults to --config_file, and stop",
+        "Write the flags that differ from their defaults to --config_file, and stop",
         told_on_resume=False,
         in_config_file=False,
     )

@@ -26,9 +26,9 @@ class SourceOptions(OptionGroup):
 
     train_data_dir: Path | Address = flag(
         None,
-        "folder of LAION shards (00000.tar with its .parquet), read in place, or of images with caption files; or "
-        "the hub name of such a data set; or an address to stream shards from, with braces for their numbers: http, "
-        "s3, 'pipe:COMMAND'",
+        "Train on the samples in this place: a folder of LAION shards (00000.tar with its .parquet), read "
+        "in place, or of images with caption files; the hub name of such a data set; or an address to "
+        "stream shards from, with braces for their numbers: http, s3, 'pipe:COMMAND'",
         read=location,
         at=ONE_SUBSET,
         key="image_dir",
@@ -37,15 +37,15 @@ class SourceOptions(OptionGroup):
     )
     in_json: Path | None = flag(
         None,
-        "metadata: captions and tags of images in folders; only the named ones are used",
+        "Take captions and tags of images in folders from this metadata file; only the images that it names are used",
         at=ONE_SUBSET,
         key="metadata_file",
         path_to=PathTo.FILE,
     )
-    dataset_repeats: int = flag(1, "how often an epoch shows each image", least=1, at=SUBSET, key="num_repeats")
+    dataset_repeats: int = flag(1, "Show each image so many times an epoch", least=1, at=SUBSET, key="num_repeats")
     is_reg: bool = flag(
-        False, "regularisation images: shown as often as the others of their data set", at=ONE_SUBSET,
-        on_command_line=False,
+        False, "Take the images as regularisation images, which are shown as often as the others of their data set",
+        at=ONE_SUBSET, on_command_line=False,
     )  # fmt: skip
 
 
@@ -69,37 +69,44 @@ class DataOptions(ValidationOptions, OptionGroup):
 
     dataset_config: Path | None = flag(
         None,
-        ".toml or .json with several data sets and subsets, in place of --train_data_dir",
+        "Train on the data sets and subsets that this .toml or .json file describes, in place of --train_data_dir",
         replaces=("train_data_dir", "in_json", "reg_data_dir"),
     )
     reg_data_dir: Path | Address | None = flag(
         None,
-        "regularisation (class) images, laid out as --train_data_dir; an epoch shows as many of them as of those",
+        "Train also on the regularisation (class) images in this folder, laid out as --train_data_dir; an "
+        "epoch shows as many of them as of the others",
         read=location,
         path_to=PathTo.DATA,
     )
     prior_loss_weight: float = flag(
-        1.0, "weight of the loss of regularisation images", least=0, idle_without=("reg_data_dir", "dataset_config")
+        1.0,
+        "Weigh the loss of regularisation images by this factor",
+        least=0,
+        idle_without=("reg_data_dir", "dataset_config"),
     )
-    train_batch_size: int = flag(1, "images per device and pass", least=1, at=DATASET, key="batch_size")
+    train_batch_size: int = flag(1, "Train so many images a device and pass", least=1, at=DATASET, key="batch_size")
     shuffle_window_shards: int = flag(
-        0, "show the samples of so many shards before those of the next, for slow disks; 0: all", least=0
+        0, "Show the samples of so many shards before those of the next, for slow disks; 0: shuffle over all", least=0
     )
-    stream_shuffle_buffer: int = flag(2048, "samples that a stream mixes in memory, over all processes", least=1)
+    stream_shuffle_buffer: int = flag(2048, "Mix so many samples of a stream in memory, over all processes", least=1)
     max_data_loader_n_workers: int = flag(
         8,
-        "processes that read and decode, at most the cores less one; 0: in the main process",
+        "Read and decode in so many processes, at most the cores less one; 0: in the main process",
         least=0,
         told_on_resume=False,
         same_on_ranks=False,
     )
     max_bad_samples: float = flag(
-        0.01, "share of samples that may be unusable before the run stops; 0: none, 1: all", least=0, most=1
+        0.01,
+        "Stop the run when more than this share of the samples is unusable; 0: when any is, 1: never",
+        least=0,
+        most=1,
     )
-    masked_loss: bool = flag(False, "weigh the loss with masks; they come from --alpha_mask")
+    masked_loss: bool = flag(False, "Weigh the loss with masks, which come from --alpha_mask")
     debug_dataset: bool = flag(
         False,
-        "write the first 100 samples as OUTPUT_DIR/debug_dataset/index.html instead of training",
+        "Write the first 100 samples as OUTPUT_DIR/debug_dataset/index.html instead of training",
         told_on_resume=False,
     )
 

@@ -15,13 +15,14 @@ class EMAOptions(OptionGroup):
 
     use_ema: bool = flag(
         False,
-        "keep a moving average of what trains: sample from it, save it as {name}-ema beside each checkpoint",
+        "Keep a moving average of what trains: sample from it, and save it as {name}-ema beside each checkpoint",
     )
     ema_decay: float = flag(
         0.9999,
-        "share of the average that a step leaves; less at first, (1 + n) / (10 + n) after n steps, none at the first",
+        "Leave this share of the moving average at a step; less at first, (1 + n) / (10 + n) after n steps,"
+        " none at the first",
         least=0,
         most=1,
         needs="use_ema",
     )
-    offload_ema: bool = flag(False, "keep the average in the CPU's memory", needs="use_ema")
+    offload_ema: bool = flag(False, "Keep the moving average in the CPU's memory", needs="use_ema")

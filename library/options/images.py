@@ -26,21 +26,23 @@ class ImageOptions(OptionGroup):
     title: ClassVar[str] = "images"
     page: ClassVar[str] = "captions_and_crops.md"
 
-    flip_aug: bool = flag(False, "mirror half of the samples, drawn anew at each step", at=SUBSET)
-    color_aug: bool = flag(False, "change hue or gamma of a third of the samples a little", at=SUBSET)
-    random_crop: bool = flag(False, "crop at random instead of at the centre", at=SUBSET)
+    flip_aug: bool = flag(False, "Mirror half of the samples, drawn anew at each step", at=SUBSET)
+    color_aug: bool = flag(False, "Change hue or gamma of a third of the samples a little", at=SUBSET)
+    random_crop: bool = flag(False, "Crop images at random instead of at the centre", at=SUBSET)
     face_crop_aug_range: tuple[float, float] | None = flag(  # crop's shorter side over the face's longer one
         None,
-        "crop around the face that a name STEM_X_Y_W_H tells of; its shorter side is so many times the face",
+        "Crop around the face that a name STEM_X_Y_W_H tells of, with a shorter side of so many times the face",
         read=face_range,
         is_text=False,
         metavar="LEAST,MOST",
         at=SUBSET,
     )
-    alpha_mask: bool = flag(False, "weigh the loss with the images' alpha channel, 0 where transparent", at=SUBSET)
+    alpha_mask: bool = flag(
+        False, "Weigh the loss with the images' alpha channel, 0 where they are transparent", at=SUBSET
+    )
     resize_interpolation: str | None = flag(
         None,
-        "filter that images are scaled with (default: the fastest that keeps the quality)",
+        "Scale images with this filter (default: the fastest that keeps the quality)",
         choices=INTERPOLATIONS,
         at=SUBSET,
     )

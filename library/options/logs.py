@@ -16,10 +16,10 @@ class LogOptions(OptionGroup):
     page: ClassVar[str] = "output_files.md"
 
     logging_dir: Path | None = flag(
-        None, "TensorBoard events go to a new folder in it", told_on_resume=False, path_to=PathTo.OUTPUT
+        None, "Write TensorBoard events to a new folder in this one", told_on_resume=False, path_to=PathTo.OUTPUT
     )
     case_name: str | None = flag(
         None,
-        "at the end also write the run's figures as OUTPUT_DIR/CASE_NAME.log (the launchers set it)",
+        "Write the run's figures at the end also as OUTPUT_DIR/CASE_NAME.log (the launchers set it)",
         read=file_stem,
     )

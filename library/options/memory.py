@@ -19,31 +19,31 @@ class MemoryOptions(OptionGroup):
     title: ClassVar[str] = "memory"
     page: ClassVar[str] = "memory.md"
 
-    gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, more time")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in backward: less memory, more time")
     checkpoint_policy: str = flag(
         "full",
-        "what --gradient_checkpointing recomputes: full: every block; auto: as few blocks of the U-Net as "
-        "--checkpoint_memory_gb needs, the cheapest by arithmetic per byte first",
+        "Recompute this under --gradient_checkpointing: full: every block; auto: as few blocks of the U-Net"
+        " as --checkpoint_memory_gb needs, the cheapest by arithmetic per byte first",
         choices=CHECKPOINT_POLICIES,
         needs="gradient_checkpointing",
     )
     checkpoint_memory_gb: float | None = flag(
         None,
-        "with --checkpoint_policy=auto: what a step may take of a device's memory, in GiB as --dry_run has it; "
-        "leave some room, for the estimate sees neither fragmentation nor libraries' workspaces",
+        "Let a step take so much of a device's memory with --checkpoint_policy=auto, in GiB as --dry_run "
+        "has it; leave some room, for the estimate sees neither fragmentation nor libraries' workspaces",
         above=0,
         metavar="GIB",
         needs="checkpoint_policy=auto",
     )
     fused_backward_pass: bool = flag(
         False,
-        "update weights in backward and free their gradients soon; --max_grad_norm then clips each tensor's "
-        "gradient by itself, for the norm of all is not known yet",
+        "Update weights in backward and free their gradients soon; --max_grad_norm then clips each tensor's"
+        " gradient by itself, for the norm of all is not known yet",
     )
     blocks_to_swap: int | None = flag(
         None,
-        "keep the weights, gradients and optimizer state of the U-Net's N largest blocks in the CPU's memory; "
-        "weights are brought to the device while a block computes, and updated on the CPU",
+        "Keep the weights, gradients and optimizer state of the U-Net's N largest blocks in the CPU's "
+        "memory; weights are brought to the device while a block computes, and updated on the CPU",
         least=1,
     )
 

@@ -16,29 +16,34 @@ class ModelOptions(OptionGroup):
 
     pretrained_model_name_or_path: str = flag(
         REQUIRED,
-        "the model to start from: a diffusers folder, a single file (.safetensors, .ckpt) or a hub name",
+        "Start from this model: a diffusers folder, a single file (.safetensors, .ckpt) or a hub name",
         path_to=PathTo.MODEL,
         same_on_ranks=False,  # machines may have it in different places; its weights are compared
     )
     vae: str | None = flag(
         None,
-        "another VAE: folder, single file or hub name (fp16: madebyollin/sdxl-vae-fp16-fix)",
+        "Use another VAE than the model's: a folder, a single file or a hub name (for fp16: "
+        "madebyollin/sdxl-vae-fp16-fix)",
         path_to=PathTo.VAE,
         same_on_ranks=False,
     )
     max_token_length: int | None = flag(
         None,
-        "longest caption in tokens: 150, 225 and 512 mean chunks of 75 (2, 3 and 7); 75, 77 and unset mean one chunk",
+        "Train so many tokens of a caption: 150, 225 and 512 mean chunks of 75 (2, 3 and 7); 75, 77 and "
+        "unset mean one chunk",
         choices=TOKEN_LENGTHS,
     )
     weighted_captions: bool = flag(
-        False, "(word:1.3) in a caption weighs 1.3, (word) 1.1, [word] 1/1.1; in sample prompts, too"
+        False,
+        "Read brackets in captions and sample prompts as weights: (word:1.3) weighs 1.3, (word) 1.1, [word] 1/1.1",
     )
     enable_npu_flash_attention: bool = flag(
-        False, "torch_npu.npu_fusion_attention in the U-Net; off the NPU a warning and torch's SDPA"
+        False,
+        "Compute the U-Net's attention by torch_npu.npu_fusion_attention; off the NPU there is a warning, "
+        "and torch's SDPA computes it",
     )
     no_half_vae: bool = flag(
         False,
-        "keep the VAE in fp32 under mixed precision",
+        "Keep the VAE in fp32 under mixed precision",
         idle_without=("mixed_precision=fp16", "mixed_precision=bf16"),
     )

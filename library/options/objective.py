@@ -14,8 +14,9 @@ class ObjectiveOptions(OptionGroup):
     page: ClassVar[str] = "training.md"
 
     v_parameterization: bool = flag(
-        False, "train v-prediction; without it what the model's files say decides, and epsilon where they say nothing"
+        False,
+        "Train v-prediction; without this flag what the model's files say decides, and epsilon where they say nothing",
     )
     zero_terminal_snr: bool = flag(
-        False, "rescale the betas so that the last timestep is pure noise (needs v-prediction)"
+        False, "Rescale the betas so that the last timestep is pure noise (needs v-prediction)"
     )

@@ -45,38 +45,45 @@ class OptimizerOptions(OptionGroup):
 
     optimizer_type: str = flag(
         "AdamW",
-        "AdamW, AdaFactor, AdamW8bit, Lion, Lion8bit, SGDNesterov, SGDNesterov8bit, another class of torch.optim, "
-        "module.Class of an installed package, or oss: AdamW with --sharding=oss",
+        "Train with this optimizer: AdamW, AdaFactor, AdamW8bit, Lion, Lion8bit, SGDNesterov, "
+        "SGDNesterov8bit, another class of torch.optim, module.Class of an installed package, or oss, which"
+        " is AdamW with --sharding=oss",
         metavar="NAME",
         shorthands={
-            "use_8bit_adam": ("AdamW8bit", "--optimizer_type=AdamW8bit (needs bitsandbytes)"),
-            "use_lion_optimizer": ("Lion", "--optimizer_type=Lion (needs lion-pytorch)"),
+            "use_8bit_adam": ("AdamW8bit", "Say --optimizer_type=AdamW8bit (needs bitsandbytes)"),
+            "use_lion_optimizer": ("Lion", "Say --optimizer_type=Lion (needs lion-pytorch)"),
         },
     )
     optimizer_args: tuple[str, ...] = flag(
-        (), 'for example "weight_decay=0.01" "betas=0.9,0.999"', metavar="NAME=VALUE"
+        (),
+        'Give the optimizer these arguments, for example "weight_decay=0.01" "betas=0.9,0.999"',
+        metavar="NAME=VALUE",
     )
     sharding: str | None = flag(
         None,
-        "what several processes share among themselves: none; oss: gradients and optimizer state (fairscale); "
-        "zero1: optimizer state (torch); fsdp: weights, too (torch); on one process there is nothing to share "
-        "(default: none, or oss with --optimizer_type=oss)",
+        "Share among several processes: none: nothing; oss: gradients and optimizer state (fairscale); "
+        "zero1: optimizer state (torch); fsdp: weights, too (torch); on one process there is nothing to "
+        "share (default: none, or oss with --optimizer_type=oss)",
         choices=SHARDINGS,
     )
-    learning_rate: float = flag(2e-6, "of the U-Net; 0: not trained", least=0)
-    lr_scheduler: str = flag("constant", "how the learning rates change over the run", choices=LR_SCHEDULERS)
+    learning_rate: float = flag(2e-6, "Train the U-Net at this learning rate; 0: it is not trained", least=0)
+    lr_scheduler: str = flag(
+        "constant", "Change the learning rates over the run by this schedule", choices=LR_SCHEDULERS
+    )
     lr_warmup_steps: float = flag(
         0,
-        "steps of linear warm-up, or below 1 a share of the run; not for constant",
+        "Warm the learning rates up over so many steps, or below 1 over that share of the run; not for constant",
         read=steps_or_share,
         is_text=False,
         metavar="N",
     )
     lr_scheduler_num_cycles: int = flag(
-        1, "restarts of cosine_with_restarts", least=1, idle_without="lr_scheduler=cosine_with_restarts"
+        1, "Restart cosine_with_restarts so many times", least=1, idle_without="lr_scheduler=cosine_with_restarts"
     )
-    lr_scheduler_power: float = flag(1.0, "power of polynomial", least=0, idle_without="lr_scheduler=polynomial")
-    max_grad_norm: float = flag(1.0, "clip the gradient's norm to it; 0: no clipping", least=0)
+    lr_scheduler_power: float = flag(
+        1.0, "Use this power for polynomial", least=0, idle_without="lr_scheduler=polynomial"
+    )
+    max_grad_norm: float = flag(1.0, "Clip the gradient's norm to this; 0: no clipping", least=0)
 
     def warmup_steps(self, steps: int) -> int:
         """Steps of warm-up in a run of so many steps."""
@@ -107,9 +114,9 @@ class BlockRateOptimizerOptions(OptimizerOptions):
 
     block_lr: tuple[float, ...] | None = flag(
         None,
-        "learning rates of the U-Net's blocks in place of --learning_rate, with commas between: the embeddings of time "
-        "and size, the input blocks, the middle block's 3 layers, the output blocks, the last layer; 23 for SDXL, or "
-        "one for all; 0: not trained",
+        "Train the U-Net's blocks at these learning rates in place of --learning_rate, with commas between:"
+        " the embeddings of time and size, the input blocks, the middle block's 3 layers, the output "
+        "blocks, the last layer; 23 for SDXL, or one for all; 0: the block is not trained",
         read=learning_rates,
         is_text=False,
         metavar="RATE,RATE,...",

@@ -24,17 +24,19 @@ class PrecisionOptions(OptionGroup):
     title: ClassVar[str] = "precision"
     page: ClassVar[str] = "memory.md"
 
-    mixed_precision: str = flag("no", "format that passes are computed in; no: fp32", choices=MIXED_PRECISIONS)
+    mixed_precision: str = flag("no", "Compute passes in this format; no: in fp32", choices=MIXED_PRECISIONS)
     full_bf16: bool = flag(
         False,
-        "with --mixed_precision=bf16: weights, gradients and optimizer state in bf16, too, half the memory; for "
-        "models that do not fit otherwise, for fp32 weights learn a little better",
+        "Keep weights, gradients and optimizer state in bf16, too, half the memory, with "
+        "--mixed_precision=bf16; for models that do not fit otherwise, since fp32 weights learn a little "
+        "better",
     )
     bf16_update: str | None = flag(
         None,
-        "how --full_bf16 rounds what a step changes: stochastic: up or down at random, right in the mean; kahan: "
-        "to the nearest, and what is lost is kept for the next step: nearest to fp32, 2 bytes a weight more; nearest: "
-        "loses steps below 1/512 of a weight, to compare with (default: stochastic)",
+        "Round what a step changes under --full_bf16 in this way: stochastic: up or down at random, right "
+        "in the mean; kahan: to the nearest, and what is lost is kept for the next step: nearest to fp32, 2"
+        " bytes a weight more; nearest: loses steps below 1/512 of a weight, to compare with (default: "
+        "stochastic)",
         choices=BF16_UPDATES,
         needs="full_bf16",
     )

@@ -24,13 +24,15 @@ class PreviewOptions(OptionGroup):
     prompts: PromptFile | None = None  # what the file of --sample_prompts says
     sample_prompts: Path | None = flag(
         None,
-        "prompts to sample, one a line (--w --h --d --s --l --n --ss), or .toml, .json",
+        "Sample the prompts of this file, one a line (--w --h --d --s --l --n --ss), or .toml, .json",
         idle_without=("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),
     )
-    sample_every_n_steps: int | None = flag(None, "sample each n steps", least=1)
-    sample_every_n_epochs: int | None = flag(None, "sample each n epochs", least=1)
-    sample_at_first: bool = flag(False, "sample before the first step, too")
-    sample_sampler: str = flag("ddim", "where a prompt names none", choices=NAMES, idle_without="sample_prompts")
+    sample_every_n_steps: int | None = flag(None, "Sample pictures each n steps", least=1)
+    sample_every_n_epochs: int | None = flag(None, "Sample pictures each n epochs", least=1)
+    sample_at_first: bool = flag(False, "Sample pictures before the first step, too")
+    sample_sampler: str = flag(
+        "ddim", "Sample with this sampler where a prompt names none", choices=NAMES, idle_without="sample_prompts"
+    )
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any], problems: Problems) -> "PreviewOptions":

@@ -14,20 +14,20 @@ class RunOptions(OptionGroup):
     title: ClassVar[str] = "run"
     page: ClassVar[str] = "running.md"
 
-    max_train_steps: int = flag(1600, "optimizer steps", least=1, replaces=("max_train_epochs",))
+    max_train_steps: int = flag(1600, "Train for so many optimizer steps", least=1, replaces=("max_train_epochs",))
     max_train_epochs: int | None = flag(
         None,
-        "epochs; takes precedence over the steps",
+        "Train for so many epochs; this takes precedence over the steps",
         least=1,
         aliases=("max_train_epoch",),
         replaces=("max_train_steps",),
     )
-    gradient_accumulation_steps: int = flag(1, "passes per optimizer step", least=1)
+    gradient_accumulation_steps: int = flag(1, "Add up the gradients of so many passes for an optimizer step", least=1)
     seed: int | None = flag(
         None,
-        "of everything random; the same seed and data give the same run (default: drawn, logged)",
+        "Draw everything random from this seed; the same seed and data give the same run (default: drawn, logged)",
         least=0,
         below=SEEDS,
     )
-    ddp_timeout: int = flag(30, "minutes that processes wait for each other before they give up", least=1)
-    dry_run: bool = flag(False, "print the resolved plan and an estimate of memory, then stop", told_on_resume=False)
+    ddp_timeout: int = flag(30, "Let processes wait so many minutes for each other before they give up", least=1)
+    dry_run: bool = flag(False, "Print the resolved plan and an estimate of memory, then stop", told_on_resume=False)

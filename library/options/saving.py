@@ -28,26 +28,31 @@ class SavingOptions(OptionGroup):
     page: ClassVar[str] = "output_files.md"
 
     output_dir: Path = flag(
-        REQUIRED, "where checkpoints, samples and metrics.jsonl go", told_on_resume=False, path_to=PathTo.OUTPUT
+        REQUIRED,
+        "Write checkpoints, samples and metrics.jsonl to this folder",
+        told_on_resume=False,
+        path_to=PathTo.OUTPUT,
     )
-    output_name: str | None = flag(None, "stem of the checkpoints' names (default: epoch, at and last)", read=file_stem)
-    save_every_n_epochs: int | None = flag(None, "checkpoint {name}-{epoch} each n epochs", least=1)
-    save_every_n_steps: int | None = flag(None, "checkpoint {name}-step{step} each n steps", least=1)
+    output_name: str | None = flag(
+        None, "Begin the checkpoints' names with this (default: epoch, at and last)", read=file_stem
+    )
+    save_every_n_epochs: int | None = flag(None, "Save a checkpoint {name}-{epoch} each n epochs", least=1)
+    save_every_n_steps: int | None = flag(None, "Save a checkpoint {name}-step{step} each n steps", least=1)
     save_last_n_epochs: int | None = flag(
         None,
-        "keep that many of the checkpoints of epochs (default: all)",
+        "Keep so many of the checkpoints of epochs (default: all)",
         least=1,
         needs="save_every_n_epochs",
     )
     save_last_n_steps: int | None = flag(
         None,
-        "keep the checkpoints of the last n steps, counted in steps (default: all)",
+        "Keep the checkpoints of the last n steps, counted in steps (default: all)",
         least=1,
         needs="save_every_n_steps",
     )
-    save_precision: str | None = flag(None, "of the saved weights (default: float)", choices=SAVE_PRECISIONS)
+    save_precision: str | None = flag(None, "Save weights in this precision (default: float)", choices=SAVE_PRECISIONS)
     save_model_as: str | None = flag(
-        None, "form of the checkpoints (default: as the model that was loaded)", choices=SAVE_FORMS
+        None, "Save checkpoints in this form (default: that of the model that was loaded)", choices=SAVE_FORMS
     )
 
     def form(self, model: str) -> str:

@@ -13,11 +13,14 @@ class SDOptions(OptionGroup):
     title: ClassVar[str] = "SD 1.x and 2.x"
 
     v2: bool = flag(
-        False, "the model is of SD 2.x; its content tells so without the flag, and an SD 1.x model with it is refused"
+        False,
+        "Take the model as one of SD 2.x; its content tells so without the flag, and an SD 1.x model with "
+        "it is refused",
     )
     clip_skip: int | None = flag(
         None,
-        "use the text encoder's states of the n-th layer from the end, through its final norm (default: 1, the last; "
-        "SD 2.x is published without its text encoder's last layer: its 1 is the penultimate layer of OpenCLIP-H)",
+        "Use the text encoder's states of the n-th layer from the end, through its final norm (default: 1, "
+        "the last; SD 2.x is published without its text encoder's last layer: its 1 is the penultimate "
+        "layer of OpenCLIP-H)",
         least=1,
     )

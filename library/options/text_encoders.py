@@ -36,19 +36,23 @@ class SDXLTextEncoderOptions(TextEncoderOptions):
 
     tokenizer1_path: str | None = flag(
         None,
-        "name or folder of CLIP-L's tokenizer (default: the model's own)",
+        "Use this tokenizer for CLIP-L: a hub name or a folder (default: the model's own)",
         same_on_ranks=False,
         path_to=PathTo.TOKENIZER,
     )
     tokenizer2_path: str | None = flag(
         None,
-        "name or folder of OpenCLIP bigG's tokenizer (default: the model's own)",
+        "Use this tokenizer for OpenCLIP bigG: a hub name or a folder (default: the model's own)",
         same_on_ranks=False,
         path_to=PathTo.TOKENIZER,
     )
-    train_text_encoder: bool = flag(False, "train both text encoders, too")
-    learning_rate_te1: float | None = flag(None, "of CLIP-L (default: --learning_rate; 0: not trained)", least=0)
-    learning_rate_te2: float | None = flag(None, "of OpenCLIP bigG (default: --learning_rate; 0: not trained)", least=0)
+    train_text_encoder: bool = flag(False, "Train both text encoders, too")
+    learning_rate_te1: float | None = flag(
+        None, "Train CLIP-L at this learning rate (default: --learning_rate; 0: it is not trained)", least=0
+    )
+    learning_rate_te2: float | None = flag(
+        None, "Train OpenCLIP bigG at this learning rate (default: --learning_rate; 0: it is not trained)", least=0
+    )
 
     @property
     def tokenizers(self) -> tuple[str | None, ...]:
@@ -79,13 +83,13 @@ class SDTextEncoderOptions(TextEncoderOptions):
 
     tokenizer_path: str | None = flag(
         None,
-        "name or folder of the text encoder's tokenizer (default: the model's own)",
+        "Use this tokenizer for the text encoder: a hub name or a folder (default: the model's own)",
         same_on_ranks=False,
         path_to=PathTo.TOKENIZER,
     )
-    train_text_encoder: bool = flag(False, "train the text encoder, too")
+    train_text_encoder: bool = flag(False, "Train the text encoder, too")
     learning_rate_te: float | None = flag(
-        None, "of the text encoder (default: --learning_rate; 0: not trained)", least=0
+        None, "Train the text encoder at this learning rate (default: --learning_rate; 0: it is not trained)", least=0
     )
 
     @property

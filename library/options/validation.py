@@ -17,13 +17,17 @@ class HeldOutOptions(OptionGroup):
 
     validation_split: float = flag(
         0.0,
-        "share of the images that is held out from training, to measure the loss on",
+        "Hold this share of the images out from training, to measure the loss on it",
         least=0,
         most=1,
         at=SUBSET,
     )
     validation_seed: int | None = flag(
-        None, "chooses those images and their noise (default: --seed)", least=0, below=SEEDS, at=SUBSET
+        None,
+        "Choose the images that are held out, and their noise, by this seed (default: --seed)",
+        least=0,
+        below=SEEDS,
+        at=SUBSET,
     )
 
 
@@ -34,16 +38,18 @@ class ValidationOptions(OptionGroup):
     title: ClassVar[str] = "validation"
     page: ClassVar[str] = "training.md"
 
-    validate_every_n_steps: int | None = flag(None, "validate each n steps", least=1, needs="validation_split")
+    validate_every_n_steps: int | None = flag(
+        None, "Measure the loss on the images that are held out each n steps", least=1, needs="validation_split"
+    )
     validate_every_n_epochs: int | None = flag(
         None,
-        "validate each n epochs (default: each epoch, unless steps are given)",
+        "Measure the loss on the images that are held out each n epochs (default: each epoch, unless steps are given)",
         least=1,
         needs="validation_split",
     )
     max_validation_steps: int | None = flag(
         None,
-        "validate on that many batches of --train_batch_size at most (default: on all images held out)",
+        "Measure the loss on so many batches of --train_batch_size at most (default: on all images that are held out)",
         least=1,
         needs="validation_split",
     )

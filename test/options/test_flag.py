@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import re
 import subprocess
 import sys
 import types
@@ -165,6 +166,13 @@ class TestTwoScripts:
     def test_the_recipe_is_not_asked_where_options_cannot_go_together(self, capsys):
         assert GLOWING.main([*REQUIRED, *DATA, "--network_alpha=2"]) == 2
         assert capsys.readouterr().err.startswith("error: --network_alpha has nothing to act on")
+
+
+@pytest.mark.parametrize("script", write_flag_docs.scripts(), ids=lambda script: script.name)
+def test_each_flag_s_help_is_a_sentence_that_begins_with_its_verb(script):
+    """One that begins with "of" or with what the line before says cannot be read alone."""
+    helps = [help_line for flag in script.flags for help_line in (flag.help, *(h for _, h in flag.shorthands.values()))]
+    assert [each for each in helps if not re.match(r"[A-Z][a-z]+ \S", each) or each.rstrip() != each] == []
 
 
 def test_ranks_agree_on_the_model_s_flags_but_not_on_where_it_lies():
