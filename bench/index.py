@@ -2,12 +2,14 @@
 
     OMP_NUM_THREADS=1 python bench/index.py
     OMP_NUM_THREADS=1 python bench/index.py --cases 1000000/40000
+    OMP_NUM_THREADS=1 python bench/index.py --folder_images 50000
 
 For each case ROWS/SHARDS a synthetic index is made: empty files in place of the shards, and tables that the library's
 own code keeps and sorts into buckets. Then the data is prepared anew in fresh processes, as every process of a run does
 it: look at the files, find the tables, set up buckets and plan, write the report; after that, eight places of the first
 batch and of a later one are resolved. Memory is the peak of the resident set above that after the imports, mapped pages
-counted. The last line printed is one JSON object.
+counted. With --folder_images it is the processor time of finding so many images with captions in one folder again, as
+every process does. The last line printed is one JSON object.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +31,8 @@ from library.data.dataset import TrainingData, prepare_data
 from library.data.index import table as index_module
 from library.data.index import worker_pool as parallel
 from library.data.index.rows import ROW, CaptionKind, Part, Summary
-from library.data.index.sources import Listed
+from library.data.index.sources import Listed, Subset
+from library.data.index.table import build_index
 from library.options.data import DataOptions
 
 CASES = "1000000/1000 10000000/1000 10000000/4000"
@@ -99,6 +103,31 @@ def start(data: Path) -> None:
     print(json.dumps({"seconds": seconds, "two_batches_seconds": first_batch, "mib": mib}))
 
 
+def start_folder(data: Path) -> None:
+    """Find the images of a folder whose table is kept already; prints JSON."""
+    subset = Subset(data, ".txt")
+    began = time.process_time()
+    count = len(build_index([subset]))
+    print(json.dumps({"images": count, "cpu_seconds": time.process_time() - began}))
+
+
+def measure_folder(images: int, starts: int) -> dict[str, float]:
+    """The median over fresh processes; the first start, which reads every header and caption, does not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        Image.new("RGB", (160, 120)).save(data / "0.jpg")
+        (data / "0.txt").write_text("a caption")
+        for number in range(1, images):
+            for extension in ("jpg", "txt"):
+                (data / f"{number}.{extension}").hardlink_to(data / f"0.{extension}")
+        command = [sys.executable, __file__, "--start_folder", str(data)]
+        runs = []
+        for _ in range(1 + starts):
+            runs.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    seconds = statistics.median(run["cpu_seconds"] for run in runs[1:])
+    return {"images": images, "cpu_us_an_image": seconds / images * 1e6}
+
+
 def measure(rows: int, shards: int, starts: int) -> dict[str, float]:
     """Medians over fresh processes for one case."""
     with tempfile.TemporaryDirectory() as folder:
@@ -118,8 +147,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=CASES.split(), help=f"ROWS/SHARDS of each ({CASES})")
     parser.add_argument("--starts", type=int, default=5, help="fresh processes a case (%(default)s)")
+    parser.add_argument("--folder_images", type=int, help="images with captions in one folder, in place of the cases")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--start_folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.start_folder:
+        start_folder(args.start_folder)
+        return 0
+    if args.folder_images:
+        print(json.dumps({"bench": "index", "starts": args.starts, **measure_folder(args.folder_images, args.starts)}))
+        return 0
     if args.start:
         start(args.start)
         return 0

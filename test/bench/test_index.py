@@ -22,6 +22,12 @@ def test_a_start_is_measured():
     assert 0 < case["mib"] < 100
 
 
+def test_a_folder_is_measured():
+    found = last_line("index.py", "--folder_images=2000", "--starts=1")
+    assert found["images"] == 2000
+    assert 0 < found["cpu_us_an_image"] < 2000
+
+
 def test_windows_are_measured(tmp_path):
     arguments = [f"--folder={tmp_path}", "--shards=8", "--rows=70", "--rounds=1"]
     windows = {entry["window"]: entry for entry in last_line("shuffle_window.py", *arguments)["windows"]}

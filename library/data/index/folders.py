@@ -9,7 +9,7 @@ from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_
 from library.data.image_formats.file_bytes import FileBytes
 from library.data.image_header import MAX_BYTES, Header, header
 from library.data.index.extras import FolderExtras, extra_arrays, places_in_folder
-from library.data.index.folder_walk import is_image
+from library.data.index.folder_walk import is_image, stem_of
 from library.data.index.rows import (
     COMMON_CAPTION_EXTENSIONS,
     FACE_NUMBERS,
@@ -82,7 +82,7 @@ def _caption(
         if len(caption) > MAX_CAPTION_BYTES:
             raise SampleError(f"a caption of {len(caption)} characters, {MAX_CAPTION_BYTES} are the most")
         where = (CaptionKind.STORED, *pool.add(caption))
-    elif (file := _caption_file(PurePath(name).stem, source.caption_extension, sizes)) is not None:
+    elif (file := _caption_file(stem_of(name), source.caption_extension, sizes)) is not None:
         less, file_name = file
         is_json = is_json_name(source.caption_extension)
         caption = caption_text(_bytes_of(source.path / file_name, sizes[file_name]), is_json)
@@ -105,7 +105,7 @@ def _other_captions(
     Args:
         small_letters: the files' names by themselves in small letters.
     """
-    stem = PurePath(name).stem
+    stem = stem_of(name)
     if stem + extension in files:
         return
     yield from (other for other in _OTHER_EXTENSIONS if other != extension and stem + other in files)

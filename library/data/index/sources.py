@@ -2,8 +2,11 @@
 
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
 
 from library.data.index.class_folders import class_folders, misplaced, top_of, unused
 from library.data.index.extras import (
@@ -15,7 +18,7 @@ from library.data.index.extras import (
     files_by_stem,
     unused_extras,
 )
-from library.data.index.folder_walk import Folder, is_image, passed_over, walk
+from library.data.index.folder_walk import Folder, is_image, passed_over, stem_of, walk
 from library.data.index.metadata import read_metadata
 from library.data.index.rows import FACE_NUMBERS, IMAGE_EXTENSIONS, printable
 from library.data.index.tar_headers import looks_like_tar, other_kind
@@ -89,8 +92,7 @@ class Source:
         return printable(f"{self.path}:{key}" if self.is_shard else str(self.path / key))
 
 
-@dataclass(frozen=True)
-class FileState:
+class FileState(NamedTuple):
     """A file by name, with what tells that it has changed."""
 
     name: str
@@ -112,7 +114,7 @@ class Listed:
     captions: dict[str, str] | None = None
     extras: FolderExtras = field(default_factory=dict)
 
-    @property
+    @cached_property
     def images(self) -> int:
         """How many images a folder's share has; 1 for a shard."""
         return 1 if self.source.is_shard else sum(map(is_image, (file.name for file in self.files)))
@@ -247,13 +249,13 @@ def image_extensions() -> str:
 
 def _shards(folder: Folder, source: Source) -> list[Listed]:
     """The tars directly in a folder."""
-    files = {entry.name: entry for entry in folder.files}
+    tars = [entry for entry in folder.files if entry.name.endswith(".tar")]
+    files = {entry.name: entry for entry in folder.files} if tars else {}
     shards = []
-    for name, entry in files.items():
-        if name.endswith(".tar"):
-            sidecar = files.get(f"{name[:-4]}.parquet")
-            members = {entry.name: entry} | ({sidecar.name: sidecar} if sidecar else {})
-            shards.append(_shard(replace(source, path=folder.path / name), members))
+    for tar in tars:
+        sidecar = files.get(f"{tar.name[:-4]}.parquet")
+        members = {tar.name: tar} | ({sidecar.name: sidecar} if sidecar else {})
+        shards.append(_shard(replace(source, path=folder.path / tar.name), members))
     return shards
 
 
@@ -279,7 +281,7 @@ def _folder(folder: Folder, source: Source, data: Path) -> list[Listed]:
     for entry in folder.files:
         if entry.name.endswith(".npz"):  # cached latents, which change nothing in the table
             continue
-        stem = PurePath(entry.name).stem
+        stem = stem_of(entry.name)
         stat = entry.stat()
         face = FACE_NUMBERS.search(stem)  # its caption file may have the stem without it, and must be in the same share
         named = stem if face is None else stem[: face.start()]
@@ -296,21 +298,26 @@ def _folder(folder: Folder, source: Source, data: Path) -> list[Listed]:
         if folder.captions is not None:
             captions = {file.name: folder.captions[file.name] for file in part if file.name in folder.captions}
         if part:
-            extras = _extras(folder, source, data, by_stem, [file.name for file in part if is_image(file.name)])
+            extras = _extras(folder, source, data, by_stem, part) if source.extras else {}
             listed.append(Listed(replace(source, share=(number, shares)), tuple(part), captions, extras))
     return listed
 
 
 def _extras(
-    folder: Folder, source: Source, data: Path, by_stem: dict[str, dict[str, list[ExtraFile]]], images: list[str]
+    folder: Folder,
+    source: Source,
+    data: Path,
+    by_stem: dict[str, dict[str, list[ExtraFile]]],
+    files: Sequence[FileState],
 ) -> FolderExtras:
-    """The files of the extra images of some images of a folder."""
+    """The files of the extra images of those of a folder's files that are images."""
     found: dict[str, dict[str, list[ExtraFile]]] = {}
+    images = [file.name for file in files if is_image(file.name)]
     for extra in source.extras:
         own = found[extra.name] = {}
         for image in images:
             if extra.folder is not None:
-                own[image] = by_stem[extra.name].get(PurePath(image).stem, [])
+                own[image] = by_stem[extra.name].get(stem_of(image), [])
             elif (path := folder.extra_paths.get(image, {}).get(extra.name)) is not None:
                 own[image] = file_of_metadata(data, path)
     return found

@@ -173,7 +173,7 @@ def _jobs(subset: Subset, listed: Sequence[Listed], use_cache: bool) -> list[Job
         if folder is not None:
             name = str(source.path.relative_to(subset.path)) if source.path != subset.path else source.path.name
             made_from: list[object] = [_VERSION, source.caption_extension, source.class_words, source.share]
-            state: list[object] = [[(state.name, state.size, state.mtime_ns) for state in entry.files], entry.captions]
+            state: list[object] = [entry.files, entry.captions]
             if source.extras:
                 made_from.append([extra.name for extra in source.extras])
                 state.append(

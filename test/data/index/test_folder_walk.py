@@ -4,12 +4,14 @@ import gzip
 import io
 import json
 import os
+from pathlib import PurePath
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from library.data.index.extras import Extra
+from library.data.index.folder_walk import stem_of
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
 from library.data.sample.decode import decode
@@ -191,3 +193,8 @@ def test_an_animation_is_its_first_picture(data):
     put(data / "c.gif", file.getvalue())
     index = build(data)
     assert [index.key(row) for row in range(3)] == ["a.jpg", "b.jpg", "c.gif"]
+
+
+def test_stems_are_pathlibs():
+    for name in ("a.jpg", "a.b.jpg", "a", "a.", "a..", "größe.png", "a b.c d.txt", "..a.txt", "a.JPG"):
+        assert stem_of(name) == PurePath(name).stem
