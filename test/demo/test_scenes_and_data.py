@@ -119,6 +119,7 @@ def test_a_tool_writes_over_what_it_wrote_and_not_over_the_users(tmp_path: Path,
     for _ in range(2):
         assert main([f"--out={out}", "--images=4"]) == 0
     before = (out / "00000.tar").read_bytes()
+    assert {path.stat().st_mode & 0o044 for path in out.iterdir()} == {0o044}
     (out / "00001.tar").write_bytes(b"mine")
     with pytest.raises(SystemExit):
         main([f"--out={out}", "--images=4", "--seed=2"])

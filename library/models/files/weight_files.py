@@ -71,6 +71,7 @@ def read_names(path: Path) -> Mapping[str, object]:
         return read_weights(path)[0]
     from safetensors import safe_open
 
+    _check_readable(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return plain_names(dict.fromkeys(file.keys()), str(path))
@@ -162,9 +163,18 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def _check_readable(path: Path) -> None:
+    """Raise InputError where the file system refuses: safetensors says then that there is no such file."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import safe_open
 
+    _check_readable(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

@@ -17,6 +17,7 @@ from library.models.files import write as checkpoint_write
 from library.models.files.infer_configs import clip_config, unet_sizes, vae_config
 from library.models.files.modelspec import modelspec, read_metadata
 from library.models.files.read import load_model, load_vae
+from library.models.files.weight_files import read_weights
 from library.models.files.write import save_model, saved_bytes
 from library.models.model import Model
 from library.models.text import Tokens
@@ -548,3 +549,17 @@ def test_a_file_in_the_way_of_a_folder_stays(sdxl, tmp_path):
     with pytest.raises(InputError, match="in the way"):
         save_model(sdxl, tmp_path / "last", "diffusers")
     assert (tmp_path / "last").read_text() == "mine"
+
+
+def test_weights_that_may_not_be_read_are_not_said_to_be_damaged(sdxl, tmp_path, monkeypatch):
+    written = save_model(sdxl, tmp_path / "model", "safetensors")
+    real = Path.open
+
+    def refuse(self, *arguments, **more):
+        if self == written:
+            raise PermissionError(13, "Permission denied")
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"model\.safetensors: cannot be read \(Permission denied\)"):
+        read_weights(written)
