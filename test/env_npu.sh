@@ -1,18 +1,9 @@
 #!/usr/bin/env bash
-# Ascend's environment, to be sourced: CANN's set_env.sh from the usual places and the settings that training wants.
+# Ascend's environment, to be sourced: CANN's set_env.sh (test/find_cann.sh finds it) and the settings that training wants.
+# docs/ascend.md says of each setting why.
 # What the user has set is left as it is. Where there is no CANN, says so in one line and sets nothing.
 
-_cann_env=
-for _candidate in \
-    "${ASCEND_TOOLKIT_HOME:+$ASCEND_TOOLKIT_HOME/set_env.sh}" \
-    "${ASCEND_TOOLKIT_HOME:+$ASCEND_TOOLKIT_HOME/../set_env.sh}" \
-    /usr/local/Ascend/ascend-toolkit/set_env.sh \
-    /usr/local/Ascend/cann/set_env.sh \
-    /usr/local/Ascend/nnae/set_env.sh \
-    "$HOME/Ascend/ascend-toolkit/set_env.sh" \
-    "$HOME/Ascend/cann/set_env.sh"; do
-    if [ -n "$_candidate" ] && [ -f "$_candidate" ]; then _cann_env=$_candidate; break; fi
-done
+_cann_env=$(bash "$(dirname "${BASH_SOURCE[0]}")/find_cann.sh") || _cann_env=
 
 if [ -z "$_cann_env" ]; then
     echo "env_npu.sh: no CANN found, Ascend's environment is not set"
@@ -27,6 +18,11 @@ else
     export ASCEND_GLOBAL_EVENT_ENABLE=${ASCEND_GLOBAL_EVENT_ENABLE:-0}
     export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-1}                      # operators are queued asynchronously
     export COMBINED_ENABLE=${COMBINED_ENABLE:-1}                          # non-contiguous views are combined
+    # Buckets ask for blocks of many sizes; segments that grow keep the memory from falling into pieces. torch_npu refuses
+    # this together with torch's own variable, under which it takes the same settings.
+    if [ -z "${PYTORCH_ALLOC_CONF:-}" ]; then
+        export PYTORCH_NPU_ALLOC_CONF=${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}
+    fi
     export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE:-1}
     export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-5400}             # seconds
     # With several machines it must be the address that the others reach: library/processes/launch.py finds it.
@@ -34,9 +30,5 @@ else
         _address=$(hostname -I 2>/dev/null | cut -d' ' -f1) || _address=
         if [ -n "$_address" ]; then export HCCL_IF_IP=$_address; fi
     fi
-    if [ "${NNODES:-1}" -gt 1 ]; then
-        export HCCL_BUFFSIZE=${HCCL_BUFFSIZE:-50}                         # MB
-        export MULTI_STREAM_MEMORY_REUSE=${MULTI_STREAM_MEMORY_REUSE:-1}
-    fi
 fi
-unset _cann_env _candidate _shell_options _address
+unset _cann_env _shell_options _address

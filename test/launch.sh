@@ -379,7 +379,10 @@ launch() {
     command=("$python")
     if [ "$by_torchrun" = 1 ]; then
         folder=$root  # for the module; the script runs in the user's
-        command+=(
+        # The launcher needs no device: torch_npu, which torch loads by itself, would take seconds and memory of it. The
+        # processes that train load it.
+        command=(
+            env "WORKER_DEVICE_AUTOLOAD=${TORCH_DEVICE_BACKEND_AUTOLOAD:-1}" TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$python"
             -m library.processes.launch --nnodes="$nnodes" --nproc_per_node="$nproc_per_node" --node_rank="$node_rank"
             --master_ip="$master_ip" --master_port="$master_port" --start_timeout="$start_timeout" --log="$log_stem"
             --working_dir="$caller" --

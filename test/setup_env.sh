@@ -10,7 +10,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 default_requirements=requirements.txt
-if [ -d /usr/local/Ascend ] || [ -n "${ASCEND_TOOLKIT_HOME:-}" ]; then default_requirements=requirements-npu.txt; fi
+if bash test/find_cann.sh >/dev/null; then
+    default_requirements=requirements-npu.txt
+elif compgen -G "/dev/davinci[0-9]*" >/dev/null; then
+    echo "setup_env.sh: there is an Ascend NPU (/dev/davinci*) and no CANN; training would run on the CPU. Install CANN," >&2
+    echo "  or say where it is: ASCEND_HOME_PATH=FOLDER (docs/ascend.md)" >&2
+fi
 requirements=${1:-$default_requirements}
 [ -f "$requirements" ] || { echo "setup_env.sh: no requirements file $requirements" >&2; exit 2; }
 
@@ -62,6 +67,15 @@ if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c '' 2>/dev/null; then
     }
 fi
 echo "installing $requirements into .venv (some minutes the first time)" >&2
+# The registry's torch for Linux brings 5 GB of CUDA and NVIDIA's triton, which an Ascend machine has no use for; PyTorch's
+# own index has the same release without. An empty PYTORCH_CPU_INDEX leaves this out.
+cpu_index=${PYTORCH_CPU_INDEX-https://download.pytorch.org/whl/cpu}
+if [ "$(basename "$requirements")" = requirements-npu.txt ] && [ -n "$cpu_index" ]; then
+    readarray -t torch < <(grep -E "^torch(vision)?==" "$requirements")
+    if ! .venv/bin/python -m pip install --progress-bar off --no-deps --index-url "$cpu_index" "${torch[@]}" >&2; then
+        echo "setup_env.sh: $cpu_index has not given ${torch[*]} (see above); the registry's follows, with CUDA" >&2
+    fi
+fi
 if ! .venv/bin/python -m pip install --progress-bar off -r "$requirements" >&2; then
     echo "setup_env.sh: pip could not install $requirements (see above); is a package registry in reach?" >&2
     exit 1

@@ -115,9 +115,7 @@ def test_relative_paths_are_relative_to_where_the_user_stands(tmp_path):
 
 
 def test_the_ascend_environment_says_that_there_is_no_cann():
-    if Path("/usr/local/Ascend").exists():
-        pytest.skip("CANN is installed here")
-    done = bash("-c", "set -eu; source test/env_npu.sh; echo HCCL=${HCCL_CONNECT_TIMEOUT:-unset}")
+    done = bash("-c", "set -eu; source test/env_npu.sh; echo HCCL=${HCCL_CONNECT_TIMEOUT:-unset}", **NO_CANN)
     assert done.stdout.splitlines() == ["env_npu.sh: no CANN found, Ascend's environment is not set", "HCCL=unset"]
 
 
@@ -125,9 +123,65 @@ def test_the_ascend_environment_keeps_what_the_user_has_set(tmp_path):
     (tmp_path / "set_env.sh").write_text('echo "cann $UNSET_VARIABLE"\n')
     script = (
         "set -euo pipefail; source test/env_npu.sh; "
-        "echo $TASK_QUEUE_ENABLE $HCCL_CONNECT_TIMEOUT ${HCCL_BUFFSIZE:-unset}; set +o | grep nounset"
+        "echo $TASK_QUEUE_ENABLE $HCCL_CONNECT_TIMEOUT ${HCCL_BUFFSIZE:-unset} ${PYTORCH_NPU_ALLOC_CONF:-unset}; "
+        "set +o | grep nounset"
     )
-    one = bash("-c", script, ASCEND_TOOLKIT_HOME=str(tmp_path), TASK_QUEUE_ENABLE="2")
-    assert one.stdout.splitlines() == ["cann ", "2 5400 unset", "set -o nounset"], one.stderr
-    many = bash("-c", script, ASCEND_TOOLKIT_HOME=str(tmp_path), NNODES="2")
-    assert many.stdout.splitlines()[1] == "1 5400 50"
+    one = bash("-c", script, **NO_CANN, ASCEND_TOOLKIT_HOME=str(tmp_path), TASK_QUEUE_ENABLE="2")
+    assert one.stdout.splitlines() == ["cann ", "2 5400 unset expandable_segments:True", "set -o nounset"], one.stderr
+    own = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:50", "HCCL_BUFFSIZE": "50"}  # torch_npu refuses both variables
+    many = bash("-c", script, **NO_CANN, ASCEND_TOOLKIT_HOME=str(tmp_path), NNODES="2", **own)
+    assert many.stdout.splitlines()[1] == "1 5400 50 unset"
+
+
+NOWHERE = "/no/such/folder"
+NO_CANN = {"ASCEND_INSTALL_INFO": NOWHERE, "HOME": NOWHERE, "ASCEND_DEFAULT_FOLDER": ""}
+
+
+def test_cann_is_found_where_it_may_be_and_by_both_scripts(tmp_path):
+    """The environment first, then the installer's note, the user's folder, the system's."""
+    for folder in ("custom/cann", "noted/cann", "home/Ascend/ascend-toolkit", "system/nnae"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "set_env.sh").write_text(f"echo {folder}\n")
+    (tmp_path / "custom" / "cann" / "latest").mkdir()
+    (tmp_path / "info").write_text(f"version=1.0\nToolkit_Install_Path={tmp_path}/noted\n")
+    places = {
+        "ASCEND_HOME_PATH": f"{tmp_path}/custom/cann/latest",  # the script is one above it
+        "ASCEND_INSTALL_INFO": f"{tmp_path}/info",
+        "HOME": f"{tmp_path}/home",
+        "ASCEND_DEFAULT_FOLDER": f"{tmp_path}/system",
+    }
+    for name, expected in zip(
+        places, ("custom/cann", "noted/cann", "home/Ascend/ascend-toolkit", "system/nnae"), strict=True
+    ):
+        asked = {key: value for key, value in places.items() if list(places).index(key) >= list(places).index(name)}
+        done = bash("test/find_cann.sh", **{**NO_CANN, **asked})
+        assert done.stdout == f"{tmp_path}/{expected}/set_env.sh\n"
+        assert bash("-c", "source test/env_npu.sh", **{**NO_CANN, **asked}).stdout.splitlines() == [expected]
+    assert bash("test/find_cann.sh", **NO_CANN).returncode == 1
+    asked = {**NO_CANN, "HOME": f"{tmp_path}/home", "PYTHON": sys.executable}
+    assert "does not satisfy requirements-npu.txt" in bash("test/setup_env.sh", **asked).stderr
+
+
+def test_on_ascend_torch_comes_without_cuda_where_it_can_be_had(tmp_path):
+    """PyTorch's own index is asked first, for torch and torchvision alone; where it fails the registry's follow."""
+    for name in ("setup_env.sh", "find_cann.sh", "check_requirements.py"):
+        (tmp_path / "test").mkdir(exist_ok=True)
+        (tmp_path / "test" / name).write_text((ROOT / "test" / name).read_text())
+    for name in ("requirements.txt", "requirements-npu.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    log = tmp_path / "pip.log"
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exit 0\necho "$@" >> {log}\n[ "$8" != "$INDEX_FAILS" ]\n')
+    python.chmod(0o755)
+    for fails in ("none", "https://download.pytorch.org/whl/cpu"):
+        log.write_text("")
+        done = bash(tmp_path / "test" / "setup_env.sh", "requirements-npu.txt", **NO_CANN, INDEX_FAILS=fails)
+        assert done.returncode == 0, done.stderr
+        first, second = log.read_text().splitlines()
+        assert first.endswith(
+            "--no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.14.0 torchvision==0.29.0"
+        )
+        assert second.endswith("-r requirements-npu.txt")
+        assert ("the registry's follows, with CUDA" in done.stderr) is (fails != "none")
+        (tmp_path / ".venv" / ".installed-requirements-npu").unlink()

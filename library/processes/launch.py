@@ -36,6 +36,7 @@ from library.processes.versions import software
 # Each process becomes the command itself, so that signals and exit statuses are its own.
 _WORKER = """
 cd "$WORKER_DIR" || exit
+export TORCH_DEVICE_BACKEND_AUTOLOAD="${WORKER_DEVICE_AUTOLOAD:-${TORCH_DEVICE_BACKEND_AUTOLOAD:-1}}"
 if [ "$LOCAL_RANK" = 0 ]; then exec "$@"; else exec "$@" >> "$WORKER_LOG.rank$RANK.log" 2>&1; fi
 """
 # A process that the user stops may have a training state to write first.
