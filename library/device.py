@@ -22,6 +22,7 @@ from library.errors import InputError
 
 # Seconds by which the process group waits longer than HCCL, so that HCCL's error, which names the cause, comes first.
 _SECONDS_AFTER_HCCL = 60
+_MOST_SECONDS_OF_FIRST_910 = 17340  # of HCCL_EXEC_TIMEOUT there; later devices take any number
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h's names of glibc's parameters
 
@@ -166,10 +167,17 @@ def collective_timeout(device: torch.device, asked: timedelta) -> timedelta:
     """
     if not is_npu(device):
         return asked
-    given = os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(int(asked.total_seconds())))
-    if not given.isdecimal():
-        raise InputError(f"HCCL_EXEC_TIMEOUT={given} in the environment is no number of seconds; correct or unset it")
-    longest = max(asked.total_seconds(), int(given))  # 0 stands for no limit of HCCL's
+    seconds = int(asked.total_seconds())
+    if is_before_910b1(device):
+        seconds = min(seconds, _MOST_SECONDS_OF_FIRST_910)
+    given = os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(seconds))
+    try:
+        of_hccl = float(given)  # CANN 9 takes parts of a second
+    except ValueError as error:
+        raise InputError(
+            f"HCCL_EXEC_TIMEOUT={given} in the environment is no number of seconds; correct or unset it"
+        ) from error
+    longest = max(asked.total_seconds(), of_hccl)  # 0 stands for no limit of HCCL's
     return timedelta(seconds=longest + _SECONDS_AFTER_HCCL)
 
 
@@ -278,6 +286,21 @@ def device_name(device: torch.device) -> str:
 def initial_loss_scale(device: torch.device) -> float:
     """The initial fp16 loss scale: 2^7 on Ascend, where 2^16 overflows many times, and torch's 2^16 elsewhere."""
     return 2.0**7 if is_npu(device) else 2.0**16
+
+
+def step_profiler(device: torch.device, folder: Path, name: str, steps: int) -> Any:
+    """A profiler of so many steps, with `start`, `step` after each and `stop`, which writes a trace into the folder.
+
+    torch_npu's on Ascend, which writes NAME_…_ascend_pt/ASCEND_PROFILER_OUTPUT/trace_view.json, torch's elsewhere,
+    which writes NAME.….pt.trace.json. Both are in Chrome's format; the latter TensorBoard's plugin opens, too.
+    """
+    module: Any = torch.profiler if torch_npu_of(device) is None else importlib.import_module("torch_npu.profiler")
+    return module.profile(
+        activities=module.supported_activities(),
+        schedule=module.schedule(wait=0, warmup=0, active=steps, repeat=1),
+        on_trace_ready=module.tensorboard_trace_handler(str(folder), worker_name=name),
+        record_shapes=True,
+    )
 
 
 def grad_scaler(device: torch.device) -> Any:

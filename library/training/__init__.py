@@ -12,6 +12,7 @@ cache_filling       VAE and text encoders run once over all samples, before trai
 validation          the loss on images that are held out
 preview             pictures sampled while training
 due                 what is due after a step: checkpoints, previews
+step_profile        a trace of some steps by the device's profiler (--profile)
 cadence             how often something is due
 rules               rules of options that hang on the device, on torch's optimizers or on the data
 written_names       the names that a run writes, by kind

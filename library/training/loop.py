@@ -42,6 +42,7 @@ from library.training.ranks.rank_watch import (
 )
 from library.training.state.names import AVERAGE_SUFFIX
 from library.training.state.states import States
+from library.training.step_profile import StepProfiler
 from library.training.task import Task
 from library.training.validation import Validator
 
@@ -154,6 +155,7 @@ class Trainer:
         validator: Validator | None = None,
         counters: Counters | None = None,
         start_step: int = 0,
+        profiler: StepProfiler | None = None,
     ) -> None:
         """
         Args:
@@ -161,12 +163,14 @@ class Trainer:
             progress: where the other processes see how far this one is.
             counters: of the run so far, an object of its states.
             start_step: optimizer steps done before.
+            profiler: records some of the steps.
         """
         self.task, self.accelerator, self.parallel = task, accelerator, parallel
         self.optimizer, self.schedule = parallel.optimizer, parallel.schedule
         self.epochs, self.options, self.writer = epochs, options, writer
         self.states, self.signals, self.progress = states, signals, progress or Progress()
         self.validator = validator
+        self.profiler = profiler
         self.start_step, self.speed, self.counters = start_step, SpeedMeter(), counters or Counters()
         self.quarantine = Quarantine(
             accelerator, options.output_dir, writer.write_text, options.epoch_samples, options.max_bad_samples
@@ -190,12 +194,16 @@ class Trainer:
             self._preview(self.counters.pictures, self.start_step)
         for step in range(self.start_step, self.options.max_train_steps):
             self.progress.at(step, READING)
+            if self.profiler is not None:
+                self.profiler.begin(step + 1)
             began = time.perf_counter()
             step_batches = [next(batches) for _ in range(self.options.accumulation)]
             waited = time.perf_counter() - began
             self.progress.at(step, TRAINING)
             result = self.train_step(step_batches)
             self._log(step, step_batches, result, waited, time.perf_counter() - began)
+            if self.profiler is not None:
+                self.profiler.end(step + 1)
             self._stop_if_not_finite(step, step_batches, result)
             self.quarantine.stop_if_too_many((step + 1) * self.options.global_batch)
             if step == self.start_step:

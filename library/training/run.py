@@ -62,7 +62,7 @@ from library.training.state.branch import start_branch
 from library.training.state.choice import clear_left_behind
 from library.training.state.files import StateInfo
 from library.training.state.lineage import Lineage
-from library.training.state.names import last_name, step_name
+from library.training.state.names import PROFILE_FOLDER, last_name, step_name
 from library.training.state.resume import (
     check_identity,
     check_parameters,
@@ -76,6 +76,7 @@ from library.training.state.retention import Retention
 from library.training.state.run_lock import RunLock
 from library.training.state.states import Resumed, StateCadence, Stateful, States, take_up
 from library.training.state.writer import StateWriter
+from library.training.step_profile import StepProfiler, check_profile
 from library.training.validation import Validator
 from library.training.written_names import written_names
 
@@ -142,6 +143,7 @@ def run(
         if data.samples is None:
             check_without_epochs(options)
         steps, epochs = _length(options.run, data)
+        check_profile(options.logs.profile, steps)
         if resumed is not None:
             check_resumed(resumed, options, data, seed, steps)
         if options.data.debug_dataset:
@@ -278,6 +280,9 @@ def _train(
         stack.enter_context(states.writer)
         surroundings.signals.unfinished = states.writer
         stack.enter_context(logging_redirect_tqdm())
+        profiler = _profiler(options, surroundings, resumed.step if resumed else 0, steps)
+        if profiler is not None:
+            stack.callback(profiler.close)
         trainer = Trainer(
             parts.task,
             accelerator,
@@ -291,6 +296,7 @@ def _train(
             _validator(parts, data, surroundings, writer, parallel),
             counters,
             resumed.step if resumed else 0,
+            profiler,
         )
         if resumed is not None:
             logger.info("resumed from %s: %d steps are done", resumed.folder, resumed.step)
@@ -312,6 +318,14 @@ def _train(
             trainer.finish_state(steps, last_name(saving.output_name))
     logger.info("model saved.")
     return report
+
+
+def _profiler(options: TrainingOptions, surroundings: Surroundings, start_step: int, steps: int) -> StepProfiler | None:
+    """What records the steps that --profile names."""
+    if options.logs.profile is None:
+        return None
+    accelerator, folder = surroundings.accelerator, options.saving.output_dir / PROFILE_FOLDER
+    return StepProfiler(options.logs.profile, folder, accelerator.device, accelerator.process_index, start_step, steps)
 
 
 def _validator(

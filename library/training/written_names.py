@@ -17,6 +17,7 @@ from library.training.state.names import (
     DEBUG_FOLDER,
     LOCK_FILE,
     METRICS,
+    PROFILE_FOLDER,
     SAMPLE_FOLDER,
     epoch_name,
     last_name,
@@ -155,6 +156,8 @@ def _others(options: TrainingOptions) -> Iterator[Written]:
     yield _fixed("the configuration", flag, configuration.name, is_own=_begins_with(CONFIG_HEAD))
     if options.preview.sample_prompts is not None:
         yield _growing("the sample pictures", "--output_dir", SAMPLE_FOLDER)
+    if options.logs.profile is not None:
+        yield _growing("the profile", "--output_dir", PROFILE_FOLDER)
     caches = options.caches
     if caches.cache_latents_to_disk or caches.cache_text_encoder_outputs_to_disk:
         yield _growing("caches", "--output_dir", _CACHE_FOLDER)

@@ -3,7 +3,7 @@
 STATE_SUFFIX = "-state"
 AVERAGE_SUFFIX = "-ema"  # of a checkpoint of the moving averages
 LOCK_FILE, METRICS, ABANDONED = ".lock", "metrics.jsonl", "abandoned"
-SAMPLE_FOLDER, DEBUG_FOLDER = "sample", "debug_dataset"
+SAMPLE_FOLDER, DEBUG_FOLDER, PROFILE_FOLDER = "sample", "debug_dataset", "profile"
 CASE_LOG_HEAD = "Network"  # the first word of {CaseName}.log
 DEFAULT_EPOCH_NAME, DEFAULT_STEP_NAME, DEFAULT_LAST_NAME = "epoch", "at", "last"
 

@@ -1,5 +1,6 @@
 """What the project does on each generation of Ascend, in a child process that test/test_npu_sim.py starts."""
 
+import json
 import logging
 import os
 from datetime import timedelta
@@ -17,6 +18,7 @@ from library.models.text_encoders import use_erf_gelu
 from library.models.vae import choose_attention
 from library.training.engine.optimizers import ParameterGroup, make_optimizer
 from library.training.engine.precision import make_accelerator
+from library.training.step_profile import StepProfiler
 
 NPU = torch.device("npu", 0)
 FIRST, SECOND, THIRD = "Ascend910A", "Ascend910B3", "Ascend910_9391"
@@ -161,3 +163,13 @@ def test_a_vae_whose_attention_fails_attends_by_the_formula(monkeypatch, caplog)
     assert "the VAE's attention was tried on Ascend910B3 and fails: it was tried" in caplog.text
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", None)  # nobody calls it
     torch.testing.assert_close(vae.encode(pixels.to(NPU)).latent_dist.mean.cpu(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_profile_is_torch_npus_own(tmp_path):
+    profiler = StepProfiler("1..2", tmp_path, NPU, 0, 0, 2)
+    for step in (1, 2):
+        profiler.begin(step)
+        torch.ones(2, device=NPU) * 2
+        profiler.end(step)
+    (trace,) = tmp_path.glob("rank0_*_ascend_pt/ASCEND_PROFILER_OUTPUT/trace_view.json")
+    assert "ProfilerStep#1" in {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
