@@ -69,7 +69,8 @@ fi
 echo "installing $requirements into .venv (some minutes the first time)" >&2
 # The registry's torch for Linux brings 5 GB of CUDA and NVIDIA's triton, which an Ascend machine has no use for; PyTorch's
 # own index has the same release without. An empty PYTORCH_CPU_INDEX leaves this out.
-cpu_index=${PYTORCH_CPU_INDEX-https://download.pytorch.org/whl/cpu}
+pytorch_index="https://download.pytorch.org/whl/cpu"
+cpu_index=${PYTORCH_CPU_INDEX-$pytorch_index}
 if [ "$(basename "$requirements")" = requirements-npu.txt ] && [ -n "$cpu_index" ]; then
     readarray -t torch < <(grep -E "^torch(vision)?==" "$requirements")
     if ! .venv/bin/python -m pip install --progress-bar off --no-deps --index-url "$cpu_index" "${torch[@]}" >&2; then

@@ -26,7 +26,7 @@ MOST_BYTES = 12 * 1024  # of a README
 # Pages that are in both languages, and those of developers and measurements, which are in English only.
 SUBJECTS = (
     "running", "many_machines", "data", "captions_and_crops", "caches", "streaming", "bad_samples", "training",
-    "memory", "resuming", "output_files", "exactness", "sd_scripts", "fine_tuning",
+    "memory", "resuming", "output_files", "exactness", "sd_scripts", "fine_tuning", "ascend",
 )  # fmt: skip
 PAIRS = (READMES, *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in SUBJECTS))
 ENGLISH_ONLY = (

@@ -103,6 +103,28 @@ def test_an_overflow_on_one_rank_repeats_the_step_on_all(tmp_path, profile, name
 
 
 @needs_compiler
+def test_the_checks_of_a_new_machine_hold():
+    command = [sys.executable, str(ROOT / "tools" / "npu_checks.py")]
+    for part, shown in (
+        ("versions", "loss scaler: torch.amp.grad_scaler.GradScaler"),
+        ("numbers", "right: geglu against"),
+    ):
+        done = subprocess.run([*command, part], cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0 and shown in done.stdout and "WRONG" not in done.stdout, done.stdout + done.stderr
+
+
+@needs_compiler
+@pytest.mark.all
+def test_the_first_run_on_a_machine_ends_with_a_report(tmp_path):
+    command = ["bash", str(ROOT / "tools" / "npu_first_run.sh"), str(tmp_path)]
+    variables = {**environment(2), "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    report = (tmp_path / "report.txt").read_text()
+    assert done.returncode == 0 and "== 0 checks failed" in report, report + done.stderr
+    assert "ok      overflow" in report and "attention: npu, float16 on npu" in report
+
+
+@needs_compiler
 def test_only_children_see_it():
     assert "torch_npu" not in sys.modules
     spec = importlib.util.find_spec("torch_npu")

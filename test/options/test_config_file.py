@@ -126,6 +126,7 @@ def example(flag):
     """A value that is not the flag's default, as a word of the command line and on its own."""
     written = {
         "resolution": "96,64", "face_crop_aug_range": "1.5,3", "caption_extension": ".tags", "caption_separator": ";",
+        "profile": "10..12",
     }  # fmt: skip
     if flag.kind.many:
         return ["a=1", "b=0.9,0.99"]
