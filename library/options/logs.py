@@ -46,8 +46,8 @@ class LogOptions(OptionGroup):
     )
     profile: str | None = flag(
         None,
-        "steps to record with the device's profiler, 10..12 for instance: a trace of each process for TensorBoard or "
-        "Chrome in OUTPUT_DIR/profile",
+        "Record these steps, 10..12 for instance, with the device's profiler: a trace of each process for TensorBoard "
+        "or Chrome in OUTPUT_DIR/profile",
         read=steps_to_profile,
         metavar="FIRST..LAST",
         told_on_resume=False,
