@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 from pathlib import PurePath
 
 import numpy as np
@@ -198,3 +199,47 @@ def test_an_animation_is_its_first_picture(data):
 def test_stems_are_pathlibs():
     for name in ("a.jpg", "a.b.jpg", "a", "a.", "a..", "größe.png", "a b.c d.txt", "..a.txt", "a.JPG"):
         assert stem_of(name) == PurePath(name).stem
+
+
+FOLDERS = ["", "10_sks dog", "10_sks dog/deep", "5 cat", "0_off", "reg", "img/3_x", "plain/er"]
+IMAGES = [".jpg", ".JPEG", ".png", ".tif", ".gif", ".jfif", ".webp"]
+OTHERS = [".heic", ".JXL", ".tar.gz", ".part", ".md", ".npz", ".mp4"]
+CAPTIONS = [b"a cat", b"", b" \n", "caf\xe9".encode("cp1252"), "a".encode("utf-16"), b"one\ntwo", b"a\0b", None, None]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_entry_of_any_folder_is_used_or_said(tmp_path, make_picture, seed):
+    rng = np.random.default_rng(seed)
+    folders = [FOLDERS[0], *rng.choice(FOLDERS[1:], 3, replace=False)]
+    expected = {"images": 1, "links": 0, "kinds": 0, "archives": 0, "unfinished": 0}
+    put(tmp_path / ("1_sure" if seed % 2 else "sure") / "sure.jpg", make_picture(16, 8))
+    for number in range(40):
+        folder = tmp_path / rng.choice(folders)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{number}{rng.choice(IMAGES + OTHERS)}"
+        if rng.random() < 0.1:
+            path.symlink_to(rng.choice(["gone", path.name, "/nowhere/at all"]))
+            expected["links"] += 1
+            continue
+        path.write_bytes(make_picture(16, 8) if rng.random() < 0.7 else rng.bytes(int(rng.integers(0, 300))))
+        caption = CAPTIONS[rng.integers(len(CAPTIONS))]
+        if caption is not None:
+            path.with_suffix(".txt").write_bytes(caption)
+        suffix = path.suffix.lower()
+        expected["images"] += suffix in (".jpg", ".jpeg", ".png", ".tif", ".gif", ".jfif", ".webp")
+        expected["kinds"] += suffix in (".heic", ".jxl", ".mp4")
+        expected["archives"] += suffix == ".gz"
+        expected["unfinished"] += suffix == ".part"
+    index = build(tmp_path)
+    said = {}
+    for warning in index.warnings:
+        match = re.match(r"(\d+) (images .*are not used|links|files|archives)", warning)
+        if match and match[2].startswith("images"):
+            said["unused"] = said.get("unused", 0) + int(match[1])
+        elif match:
+            kind = "unfinished" if "not finished" in warning else {"files": "kinds"}.get(match[2], match[2])
+            said[kind] = int(match[1])
+    assert len(index) + len(index.bad) + said.pop("unused", 0) == expected.pop("images")
+    assert said == {kind: count for kind, count in expected.items() if count}
+    for row in range(len(index)):
+        Reader(index).caption(row)  # each of them can be read
