@@ -116,6 +116,25 @@ class TestEverySample:
                 assert abs(original_w / original_h - width / height) < 0.4
             assert all(caption.startswith("picture ") for caption in batch.captions)
 
+    def test_captions_are_read_as_of_an_index(self, server, prepare, make_tar, make_picture, caplog):
+        """JSON as JSON, blank ones passed over, lines counted."""
+        image = make_picture(32, 32)
+        members = [("a.jpg", image), ("a.json", b'{"caption": "of JSON"}'), ("a.txt", b"\xef\xbb\xbf \n")]
+        members += [("b.jpg", image), ("b.json", b'{"caption": "first\\nsecond"}')]
+        make_tar(server.folder / "captions.tar", members)
+        for more in ("--caption_extension=.json", "--caption_extension=.txt"):
+            caplog.clear()
+            (data,) = prepare(f"{server.address}/captions.tar", more)
+            assert {text for batch in data.loader(lambda texts: (), 4) for text in batch.captions} == {
+                "of JSON",
+                "first",
+            }
+            (warning,) = [record.getMessage() for record in caplog.records if "more lines than one" in record.message]
+            assert warning.startswith("1 of the first captions") and "captions.tar:b" in warning
+        caplog.clear()
+        prepare(f"{server.address}/captions.tar", "--enable_wildcard")
+        assert "more lines" not in caplog.text
+
 
 def prepare_layout(addresses, slots=1, batch_size=2, pool=16, seed=3):
     from library.options.buckets import BucketOptions
