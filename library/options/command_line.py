@@ -157,7 +157,7 @@ def _not_known(words: _Words, flags: Flags, wrong: set[str]) -> str:
         return f"unrecognized arguments: {words}: values stand behind their flag, as in --seed=1"
     known = [key for key, flag in flags.by_key.items() if flag.on_command_line]
     hint = "--help lists the flags"
-    if near := difflib.get_close_matches(words.name, [*known, *flags.shorthands], n=1):
+    if near := difflib.get_close_matches(words.name, [*known, *flags.shorthands], n=1, cutoff=0.7):
         hint = f"did you mean --{near[0]}?"
         wrong.add(flags.by_key[near[0]].name if near[0] in flags.by_key else flags.shorthands[near[0]][0].name)
     return f"unrecognized arguments: {words}: this script does not take it; {hint}"

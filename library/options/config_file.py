@@ -133,7 +133,7 @@ def _take(key: str, value: Any, flags: Flags, script: str, line_has: Collection[
 def _unknown(key: str, flags: Flags, script: str, wrong: set[str]) -> str:
     """That a key is none, and which one may be meant, which is noted among the wrong ones."""
     keys = [name for name, each in flags.by_key.items() if each.on_command_line and each.in_config_file]
-    near = difflib.get_close_matches(key, [*keys, *flags.shorthands], n=1)
+    near = difflib.get_close_matches(key, [*keys, *flags.shorthands], n=1, cutoff=0.7)
     hint = "--help lists the flags, each of which can be a key"
     if near:
         hint = f"did you mean {near[0]}?"

@@ -1,7 +1,8 @@
 """Scaling a picture with antialiasing and cutting a rectangle out of it, by whichever code is the fastest here.
 
 H, W, C: rows, columns and colours. torch scales uint8 pixels with AVX2 some five times as fast as Pillow; without AVX2
-(on ARM) Pillow is the faster one. Both weigh with whole numbers; their results differ by 1 of 255 at most.
+(on ARM) Pillow is the faster one. Both weigh with whole numbers; their results differ by 1 of 255 at most, and by 3
+where a picture shrinks to less than a third of its sides, since Pillow then averages some pixels before.
 """
 
 import warnings

@@ -300,7 +300,9 @@ class TestInterpolation:
             "a", data, "", treatment, BUCKET, lambda width, height: Fit((96, 64), (16, 0)), Place(0, 0, 0, 0)
         )
         whole = Image.open(io.BytesIO(data)).resize((96, 64), Image.Resampling[filters[name]])
-        assert np.abs(np.asarray(whole, int)[:, 16:80] - found.pixels_HWC).max() <= 2
+        differences = np.abs(np.asarray(whole, int)[:, 16:80] - found.pixels_HWC)
+        # 2 by torch's kernels for AVX2; elsewhere Pillow scales, too, and averages some pixels before.
+        assert differences.max() <= 3 and differences.mean() < 0.5
 
     def test_every_name_has_a_filter_and_every_filter_a_name(self):
         assert set(FILTERS) == set(INTERPOLATIONS)
