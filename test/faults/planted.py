@@ -192,11 +192,7 @@ def signal_while_caching(number: int, after: int) -> None:
 def fail(target: str, call: int = 1, number: int = 0) -> None:
     """A function ("module:Class.name") raises at its n-th call: an OSError of that number, or without a number one that
     nobody expects."""
-    module, _, path = target.partition(":")
-    owner = importlib.import_module(module)
-    *outer, name = path.split(".")
-    for part in outer:
-        owner = getattr(owner, part)
+    owner, name = _owner_and_name(target)
     real, left = getattr(owner, name), [call]
 
     def failing(*args: Any, **keywords: Any) -> Any:
@@ -206,3 +202,18 @@ def fail(target: str, call: int = 1, number: int = 0) -> None:
         return real(*args, **keywords)
 
     setattr(owner, name, failing)
+
+
+def answer(target: str, value: Any) -> None:
+    """A function ("module:Class.name") returns a value, whatever it is asked."""
+    owner, name = _owner_and_name(target)
+    setattr(owner, name, lambda *args, **keywords: value)
+
+
+def _owner_and_name(target: str) -> tuple[Any, str]:
+    module, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    return owner, name

@@ -1,10 +1,13 @@
 """One process of two fails: both end within seconds, and both say why."""
 
 import errno
+import platform
 import time
+from pathlib import Path
 
 import pytest
 
+from test.faults.figures import write_section
 from test.faults.runs import assert_undisturbed, states
 
 TASK = "library.training.task:Task"
@@ -37,30 +40,58 @@ SLOW = {
 }
 
 
-def _both_end(start_two, tmp_path, target: str, rank: int, call: int, number: int, flags: tuple[str, ...]) -> None:
+def _both_end(start_two, out: Path, target: str, rank: int, call: int, number: int, flags: tuple[str, ...]) -> float:
+    """A run of two of which one fails; returns how many seconds after it the other ended."""
     faults = [[("fail", target, call, number)] if rank == place else [] for place in range(2)]
-    ranks = start_two(tmp_path / "out", *flags, faults_of=tuple(faults))
+    ranks = start_two(out, *flags, faults_of=tuple(faults))
     first, other = ranks[rank], ranks[1 - rank]
     assert first.wait() in (1, 2), first.text
     began = time.monotonic()
     assert other.wait() == first.status, other.text
-    assert time.monotonic() - began < WITHIN_S
+    seconds = time.monotonic() - began
+    assert seconds < WITHIN_S
     for one in ranks:
         assert ("planted here" if number == 0 else "planted: ") in one.text, one.text
         assert "NoneType" not in one.text
     assert f"rank {rank} on " in other.text
     assert "Traceback" not in other.text
+    return seconds
 
 
 @pytest.mark.parametrize("place", QUICK)
 def test_what_one_process_cannot_do_ends_both_and_both_say_it(start_two, tmp_path, place):
-    _both_end(start_two, tmp_path, *QUICK[place])
+    _both_end(start_two, tmp_path / "out", *QUICK[place])
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("place", SLOW)
-def test_so_it_is_wherever_one_process_can_fail(start_two, tmp_path, place):
-    _both_end(start_two, tmp_path, *SLOW[place])
+def test_so_it_is_wherever_one_process_can_fail(start_two, tmp_path):
+    lines = ["| What fails | In | The other ended after |", "|---|---|---|"]
+    for number, (place, planted) in enumerate((QUICK | SLOW).items()):
+        seconds = _both_end(start_two, tmp_path / f"out{number}", *planted)
+        lines.append(f"| {place} | rank {planted[1]} | {seconds:.1f} s |")
+    write_section(
+        "One process of two fails",
+        [
+            "An error is planted in one of two processes (gloo, no launcher). Both print its cause and end with the "
+            "same status; `--ddp_timeout` is 30 minutes.",
+            "",
+            *lines,
+        ],
+    )
+
+
+@pytest.mark.parametrize("what", ["manifest", pytest.param("weights", marks=pytest.mark.all)])
+def test_processes_that_see_different_states_do_not_go_on(start_two, tmp_path, what):
+    out = tmp_path / "out"
+    ranks = start_two(out, "--save_state_on_train_end", "--max_train_steps=1")
+    assert [one.wait() for one in ranks] == [0, 0], ranks[0].text
+    target = {"manifest": "manifest_digest", "weights": "bits_digest"}[what]
+    others = [("answer", f"library.training.state.resume:{target}", "another")]
+    ranks = start_two(out, faults_of=((), others))
+    assert [one.wait() for one in ranks] == [2, 2], ranks[0].text
+    named = {"manifest": "the training state", "weights": "the weights after resuming"}[what]
+    for one in ranks:
+        assert "rank 1 (on " in one.text and f"differs from rank 0 (on {platform.node()}) in {named}" in one.text
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.all)])
