@@ -14,6 +14,7 @@ import struct
 import tarfile
 import tempfile
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -21,9 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from library.data.bad_samples import check_left_out
+from library.data.fit import Fit
+from library.data.image_formats.file_bytes import FileBytes
+from library.data.image_header import header
 from library.data.index.rows import printable
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
@@ -31,6 +35,7 @@ from library.data.indexed_batches import make_loader
 from library.data.micro_batch import Share
 from library.data.order.bucket_rows import bucket_rows
 from library.data.order.plan import Plan, repeated
+from library.data.sample.decode import decode
 from library.data.sample.prepare import Treatment
 from library.errors import InputError
 from library.options.buckets import BucketOptions
@@ -53,11 +58,81 @@ def picture(seed, format):
 
 
 PICTURES = [picture(seed, format) for seed, format in enumerate(("JPEG", "JPEG", "PNG", "WEBP"))]
+LARGE = zlib.compress(bytes(1 << 25))
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 EXTENSIONS = ("jpg", "jpg", "png", "webp")
 
 
+def odd_exif(random):
+    """EXIF whose entries have any tag, type, count and value; the orientation is among them now and then."""
+    order = random.choice(["<", ">"])
+    tags = (0x0100, 0x010E, 0x0112, 0x011A, 0x0128, 0x0213, 0x8769, 0x8825, 0x9C9B)
+    entries = b"".join(
+        struct.pack(
+            f"{order}HHII",
+            int(random.choice(tags)),
+            int(random.integers(14)),
+            int(random.choice(INTERESTING)),
+            int(random.choice([*INTERESTING, 3 << 16, 6 << 16])),
+        )
+        for _ in range(random.integers(5))
+    )
+    count = int(random.choice([len(entries) // 12, 0xFFFF, 3]))
+    start = int(random.choice([8, 8, 8, 0, 0xFFFFFFFF]))
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return (
+        b"Exif\0\0" + mark + struct.pack(f"{order}IH", start, count) + entries + random.bytes(int(random.integers(40)))
+    )
+
+
+def odd_profile(random):
+    """A profile of sRGB with some bytes changed, or none at all."""
+    profile = bytearray(SRGB)
+    for place in random.integers(0, len(profile), int(random.integers(4))):
+        profile[place] = random.integers(256)
+    return [bytes(profile), random.bytes(300), b"", bytes(profile[: random.integers(len(profile))])][random.integers(4)]
+
+
+def jpeg_segment(random):
+    """A segment of metadata."""
+    part = bytes(random.integers(1, 4, 2, np.uint8))
+    marker, content = (
+        (0xE1, odd_exif(random)),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0" + random.bytes(40)),
+        (0xE2, b"ICC_PROFILE\0" + part + odd_profile(random)),
+        (0xE2, b"MPF\0" + random.bytes(60)),
+        (int(random.integers(0xE3, 0xEE)), random.bytes(int(random.integers(3000)))),
+        (0xED, b"Photoshop 3.0\x008BIM" + random.bytes(30)),
+        (0xFE, random.bytes(50)),
+    )[random.integers(7)]
+    return b"\xff" + bytes([marker]) + struct.pack(">H", 2 + len(content)) + content
+
+
+def png_chunk(random):
+    """A chunk that pixels do not depend on, its checksum right or wrong."""
+    name = random.choice([b"name\0\0", b"name\0\0", b"\0", b"name", b"Raw profile type exif\0\0"])
+    packed = [zlib.compress(odd_profile(random)), LARGE, zlib.compress(b"\nexif\n 2\n4d4d")][random.integers(3)]
+    kind = random.choice(
+        [b"iCCP", b"zTXt", b"iTXt", b"tEXt", b"eXIf", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"tIME", b"acTL"]
+    )
+    content = odd_exif(random)[6:] if kind == b"eXIf" else name + packed if kind != b"pHYs" else random.bytes(9)
+    checksum = zlib.crc32(kind + content) ^ int(random.integers(2))
+    return struct.pack(">I", len(content)) + bytes(kind) + content + struct.pack(">I", checksum)
+
+
+def with_odd_metadata(image, random):
+    """A JPEG or PNG with metadata of any kind; others as they are."""
+    for _ in range(random.integers(1, 4)):
+        if image.startswith(b"\xff\xd8"):
+            image = image[:2] + jpeg_segment(random) + image[2:]
+        elif image.startswith(b"\x89PNG"):
+            place = image.index(b"IDAT") - 4
+            image = image[:place] + png_chunk(random) + image[place:]
+    return image
+
+
 def shard(random):
-    """(tar, parquet): a good shard, but for a JSON value that may be strange."""
+    """(tar, parquet): a good shard, but for a JSON value that may be strange, and odd metadata of images."""
     file, rows = io.BytesIO(), []
     with tarfile.open(fileobj=file, mode="w", format=random.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as tar:
         for number, (extension, image) in enumerate(zip(EXTENSIONS, PICTURES, strict=True)):
@@ -66,6 +141,8 @@ def shard(random):
             rows.append({"key": key, "status": "success", "caption": "stored", "width": 40, "height": 24})
             if random.random() < 0.2:
                 facts[random.choice(["caption", "width", "height"])] = VALUES[random.integers(len(VALUES))]
+            if random.random() < 0.3:
+                image = with_odd_metadata(image, random)
             members = {extension: image, "json": json.dumps(facts).encode(), "txt": f"text {number}".encode()}
             for name, content in members.items():
                 if random.random() < 0.1:
@@ -246,6 +323,22 @@ def is_by_name(reason):
         *("tar header", "extended header", "is no number", "pax header", "sparse file"),
     )
     return any(phrase in reason for phrase in by_name)
+
+
+def test_no_metadata_cost_a_picture():
+    """Turned it may be, and in other colours by a profile that can be used; but its pixels are all there."""
+    grey = Image.fromarray(np.tile(np.arange(8, 248, 6, dtype=np.uint8), (24, 1))).convert("RGB")
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        file = io.BytesIO()
+        grey.save(file, "JPEG" if seed % 2 else "PNG", quality=95)
+        data = with_odd_metadata(file.getvalue(), random)
+        size = header(FileBytes.of(data)).upright_wh_px
+        assert sorted(size) == [24, 40], seed
+        pixels, _ = decode(data, size, lambda width, height, size=size: Fit(size, (0, 0)))
+        assert pixels.shape == (size[1], size[0], 3)
+        if not header(FileBytes.of(data)).profile.transform:
+            assert abs(float(pixels.mean()) - 125) < 1.5, seed
 
 
 def test_damaged_shards_end_clearly():
