@@ -94,7 +94,7 @@ class CaptionSettings:
                 encoder,
                 asdict(options),
                 subset.caption_extension,
-                None if subset.metadata is None else subset.metadata.name,
+                None if subset.metadata is None else str(subset.metadata.resolve()),
             )
             for options, subset in zip(self.captions, index.subsets, strict=True)
         ]

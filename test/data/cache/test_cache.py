@@ -1,4 +1,5 @@
 import errno
+import json
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -488,6 +489,19 @@ def test_two_runs_with_other_captions_leave_each_other_their_text(folder, other)
         assert again.made == one.made and torch.equal(again.tensors[0], one.tensors[0])
         assert second.shelf.read(place).made != one.made
     assert first.fill().kept == second.fill().kept == 12
+
+
+def test_two_runs_with_metadata_files_of_one_name_leave_each_other_their_text(folder, tmp_path):
+    runs = []
+    for number in range(2):
+        metadata = tmp_path / f"{number}" / "meta.json"
+        metadata.parent.mkdir()
+        metadata.write_text(json.dumps({path.stem: {"caption": f"of {number}"} for path in folder.glob("*.png")}))
+        runs.append(Captions(folder, metadata=metadata))
+    for run in runs:
+        assert run.fill().computed == 12
+    for run in runs:
+        assert run.fill().kept == 12
 
 
 def test_a_caption_that_changes_while_training_is_not_trained_with_the_text_of_another(folder, tmp_path):
