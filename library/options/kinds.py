@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import toml
-
 from library.address import Address, user_path
 from library.redaction import redacted
 
 _CONTROL = re.compile(r"[\x00-\x1f]")  # no character of a path or name that anybody means
+_ESCAPED = re.compile(r'["\\\x00-\x1f\x7f]')  # what a TOML text cannot hold as it is
 Read = Callable[[str], Any]  # a value from its text; ValueError with a sentence that begins with "must"
 
 
@@ -102,10 +101,30 @@ def in_toml(value: Any) -> str:
 
 
 def toml_line(name: str, value: Any) -> str:
-    """A flag's line in a TOML file. An address may hold keys: one that does stands there as a comment, without them."""
+    """A flag's line in a TOML file; what cannot stand there is a comment.
+
+    An address that holds keys is shown without them, and bytes of a path that are no UTF-8 by what stands for them.
+    """
     if isinstance(value, Address) and str(value) != value.text:
-        return f"# {toml.dumps({name: str(value)}).strip()}  # without its credentials: give it on the command line"
-    return toml.dumps({name: to_file(value)}).strip()
+        return f"# {name} = {_as_toml(str(value))}  # without its credentials: give it on the command line"
+    line = f"{name} = {_as_toml(to_file(value))}"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        shown = line.encode(errors="backslashreplace").decode()
+        return f"# {shown}  # no UTF-8: give it on the command line"
+    return line
+
+
+def _as_toml(value: Any) -> str:
+    """A text, number, truth value or list of such as TOML 1.0 has it; in texts controls and quotes are escaped."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_toml, value))}]"
+    if isinstance(value, str):
+        return '"' + _ESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", value) + '"'
+    return repr(value)
 
 
 def to_file(value: Any) -> Any:

@@ -64,3 +64,33 @@ def test_credentials_are_not(tmp_path):
     plain = "https://data.test/{0..9}.tar"
     text = config_text(options("--output_dir=o", *REQUIRED, f"--train_data_dir={plain}"), seed=1)
     assert parse_toml(text)["train_data_dir"] == plain
+
+
+TEXTS = [
+    "C:\\xmodels",
+    "\\x41",
+    "a\x7fb",
+    "\x1b",
+    "\x85",
+    "\u2028",
+    'say "é"',
+    "\\\\u0041",
+    "'''",
+    "漢\U0001f600",
+    "a\tb",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_text_is_read_as_it_was(text):
+    """The package toml lost a backslash before an x, and failed at control characters."""
+    given = ["--output_dir=o", *REQUIRED, f"--caption_prefix={text}", "--optimizer_args", text, "b"]
+    written = parse_toml(config_text(options(*given), seed=1))
+    assert (written["caption_prefix"], written["optimizer_args"]) == (text, [text, "b"])
+    assert (written["learning_rate"], written["enable_bucket"], written["seed"]) == (2e-6, False, 1)
+
+
+def test_a_path_that_is_no_utf_8_is_a_comment():
+    text = config_text(options("--output_dir=o", *REQUIRED, "--in_json=a\udcff.json"), seed=1)
+    assert "in_json" not in parse_toml(text) and '# in_json = "a\\udcff.json"  # no UTF-8' in text
+    assert text.encode()
