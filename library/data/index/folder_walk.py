@@ -116,8 +116,12 @@ def _is(ask: Callable[[], bool]) -> bool:
         raise
 
 
-def passed_over(folders: Iterable[Folder], data: Path) -> list[str]:
-    """Sentences about what lies in the folders and is not used: how much of each kind, the first names, the way out."""
+def passed_over(folders: Iterable[Folder], data: Path, metadata: Path | None = None) -> list[str]:
+    """Sentences about what lies in the folders and is not used: how much of each kind, the first names, the way out.
+
+    Args:
+        metadata: a list of captions that is read.
+    """
     found: dict[str, list[str]] = {}
     pictures: Counter[str] = Counter()
     tars = sum(entry.name.endswith(".tar") for folder in folders for entry in folder.files)
@@ -131,6 +135,8 @@ def passed_over(folders: Iterable[Folder], data: Path) -> list[str]:
             if kind is not None:
                 found.setdefault(kind, []).append(str(folder.path / name))
                 pictures.update([extension_of(name)] if kind == "pictures" else [])
+    if metadata is not None and "lists" in found:
+        found["lists"] = [path for path in found["lists"] if Path(path).resolve() != metadata.resolve()]
     kinds = ", ".join(f"{count} {extension}" for extension, count in pictures.most_common(NAMED))
     images = " ".join(sorted(IMAGE_EXTENSIONS))
     no_shard = (

@@ -172,7 +172,7 @@ def _find_in_folder(subset: Subset, plain: Source) -> Found:
         for folder in walk(data, output_dir)
         if not any(folder.path.resolve().is_relative_to(other) for other in apart)
     ]
-    found.warnings += passed_over(folders, data)
+    found.warnings += passed_over(folders, data, subset.metadata)
     if subset.metadata is not None:
         folders = _with_metadata(folders, subset, subset.metadata, found.warnings)
     classes = class_folders(folders, data) if subset.class_folders else {}

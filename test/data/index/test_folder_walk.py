@@ -182,9 +182,10 @@ class TestSecondFolder:
 
 
 def test_json_of_the_whole_set_is_a_list_not_a_caption(data):
-    (data / "captions.json").write_text(json.dumps({"a": "b"}))
+    (data / "captions.json").write_text(json.dumps({"a": {"caption": "b"}, "b": {"caption": "c"}}))
     (warning,) = build(data).warnings
     assert "1 lists of captions" in warning
+    assert build(data, metadata=data / "captions.json").warnings == ()  # it is read
 
 
 def test_an_animation_is_its_first_picture(data):
