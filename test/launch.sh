@@ -36,6 +36,22 @@ problems=()                 # what is wrong with the arguments, a sentence each
 
 fail() { echo "$(basename "$0"): $1" >&2; exit 2; }
 
+# A word as messages show it: of an address what library/redaction.py shows, or less.
+shown() {
+    local before="" text=$1 rest
+    if [[ $text == --*=* ]]; then before=${text%%=*}= text=${text#*=}; fi
+    case $text in
+        pipe:*) text="pipe:…" ;;
+        *://*)
+            rest=${text#*://}
+            if [[ ${rest%%[?#]*} == *@* ]]; then rest=${rest%%[?#]*} rest=${rest##*@}; fi
+            if [[ $rest == *@* ]]; then rest="…"; fi  # in a query string, or behind a password with a question mark
+            text=${text%%://*}://${rest%%[?#]*}
+            ;;
+    esac
+    printf %s "$before$text"
+}
+
 # Takes note of something that is wrong with the arguments; all of it is said at once.
 wrong() { problems+=("$1"); }
 
@@ -116,7 +132,7 @@ parse_arguments() {
                 if ! is_known "${word#--}"; then
                     wrong "$(unknown_argument "$word")"
                 elif [ -n "$value" ]; then
-                    wrong "$word $value: write $word=$(printf %q "$value")"
+                    wrong "$word $(shown "$value"): write $word=$(printf %q "$(shown "$value")")"
                 else
                     wrong "$word needs a value: $word=VALUE"
                 fi
@@ -131,7 +147,7 @@ unknown_argument() {
     local own=${argument_of[$1]:-}
     local hint="flags of $script itself stand at the end, after --"
     if [ -n "$own" ]; then hint="$script's $1 is --$own=VALUE here"; fi
-    echo "unknown argument $1; $hint"
+    echo "unknown argument $(shown "$1"); $hint"
 }
 
 set_argument() {
@@ -173,7 +189,7 @@ usage() {
     if has_demo; then
         echo "  --demo  builds a small model and data set offline, trains in minutes, judges the pictures"
     fi
-    for name in "${known_arguments[@]}"; do echo "  --$name=${!name}"; done
+    for name in "${known_arguments[@]}"; do echo "  --$name=$(shown "${!name}")"; done
     echo "What follows -- goes to $script as it is and takes the place of the launcher's own flags:"
     echo "  bash test/$(basename "$0") --output_dir=out -- --learning_rate=1e-5 --optimizer_args \"weight_decay=0.1\""
     echo "--without leaves own flags of the launcher out, such as switches, which nothing else turns off."

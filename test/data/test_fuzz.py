@@ -304,7 +304,8 @@ def test_index_and_stream_use_the_same_samples_of_damaged_shards(tmp_path, seeds
         later = {name.rpartition("00000.tar:")[2] for name, reason in streamed_bad if not is_by_name(reason)}
         assert streamed.keys() <= images.keys() | cut and images.keys() - streamed.keys() <= later, seed
         assert all(images.get(key, image) == image for key, image in streamed.items()), seed
-        assert later or cut or len(bad) == len(streamed_bad), seed
+        torn = any("it ends" in reason for _, reason in streamed_bad)  # within an image without a key: it counts, too
+        assert later or cut or 0 <= len(streamed_bad) - len(bad) <= torn, seed
 
 
 def is_by_name(reason):

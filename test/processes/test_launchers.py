@@ -82,6 +82,21 @@ def test_all_that_is_wrong_with_the_arguments_is_said_at_once(tmp_path):
     assert len(said) == len(expected) and all(map(str.startswith, said, expected)), done.stderr
 
 
+def test_addresses_are_shown_without_their_secrets():
+    web = "http:" + "//"
+    given = [
+        f"{web}me:hunter/22@h.test/0.tar?sig=5eaf00d",
+        f"{web}me:hun?ter@h.test/0.tar",
+        "pipe:KEY=5eaf00d cat 0.tar",
+    ]
+    for address in given:
+        done = bash(ONE, "--dataset_name", address, address, f"--{address}", f"--dataset_nam={address}")
+        assert done.returncode == 2 and "write --dataset_name=" in done.stderr and "unknown argument" in done.stderr
+        said = done.stderr + bash(ONE, f"--dataset_name={address}", "--help").stdout
+        assert not [secret for secret in ("hun", "22@", "ter@", "5eaf00d") if secret in said], said
+    assert f"--dataset_name={web}h.test/0.tar" in bash(ONE, f"--dataset_name={given[0]}", "--help").stdout
+
+
 def test_bad_input_ends_the_launcher_with_status_2_and_the_error_last(tmp_path):
     done = bash(EIGHT, "--nproc_per_node=2", "--dataset_name=/no/such/folder", f"--output_dir={tmp_path}")
     assert done.returncode == 2
