@@ -18,6 +18,7 @@ from library.data.index.shards import scan_shard
 from library.data.index.sources import Source, Subset
 from library.data.index.table import build_index
 from library.data.index.tar_headers import TornTarError, members
+from library.data.sample.reader import Reader
 from library.data.stream import reader as reader_module
 from library.data.stream.reader import StreamReader
 from library.data.stream.shard_bytes import Patience
@@ -224,6 +225,10 @@ def test_both_readers_use_the_same_samples_and_count_what_they_do_not_use(tmp_pa
     images, bad = of_index(path)
     assert (images.keys(), len(bad)) == (used, lost), bad
     assert set(images.values()) <= {JPEG}
+    if used:
+        index = build_index([Subset(path, ".txt")], use_cache=False)
+        reader = Reader(index)
+        assert all(reader.image(row) == JPEG and reader.caption(row) for row in range(len(index)))
     streamed, streamed_bad = of_stream(path)
     assert (streamed, len(streamed_bad)) == (images, lost), streamed_bad
     assert all(reason for _, reason in (*bad, *streamed_bad))

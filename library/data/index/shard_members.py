@@ -7,7 +7,6 @@ KEY.txt, KEY.mask.png. It differs where what stands between the first and the la
 
 import re
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Generic, TypeVar
 
 from library.data.index.rows import IMAGE_EXTENSIONS, printable
@@ -100,7 +99,7 @@ class Group(Generic[Content]):
         return [
             extension
             for extension in self.extensions
-            if extension not in IMAGE_EXTENSIONS and PurePath(f"x{extension}").suffix in IMAGE_EXTENSIONS
+            if extension not in IMAGE_EXTENSIONS and _ending(extension) in IMAGE_EXTENSIONS
         ]
 
     def problem(self, captions: tuple[str, ...], extras: tuple[str, ...]) -> str:
@@ -143,10 +142,15 @@ class Group(Generic[Content]):
         for extension in self.further_images:
             if _extra(extension) in extras:
                 continue
-            stem = extension.removesuffix(PurePath(f"x{extension}").suffix)
+            stem = extension.removesuffix(_ending(extension))
             captioned = any(f"{stem}{ending}" in self.members for ending in (".txt", ".caption", ".json"))
             (own if captioned else others).append(extension)
         return own, others
+
+
+def _ending(extension: str) -> str:
+    """The last part of an extension: ".png" of ".mask.png"."""
+    return f".{extension.rpartition('.')[2]}"
 
 
 def _extra(extension: str) -> str:

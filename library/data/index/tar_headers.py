@@ -6,6 +6,7 @@ Unlike tarfile it reads on behind an end mark (what `cat a.tar b.tar` makes has 
 ends without one, and takes a name's front from its own field only where the header is POSIX's.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -188,16 +189,47 @@ class _Walker:
 
 
 def looks_like_tar(path: Path) -> bool:
-    """True if the file starts with a tar header."""
+    """True if the file starts with a tar header, or as a tar's end mark does."""
     with path.open("rb") as file:
         header = file.read(BLOCK)
-    return len(header) == BLOCK and _checksum_holds(header)
+    return len(header) == BLOCK and (not any(header) or _checksum_holds(header))
 
 
 def other_kind(path: Path) -> str:
     """What a file that is no tar is, with what to do; "" where that is unknown."""
     with path.open("rb") as file:
         return _other_kind(file.read(BLOCK))
+
+
+def names_of(before: bytes, size: int) -> Iterator[str]:
+    """The names that a regular file of a tar may have, by its header and by extended ones before that.
+
+    Args:
+        before: what stands in front of its contents, in whole blocks; extended headers are found as far as it reaches.
+        size: of the contents. No name comes where the header says another.
+    """
+    header, end = before[-BLOCK:], len(before) - BLOCK
+    if end < 0 or not _checksum_holds(header) or header[156:157] not in _REGULAR:
+        return
+    with contextlib.suppress(TornTarError):
+        if _number(header[124:136]) not in (0, size):  # 0: the size stands in a pax header
+            return
+        yield _short_name(header)
+        while (at := _extension_before(before, end)) is not None:
+            content = before[at + BLOCK : end][: _number(before[at + 124 : at + 136])]
+            is_pax = before[at + 156 : at + 157] == b"x"
+            if name := _pax_fields(content).get("path") if is_pax else _text(content):
+                yield name
+            end = at
+
+
+def _extension_before(before: bytes, end: int) -> int | None:
+    """Where the extended header begins whose content ends there."""
+    for at in range(end - 2 * BLOCK, -1, -BLOCK):
+        header = before[at : at + BLOCK]
+        if header[156:157] in (b"x", b"L") and _checksum_holds(header):
+            return at if at + BLOCK + -(-_number(header[124:136]) // BLOCK) * BLOCK == end else None
+    return None
 
 
 _BEGINNINGS = {

@@ -8,8 +8,11 @@ from library.data.bad_samples import SampleError
 from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_text
 from library.data.image_header import MAX_BYTES
 from library.data.index.rows import CaptionKind
+from library.data.index.shard_members import MemberName
 from library.data.index.table import Index
+from library.data.index.tar_headers import BLOCK, names_of
 
+_BLOCKS_BEFORE = 16  # of a tar, in front of a member's contents: names that do not fit into its header stand there
 _MAX_OPEN = 64  # shards kept open; the usual limit of a process is 1024 files
 
 
@@ -30,7 +33,7 @@ class Reader:
         if not source.is_shard:
             return self._file(source.path / self.index.key(row), MAX_BYTES)
         record = self.index.record(row)
-        return self._range(source.path, int(record["image_offset"]), int(record["image_bytes"]))
+        return self._member(row, int(record["image_offset"]), int(record["image_bytes"]))
 
     def extras(self, row: int) -> dict[str, bytes]:
         """The encoded extra images that the row's subset wants, by name.
@@ -43,7 +46,7 @@ class Reader:
         for extra in source.extras:
             offset, size, path = self.index.extra(row, extra)
             if source.is_shard:
-                found[extra.name] = self._range(source.path, offset, size)
+                found[extra.name] = self._member(row, offset, size)
             else:
                 root = self.index.subsets[source.subset].path if extra.folder is None else extra.folder
                 found[extra.name] = self._file(root / path, MAX_BYTES)
@@ -63,7 +66,7 @@ class Reader:
             return caption_lines(self.index.stored_caption(row))
         source = self.index.source(row)
         if source.is_shard:
-            data = self._range(source.path, offset, size)
+            data = self._member(row, offset, size)
         else:
             stem = PurePath(self.index.key(row)).stem
             path = source.path / f"{stem[: len(stem) - offset]}{source.caption_extension}"
@@ -75,14 +78,20 @@ class Reader:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _range(self, path: Path, offset: int, size: int) -> bytes:
+    def _member(self, row: int, offset: int, size: int) -> bytes:
+        """A member of a row's shard; the header before it tells whether it is still the one that was indexed."""
+        key, path = self.index.key(row), self.index.source(row).path
         try:
-            data = os.pread(self._descriptor(path), size, offset)
+            data = os.pread(self._descriptor(path), BLOCK + size, offset - BLOCK)
+            if len(data) < BLOCK + size:
+                raise SampleError("its shard has become shorter since it was indexed")
+            if not _is_named(key, data[:BLOCK], size):
+                start = max(0, offset - _BLOCKS_BEFORE * BLOCK)
+                if not _is_named(key, os.pread(self._descriptor(path), offset - start, start), size):
+                    raise SampleError("its shard has changed since it was indexed")
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from error
-        if len(data) < size:
-            raise SampleError("its shard has become shorter since it was indexed")
-        return data
+        return data[BLOCK:]
 
     def _descriptor(self, path: Path) -> int:
         if path in self._open:
@@ -110,3 +119,8 @@ class Reader:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _is_named(key: str, before: bytes, size: int) -> bool:
+    """Whether a member with these blocks before its contents is one of the key."""
+    return any((name := MemberName.of(found)) is not None and name.key == key for found in names_of(before, size))
