@@ -24,6 +24,8 @@ OF_OTHER_SIDE = re.compile(
     re.IGNORECASE,
 )
 
+_OF_ANOTHER_RANK = re.compile(r"rank \d+ on \S+ has failed: ")  # library/training/ranks/rank_failure.py
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -80,7 +82,8 @@ def recorded_failures(machine: int, folder: Path) -> list[Failure]:
     for path in folder.rglob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
         # A process that a signal has stopped was stopped because of another failure, as after SIGTERM.
-        certain = record["status"] < _BY_SIGNAL and (record["expected"] or not OF_OTHER_SIDE.search(record["message"]))
+        own = record["status"] < _BY_SIGNAL and not _OF_ANOTHER_RANK.search(record["message"])
+        certain = own and (record["expected"] or not OF_OTHER_SIDE.search(record["message"]))
         what = f"ended with exit status {record['status']}:"
         failures.append(
             Failure(

@@ -233,3 +233,25 @@ def test_signals_are_heard_from_the_start_on(arguments, tmp_path):
     assert run.returncode == 143, printed
     assert "stopped by SIGTERM" in printed and "Traceback" not in printed
     assert "running training" not in printed
+
+
+@pytest.mark.all
+def test_ctrl_c_at_the_launcher_of_two_processes_is_answered_and_saves(arguments, undisturbed_two, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "screen"
+    command = [
+        sys.executable, "-m", "library.processes.launch", "--nnodes=1", "--nproc_per_node=2", "--node_rank=0",
+        "--master_ip=", "--master_port=0", "--start_timeout=60", f"--log={tmp_path / 'train'}", "--",
+        str(ROOT / "sdxl_pretrain.py"), *arguments(out, "--gradient_accumulation_steps=1"),
+    ]  # fmt: skip
+    env = {**ENV, "LAUNCHER_COMMAND": "bash test/launcher.sh --output_dir=out"}
+    with log.open("w") as screen:
+        run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=screen, stderr=screen)
+        wait_until(lambda: steps_done(out) >= 2)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(100) == 130, log.read_text()
+        printed = log.read_text()
+        assert printed.count("SIGINT: saving after this step, then ending; again within 8 s") == 1
+        assert "to go on: bash test/launcher.sh --resume=auto --output_dir=out" in printed
+        assert states(out) == [f"at-step{steps_done(out):08d}-state"]
+        assert subprocess.run(command, cwd=ROOT, env=env, stdout=screen, stderr=screen, timeout=300).returncode == 0
+    assert_undisturbed(out, undisturbed_two)

@@ -9,6 +9,7 @@ import pytest
 from library.errors import InputError, Stopped, TrainingError
 from library.exit_status import EXIT_BAD_INPUT, EXIT_FAILED, run_main
 from library.processes.failures import Failure, log_of_rank, recorded_failures, root_cause, unrecorded_failures
+from library.training.ranks.rank_failure import RankFailure
 
 PEER_GONE = "RuntimeError: [gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:24495."
 
@@ -47,6 +48,14 @@ def test_an_error_of_ones_own_is_shown_before_the_broken_connections_that_follow
     assert (cause.rank, cause.status) == (1, status)
     assert cause.report().startswith("training failed: rank 1 (machine 0, ")
     assert cause.report().endswith(shown)
+
+
+def test_an_error_that_another_process_has_told_of_is_not_the_cause(tmp_path, monkeypatch):
+    """It may be written down first: the process that fails waits until the others have heard of it."""
+    told = RankFailure.of(ValueError("a bug"), 1).as_error()
+    assert fail_as(0, told, tmp_path, monkeypatch) == fail_as(1, ValueError("a bug"), tmp_path, monkeypatch) == 1
+    cause = root_cause(recorded_failures(0, tmp_path))
+    assert cause.rank == 1 and "Traceback" in cause.text
 
 
 def test_a_process_that_was_told_to_stop_is_not_the_cause(tmp_path, monkeypatch):

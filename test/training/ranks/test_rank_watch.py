@@ -1,11 +1,14 @@
 """Processes that tell each other of signals and of how far they are, here two threads over one store."""
 
+import re
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import HashStore
 
+from library.errors import InputError, Stopped, TrainingError
 from library.signals import Signals
 from library.training.ranks import rank_watch as module
 from library.training.ranks.rank_watch import READING, TRAINING, WAITING, Companions, Report, waited_for
@@ -74,3 +77,40 @@ def test_who_is_waited_for_is_known_before_the_time_is_over(two, caplog):
         two[0].progress.at(5, TRAINING)
         wait_until(lambda: not two[0].verdict)  # an error that comes now has another reason
         wait_until(lambda: "no longer answers" in two[0].verdict)
+
+
+def test_a_process_that_would_wait_for_one_that_has_failed_ends_with_its_cause(two, monkeypatch, capsys):
+    """As where the backend does not notice: its main thread does not come out of the collective."""
+    ended = []
+    monkeypatch.setattr(module, "leave_at_once", ended.append)
+    monkeypatch.setattr(module, "_LEAVE_S", 0.1)
+    two[0]._signals.unfinished = SimpleNamespace(is_writing=lambda: not two[1]._thread.is_alive() and state.pop())
+    state = [False, True]
+    with two[0]:
+        with pytest.raises(ValueError, match="planted"), two[1]:
+            raise ValueError("planted here")
+        wait_until(lambda: ended)
+    assert ended == [1] and not state  # the state that had begun was waited for
+    assert re.search(r"training stopped: rank 1 on \S+ has failed: ValueError: planted here", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OSError(28, "No space left on device", "out"), TrainingError, "rank 1 on .* has failed: out: No space left"),
+        (InputError("--x is wrong"), InputError, "^--x is wrong$"),
+        (Stopped(signal.SIGTERM), Stopped, "SIGTERM"),
+    ],
+)
+def test_a_collective_that_breaks_because_another_process_has_failed_says_why(two, error, kind, said):
+    with pytest.raises(kind, match=said), two[0]:
+        with pytest.raises(type(error)), two[1]:
+            raise error
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:11234")
+
+
+def test_an_error_of_ones_own_stays(two):
+    with pytest.raises(RuntimeError, match="size mismatch"), two[0]:
+        with pytest.raises(ValueError), two[1]:
+            raise ValueError("planted here")
+        raise RuntimeError("size mismatch")
