@@ -10,6 +10,7 @@ from library.options.flag import PathTo
 
 MODELS = (PathTo.MODEL, PathTo.VAE, PathTo.TOKENIZER)
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--vae"
+_PARTS, _WEIGHTS = ("unet", "text_encoder", "text_encoder_2"), (".safetensors", ".bin")  # the VAE may be another
 _TOKENIZER_FOLDERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
@@ -34,12 +35,31 @@ def problems_of_model(kind: PathTo, flag: str, source: str | None) -> Iterator[s
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raise InputError where a folder is no diffusers model; it names single files that are in it."""
+    """Raise InputError where a folder is no diffusers model, or none of a part's weights are weights.
+
+    It names single files that are in the folder.
+    """
     if (folder / "unet" / "config.json").is_file():
+        for part in _PARTS:
+            _check_part(folder / part)
         return
     singles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".safetensors", ".ckpt"))
     hint = f" There are single files in it; give one of them: {', '.join(singles[:3])}." if singles else ""
     raise InputError(f"{folder}: no diffusers model: it has no unet/config.json.{hint}")
+
+
+def _check_part(folder: Path) -> None:
+    """Raise InputError where all files of weights in a folder are something else: a clone without git-lfs, say."""
+    first: InputError | None = None
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in _WEIGHTS:
+            try:
+                weight_form(path)
+                return
+            except InputError as error:
+                first = first or error
+    if first is not None:
+        raise first
 
 
 def check_tokenizer_folder(folder: Path) -> None:

@@ -65,6 +65,17 @@ def test_what_is_not_there_is_said(here, source, said):
     assert re.search(said, problem)
 
 
+def test_a_folder_that_was_cloned_without_git_lfs_is_said_to_be_that(here):
+    part = here / "models" / "sdxl" / "unet"
+    (part / "model.fp16.safetensors").write_text("version 1 of git-lfs\noid sha256:12\nsize 5135149760\n")
+    (problem,) = problems("models/sdxl")
+    assert problem.startswith(
+        "--pretrained_model_name_or_path models/sdxl/unet/model.fp16.safetensors: is a pointer of"
+    )
+    (part / "model.safetensors").write_bytes(save({}))  # another form of the same weights that is whole
+    assert problems("models/sdxl") == []
+
+
 def test_all_are_said_at_once(here):
     words = ("--vae=models/sdxl", "--tokenizer1_path=/none/at/all", f"--tokenizer2_path={here / 'models'}")
     starts = (

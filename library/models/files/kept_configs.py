@@ -26,7 +26,14 @@ _UNET_FIELDS: dict[str, tuple[type, ...]] = {
     "num_head_channels": (int,),
     "upcast_attention": (bool,),
 }
-_VAE_FIELDS: dict[str, tuple[type, ...]] = {"norm_num_groups": (int,), "force_upcast": (bool,)}
+_VAE_FIELDS: dict[str, tuple[type, ...]] = {
+    "norm_num_groups": (int,),
+    "force_upcast": (bool,),
+    # By what latents are shifted and divided besides the scaling factor; no published VAE of Stable Diffusion has them.
+    "shift_factor": (float, int, type(None)),
+    "latents_mean": (list, type(None)),
+    "latents_std": (list, type(None)),
+}
 _ENCODER_FIELDS: dict[str, tuple[type, ...]] = {
     "num_attention_heads": (int,),
     "hidden_act": (str,),
@@ -37,7 +44,12 @@ _ENCODER_FIELDS: dict[str, tuple[type, ...]] = {
 }
 _COUNTS = ("num_heads", "num_head_channels", "norm_num_groups", "num_attention_heads")
 _VAE_CHANNELS = (128, 256, 512, 512)  # of every published VAE of Stable Diffusion
-_VAE_USUAL = {"norm_num_groups": VAE_NORM_GROUPS, "force_upcast": True}  # the latter is diffusers' default
+_VAE_UNSHIFTED: dict[str, Any] = dict.fromkeys(("shift_factor", "latents_mean", "latents_std"))
+_VAE_USUAL = {
+    "norm_num_groups": VAE_NORM_GROUPS,
+    "force_upcast": True,  # diffusers' default
+    **_VAE_UNSHIFTED,
+}
 
 
 def metadata_of(model: Model) -> dict[str, str]:
@@ -49,9 +61,10 @@ def metadata_of(model: Model) -> dict[str, str]:
         vars(config), model.family
     ):
         entries[UNET_KEY] = fields
-    vae = {name: getattr(model.vae.config, name) for name in _VAE_FIELDS}
+    vae = {name: getattr(model.vae.config, name, None) for name in _VAE_FIELDS}
+    vae |= {name: list(value) for name, value in vae.items() if isinstance(value, tuple)}
     if vae != _VAE_USUAL or tuple(model.vae.config.block_out_channels) != _VAE_CHANNELS:
-        entries[VAE_KEY] = vae
+        entries[VAE_KEY] = {name: value for name, value in vae.items() if value is not None}
     encoders = [
         {name: getattr(encoder.config, name) for name in _ENCODER_FIELDS}
         if _differs(encoder.config, spec) or encoder.config.hidden_size != spec.width
@@ -148,7 +161,8 @@ def vae_fields(channels: tuple[int, ...], metadata: Mapping[str, str], origin: s
     """
     kept = _read(metadata, VAE_KEY, origin)
     if kept is not None:
-        return _checked(kept, _VAE_FIELDS, VAE_KEY, origin)
+        there = {**_VAE_UNSHIFTED, **kept} if isinstance(kept, dict) else kept
+        return _checked(there, _VAE_FIELDS, VAE_KEY, origin)
     if channels != _VAE_CHANNELS:
         raise _uncertain(origin, "how many norm groups its VAE has", VAE_KEY, f"{list(channels)} channels", "VAE")
     return dict(_VAE_USUAL)

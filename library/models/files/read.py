@@ -270,6 +270,8 @@ def _from_single_file(
     family = family_of_tensors(tensors, families, str(path))
     scheduler, prediction_source = scheduler_of(tensors, metadata, family, str(path))
     file = _File(path, family, metadata, describe(tensors), dtype)
+    factor = single_file.scaling_factor(metadata, family, str(path))
+    single_file.check_scale_factor(tensors, factor, str(path))
     parts = single_file.split(tensors, family, str(path), file.kind, with_vae=vae is None)
     return Model(
         family,

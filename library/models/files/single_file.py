@@ -22,6 +22,7 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 _TEXT_MODEL = "text_model."
 _SHOWN = 5
+_NEAR = 1e-2  # half precision is 5e-4 off
 
 # What files of every program have besides the networks, and is read elsewhere or follows from the configuration: tables
 # of the noise schedule, CLIP's positions and masks, marks of the prediction type, the loss of the VAE's training.
@@ -147,6 +148,23 @@ def remembered(model: Model) -> dict[str, str]:
     if model.vae.config.scaling_factor != model.family.vae_scaling_factor:
         entries[SCALING_FACTOR_KEY] = repr(float(model.vae.config.scaling_factor))
     return {**entries, **kept_prediction.metadata_of(model)}
+
+
+def check_scale_factor(tensors: Mapping[str, Tensor], factor: float, origin: str) -> None:
+    """Raise InputError where a file has CompVis' tensor `scale_factor`, and it is another factor than latents get here.
+
+    Their training code has it where the factor was measured on the first batch (scale_by_std).
+    """
+    told = tensors.get("scale_factor")
+    if told is None or told.numel() != 1 or not told.is_floating_point():
+        return
+    value = float(told)
+    if 0 < value < math.inf and abs(value - factor) > _NEAR * factor:
+        raise InputError(
+            f"{origin}: its tensor scale_factor says that latents are multiplied by {value:g}, and here they would be "
+            f"by {factor:g}: it was trained on latents of its own. Give it as a diffusers folder, whose "
+            f"vae/config.json has {value:g} as scaling_factor."
+        )
 
 
 def scaling_factor(metadata: Mapping[str, str], family: Family, origin: str) -> float:

@@ -3,6 +3,7 @@
 The marks are those that ComfyUI writes (Playground 2.5, CosXL), and diffusers' configurations.
 """
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -19,6 +20,7 @@ from library.models.files.noise_process import check_scheduler, check_tensors
 from library.models.files.read import load_model
 from library.models.files.write import save_model
 from library.models.unet import UNet
+from library.models.vae import encode_images
 
 CLIP_L = "conditioner.embedders.0."
 BIG_G = "conditioner.embedders.1.model."
@@ -146,6 +148,26 @@ def test_a_table_of_another_schedule_is_refused_and_the_usual_one_is_not(single,
         load(_with(single, tmp_path / f"{number}.safetensors", {"alphas_cumprod": table, "ztsnr": torch.zeros(0)}))
     with pytest.raises(InputError, match=r"linear\.safetensors: its tensor alphas_cumprod .* another noise schedule"):
         load(_with(single, tmp_path / "linear.safetensors", {"alphas_cumprod": linear}))
+
+
+def test_a_scale_of_latents_of_its_own_is_refused_and_the_usual_one_is_not(single, load, tmp_path):
+    for number, factor in enumerate((0.13025, 0.1302)):
+        load(_with(single, tmp_path / f"{number}.safetensors", {"scale_factor": torch.tensor(factor)}))
+    with pytest.raises(InputError, match=r"own\.safetensors: its tensor scale_factor says .* by 0\.2.* by 0\.13025"):
+        load(_with(single, tmp_path / "own.safetensors", {"scale_factor": torch.tensor(0.2)}))
+
+
+@pytest.mark.parametrize(
+    "own", [{"shift_factor": 0.1159}, {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0, 3.0, 4.0, 5.0]}]
+)
+def test_a_single_file_keeps_how_its_vae_shifts_latents(sdxl, load, tmp_path, own):
+    """Without, a checkpoint of Playground's VAE would be read as one that shifts nothing."""
+    vae = copy.deepcopy(sdxl.vae)
+    vae.register_to_config(**own)
+    model = load(save_model(replace(sdxl, vae=vae), tmp_path / "shifted", "safetensors"))
+    assert {name: model.vae.config[name] for name in own} == own
+    images = torch.randint(0, 255, (1, 32, 32, 3), dtype=torch.uint8)
+    assert torch.equal(encode_images(model.vae, images), encode_images(vae, images))
 
 
 # Harmless surplus -----------------------------------------------------------------------------------------------------
