@@ -64,6 +64,20 @@ def check_scheduler(config: Mapping[str, Any], origin: str) -> None:
         )
     if config.get("snr_shift_scale", 1) not in (1, None):
         raise InputError(f"{origin}: snr_shift_scale shifts the noise schedule, which is not read here. {_WAY_OUT}")
+    try:
+        alphas_cumprod_S = NoiseSchedule.from_config(config).alphas_cumprod_S
+        falls = len(alphas_cumprod_S) > 1 and bool((alphas_cumprod_S[1:] < alphas_cumprod_S[:-1]).all())
+        wrong = (
+            None if falls and alphas_cumprod_S[-1] >= 0 and alphas_cumprod_S[0] < 1 else "its alpha_bar does not fall"
+        )
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        wrong = str(error).splitlines()[0]
+    if wrong:
+        fields = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "trained_betas")
+        said = ", ".join(f"{name} {str(config[name])[:40]}" for name in fields if config.get(name) is not None)
+        raise InputError(f"{origin}: makes no noise schedule ({wrong}): {said}. Copy or download it again.")
 
 
 def check_schedule(tensors: Mapping[str, Tensor], config: Mapping[str, Any], origin: str) -> None:

@@ -153,7 +153,7 @@ def read_json(path: Path) -> dict:
         InputError: no such file, or not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file. The model folder is incomplete.") from error
     except (OSError, ValueError) as error:

@@ -110,11 +110,24 @@ def test_schedulers_of_other_processes_are_refused(change, named):
         check_scheduler({**SDXL.scheduler, **change}, "scheduler_config.json")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"beta_end": 12.0}, {"beta_end": "high"}, {"beta_start": -1e-3}, {"num_train_timesteps": 0}, {"beta_end": None},
+        {"num_train_timesteps": "1000"}, {"trained_betas": ["x"]}, {"trained_betas": []}, {"trained_betas": [0.1, 2.0]},
+        {"beta_start": float("nan")}, {"beta_schedule": "squaredcos_cap_v2"}, {"beta_schedule": ["linear"]},
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_schedule_are_named(change):
+    with pytest.raises(InputError, match=r"scheduler_config\.json: "):
+        check_scheduler({**SDXL.scheduler, **change}, "scheduler_config.json")
+
+
 def test_they_are_refused_before_any_weight_is_read(folder, load, tmp_path):
     shutil.copytree(folder, tmp_path / "other")
     file = tmp_path / "other" / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}))
-    (tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    save_file({}, tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(InputError, match=r"scheduler_config\.json: its scheduler is 'FlowMatch"):
         load(tmp_path / "other")
 
