@@ -298,13 +298,13 @@ class StateWriter:
         sync(partial)
         replace_folder(partial, self.output_dir / snapshot.name)
         logger.info("training state saved: %s", self.output_dir / snapshot.name)
-        names = [entry.name for entry in self.output_dir.iterdir()]
-        for name in obsolete(names, snapshot.name, self.retention, self.output_name):
-            logger.info("removing old training state: %s", self.output_dir / name)
-            try:
+        try:  # the new one is there: what fails with old ones is no failure to save
+            names = [entry.name for entry in self.output_dir.iterdir()]
+            for name in obsolete(names, snapshot.name, self.retention, self.output_name):
+                logger.info("removing old training state: %s", self.output_dir / name)
                 remove_state(self.output_dir / name)
-            except OSError as error:
-                logger.warning("%s: cannot be removed (%s)", self.output_dir / name, error.strerror)
+        except OSError as error:
+            logger.warning("%s: old training states cannot be removed (%s)", self.output_dir, error.strerror)
 
     def _list_of(self, rank: int, partial: Path) -> tuple[dict[str, Entry], dict[str, tuple[int, int]]]:
         """The files that another rank has written, and the rows in them, once it says so."""

@@ -301,3 +301,22 @@ def test_a_read_only_folder_is_named(tmp_path):
         with pytest.raises(TrainingError, match=r"frozen.*Read-only file system"):
             writer.finish()
         assert value_of(newest_valid(frozen, None)) == 1.0
+
+
+def test_old_states_that_cannot_be_looked_for_are_no_failure_of_the_new_one(tmp_path, monkeypatch, caplog):
+    real = Path.iterdir
+
+    def refuse(self):
+        if self == tmp_path:
+            raise OSError(5, "Input/output error")
+        return real(self)
+
+    with StateWriter(tmp_path, retention=Retention(last_n_steps=0)) as writer:
+        snapshot(writer, 1)
+        writer.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "iterdir", refuse)
+            snapshot(writer, 2)
+            writer.wait()
+    assert "old training states cannot be removed (Input/output error)" in caplog.text
+    assert names_in(tmp_path) == ["at-step00000001-state", "at-step00000002-state"]
