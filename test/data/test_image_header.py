@@ -218,6 +218,14 @@ def test_damage_that_libjpeg_sees_in_other_jpegs_is_named(options, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=str)
+def test_a_jpeg_cut_anywhere_is_said_to_be_truncated(options):
+    data = encoded(gradient(), **options)
+    for end in range(data.index(b"\xff\xda") + 14, len(data) - 40, 7):
+        with pytest.raises(SampleError, match=r"truncated|damaged inside"):
+            pixels_of(data[:end], SIZE)
+
+
 def test_whole_jpegs_of_all_kinds_are_whole():
     """Flat, black and grey endings, restart markers, and the bytes that encoders leave before the end mark."""
     random = np.random.default_rng(5)

@@ -1,8 +1,9 @@
 """Segments of JPEG (ITU-T T.81, annex B): size, orientation and colour profile, and the file without metadata."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from library.data.image_formats.exif import orientation_of
 from library.data.image_formats.file_bytes import Facts, FileBytes
@@ -17,8 +18,6 @@ _APP0, _APP1, _APP2, _APP14, _APP15, _COM = 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
 _NO_CONTENT = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a segment
 _ICC = b"ICC_PROFILE\0"  # then the number of this part, from 1, and how many there are (ICC.1:2022, B.4)
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
-# In entropy-coded data 0xFF is followed by 0 or is a restart marker; whatever else follows ends the data.
-_MARKER_IN_DATA = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _BETWEEN_SCANS = frozenset({0xC4, 0xCC, 0xDB, _DRI, _COM, *range(_APP0, 0xF0)})  # tables and metadata
 
 
@@ -173,8 +172,10 @@ def _end_of_data(data: bytes, position: int, one_scan: bool) -> tuple[int, int, 
         one_scan: nothing belongs to the picture behind the first scan.
     """
     scans = 1
-    while match := _MARKER_IN_DATA.search(data, position):
-        marker, position = data[match.start() + 1], match.start()
+    for found in _markers(data, position):
+        if found < position:  # within a segment
+            continue
+        marker, position = data[found + 1], found
         if marker == _EOI or one_scan:
             return position, scans, marker == _EOI
         if marker != _SOS and marker not in _BETWEEN_SCANS:
@@ -182,3 +183,14 @@ def _end_of_data(data: bytes, position: int, one_scan: bool) -> tuple[int, int, 
         scans += marker == _SOS
         position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
     return len(data), scans, False
+
+
+def _markers(data: bytes, position: int) -> list[int]:
+    """Where 0xFF is followed by what it cannot be within entropy-coded data: all but 0, fill and restart markers."""
+    if position >= len(data):
+        return []
+    values = np.frombuffer(data, np.uint8, offset=position)
+    marks = np.flatnonzero(values[:-1] == 0xFF)
+    behind = values[marks + 1]
+    restart = (behind >= 0xD0) & (behind <= 0xD7)
+    return (marks[(behind != 0) & (behind != 0xFF) & ~restart] + position).tolist()
