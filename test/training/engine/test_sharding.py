@@ -99,8 +99,10 @@ def assert_the_same_training(folder, name, reference_folder, reference_name):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5), name
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), name
         assert mine["lr"] == theirs["lr"], name
-    # What a preview computes with the weights amplifies their difference.
-    for suffix, bound in (("", 1e-5), (".preview", 1e-4)):
+    # Rounding differs by processor: of oneDNN's and MKL's kernels those for AVX2 left 1.04e-5 after 20 steps, those
+    # for AVX-512 less than 1e-5. One step alone moves the weights by 2e-3 of their norm (1e-4 of 0.05 each): a wrong
+    # gradient cannot hide below the bound. What a preview computes with the weights amplifies their difference.
+    for suffix, bound in (("", 3e-5), (".preview", 3e-4)):
         mine = load_file(folder / f"{name}{suffix}.safetensors")
         theirs = load_file(reference_folder / f"{reference_name}{suffix}.safetensors")
         assert mine.keys() == theirs.keys()
