@@ -4,6 +4,7 @@ one process and in two, in fp32 and in fp16 with loss scaling, fused attention a
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,3 +187,27 @@ def test_bf16_weights_are_rounded_there_too(train, on_cpu):
         assert line["loss"] == pytest.approx(exact["loss"], rel=2e-2)
     state = load_file(out / "last-state" / "rank00000-of-00002.training.safetensors")
     assert {one.dtype for name, one in state.items() if one.dim()} == {torch.bfloat16}
+
+
+def test_no_operator_is_new(train, tmp_path):
+    """What training, sampling, and a network module beside a frozen U-Net launch on the NPU is in a list.
+
+    An operator that is not in it may be one that CANN lacks for a dtype, or that is slow there: look at it, then add it
+    to test/npu_sim/dispatched_operators.txt. One that torch_npu has no kernel for ends its run already.
+    """
+    (tmp_path / "prompts.txt").write_text("a red photo --w 64 --h 48 --s 2 --l 3 --d 7\n")
+    env = {**environment(), "NPU_SIM_DISPATCHED": str(tmp_path / "operators.txt")}
+    train(
+        env,
+        "--mixed_precision=bf16", "--full_bf16", "--use_ema", "--v_parameterization", "--zero_terminal_snr",
+        "--gradient_checkpointing", f"--sample_prompts={tmp_path / 'prompts.txt'}", "--sample_at_first",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", str(HERE / "npu_sim" / "inside" / "networks.py")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    known, registered = (
+        set(re.findall(r"^\w\S*$", (HERE / "npu_sim" / f"{name}_operators.txt").read_text(), re.MULTILINE))
+        for name in ("dispatched", "registered")
+    )
+    assert sorted(set((tmp_path / "operators.txt").read_text().split()) - known) == []
+    assert known <= registered

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 NPU_MAX_HEADS = 256
 NPU_MAX_HEAD_SIZE = 768
 NPU_MAX_TOKENS = 2**20
+NPU_MAX_SDPA_HEAD_SIZE = 512  # up to which torch's SDPA goes to it
 _HALF = (torch.float16, torch.bfloat16)
 COMPILED = "sdpa"  # becomes part of what torch.compile makes, where the calls are not counted
 
@@ -64,6 +65,13 @@ def _sdpa(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
     return out_BNTD.transpose(1, 2)
 
 
+def _sdpa_refusal(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> str | None:
+    """On Ascend torch's SDPA goes to the fused kernel with heads of up to 512, also where that takes no such shape."""
+    if not device.is_npu(q_BTND.device) or device.is_before_910b1(q_BTND.device):
+        return None
+    return _npu_shape_refusal(q_BTND, k_BSND) if q_BTND.shape[-1] <= NPU_MAX_SDPA_HEAD_SIZE else None
+
+
 def _npu(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
     """Ascend's fused kernel; of its seven results the output is the first."""
     torch_npu = device.torch_npu()
@@ -84,6 +92,11 @@ def _npu_refusal(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> str | None:
         return f"it is used in fp16 and bf16 only, not in {_name(q_BTND.dtype)} (--mixed_precision)"
     if device.is_before_910b1(q_BTND.device):
         return f"{device.device_name(q_BTND.device)} has no fused attention for training, Ascend 910B1 and later have"
+    return _npu_shape_refusal(q_BTND, k_BSND)
+
+
+def _npu_shape_refusal(q_BTND: Tensor, k_BSND: Tensor) -> str | None:
+    """Why Ascend's fused kernel takes no such shape; None if it does."""
     heads, head_size = q_BTND.shape[2:]
     if not (0 < head_size <= NPU_MAX_HEAD_SIZE and 0 < heads <= NPU_MAX_HEADS):
         return f"it takes at most {NPU_MAX_HEADS} heads of at most {NPU_MAX_HEAD_SIZE}"
@@ -106,7 +119,7 @@ def _xformers_refusal(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> str | N
 
 BACKENDS: dict[str, Backend] = {
     "math": Backend(_math, _takes_all),
-    "sdpa": Backend(_sdpa, _takes_all),
+    "sdpa": Backend(_sdpa, _sdpa_refusal, fallback="math"),
     "npu": Backend(_npu, _npu_refusal),
     "xformers": Backend(_xformers, _xformers_refusal),
 }

@@ -4,12 +4,14 @@ Shape legend: B batch, K chunks of a caption, N = B*K, L = 77 tokens of a chunk,
 C channels of the context, D width of one encoder, P width of the pooled vector.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from library import device
 from library.errors import InputError
 from library.models.family import EncoderUse
 from library.models.gelu import Gelu
@@ -235,9 +237,21 @@ def _run_layers(model: Any, states_NLD: Tensor, layers: nn.ModuleList) -> Tensor
     from transformers.masking_utils import create_causal_mask
 
     mask = create_causal_mask(config=model.config, inputs_embeds=states_NLD, attention_mask=None, past_key_values=None)
+    if mask is None and device.is_npu(states_NLD.device):
+        mask = _lower_triangle(states_NLD.shape[1], states_NLD.device)
     for layer in layers:
-        states_NLD = layer(states_NLD, mask, is_causal=True)
+        states_NLD = layer(states_NLD, mask, is_causal=mask is None or not device.is_npu(states_NLD.device))
     return states_NLD
+
+
+@functools.lru_cache(maxsize=8)
+def _lower_triangle(length: int, where: torch.device) -> Tensor:
+    """(1, 1, L, L) bool: which places each place sees, made once for all layers and steps.
+
+    Without a mask torch_npu's attention makes a triangle of 2048 x 2048 in each call: two operators and 4 MiB.
+    """
+    with torch.inference_mode(False):
+        return torch.ones(1, 1, length, length, dtype=torch.bool, device=where).tril()
 
 
 def _join_chunks(states_BKLD: Tensor) -> Tensor:

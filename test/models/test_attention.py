@@ -89,6 +89,7 @@ def fake_npu(monkeypatch):
 
     monkeypatch.setattr(device, "torch_npu", lambda: SimpleNamespace(npu_fusion_attention=npu_fusion_attention))
     monkeypatch.setattr(device, "is_npu", lambda _: True)
+    monkeypatch.setattr(device, "has_bf16", lambda _: True)
     return calls
 
 
@@ -125,6 +126,7 @@ def test_npu_off_an_npu_is_one_warning_and_sdpa(caplog):
 
 def test_npu_without_torch_npu_falls_back(monkeypatch, caplog):
     monkeypatch.setattr(device, "is_npu", lambda _: True)
+    monkeypatch.setattr(device, "has_bf16", lambda _: True)
     monkeypatch.setattr(device, "torch_npu", lambda: None)
     forward_and_backward(SIZES[0], torch.float16, "npu")
     assert "torch_npu is not installed; sdpa runs instead" in caplog.text

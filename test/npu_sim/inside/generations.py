@@ -14,7 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from library import device as devices
 from library.errors import InputError
 from library.models import attention_trial, gelu
-from library.models.text_encoders import use_erf_gelu
+from library.models.family import EncoderUse
+from library.models.text import Tokens
+from library.models.text_encoders import encode, use_erf_gelu
 from library.models.vae import choose_attention
 from library.training.engine.optimizers import ParameterGroup, make_optimizer
 from library.training.engine.precision import make_accelerator
@@ -111,6 +113,25 @@ def test_a_text_encoder_with_gelu_computes_the_erf_form():
     assert encoder.state_dict().keys() == names and torch.equal(encoder(ids).last_hidden_state, want)
     got = encoder.to(NPU)(ids.to(NPU)).last_hidden_state
     torch.testing.assert_close(got.cpu(), want, rtol=0, atol=2e-6)
+
+
+def test_text_states_under_the_shared_mask_are_the_cpus(monkeypatch):
+    """One mask of the text's length, and no triangle of 2048 x 2048 in each layer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    encoder = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=100, eos_token_id=99)).eval()
+    use = EncoderUse(skipped_layers=1, final_norm=False, pooled=False)
+    ids = torch.randint(0, 98, (2, 1, 77))
+    want = encode([encoder], Tokens((ids,)), [use]).context_BTC
+    masks = []
+    fused = torch_npu.npu_fusion_attention
+    monkeypatch.setattr(
+        "torch_npu._operators.npu_fusion_attention",
+        lambda *given, **named: masks.append(named["atten_mask"].shape) or fused(*given, **named),
+    )
+    got = encode([encoder.to(NPU)], Tokens((ids.to(NPU),)), [use]).context_BTC
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-5)
+    assert masks == [(1, 1, 77, 77)] * 2
 
 
 @on(("environment", "hccl", "group"), [({}, "3600", 3660), ({"HCCL_EXEC_TIMEOUT": "7200"}, "7200", 7260)])

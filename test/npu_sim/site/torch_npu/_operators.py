@@ -99,6 +99,65 @@ def npu_fusion_attention(
     return out, _eight(max_BNS), _eight(sum_BNS), query.new_empty(0), 0, 0, 0 if keep_prob == 1 else max_BNS.numel()
 
 
+_MOST_FUSED_HEAD_SIZE, _MOST_FUSED_HEADS = 512, 2048
+_aten = torch.library.Library("aten", "IMPL")
+
+
+def _scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's SDPA along op-plugin's route: fused attention wherever it may be, whatever the user has asked for.
+
+    Each causal call makes a triangle of 2048 x 2048, 4 MiB in two launches; a mask is turned round in one.
+    """
+    causal = {"sparse_mode": 2, "next_tockens": 0} if is_causal else {}
+    hidden = None
+    if _takes_fused(query, key, value, attn_mask):
+        if is_causal:
+            hidden = torch.ones(2048, 2048, dtype=torch.bool, device=query.device).triu(1)
+        elif attn_mask is not None:
+            hidden = attn_mask.logical_not()
+            if hidden.dim() != 2 and hidden.shape[:2] != (1, 1):
+                hidden = hidden.expand(*query.shape[:3], key.shape[2])
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        fused = npu_fusion_attention(
+            query, key, value, query.shape[1], "BNSD", atten_mask=hidden, scale=scale, keep_prob=1 - dropout_p, **causal
+        )
+        return fused[0]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -math.inf)
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+def _takes_fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    heads = query.shape[1] if query.dim() == 4 else 0
+    return (
+        not torch.ops.npu_sim.first_generation()
+        and query.dtype in DTYPES
+        and (query.dtype != torch.float32 or all(part.shape[-1] % 4 == 0 for part in (query, key, value)))
+        and (mask is None or mask.dtype == torch.bool)
+        and query.dim() == key.dim() == value.dim() == 4
+        and 0 < heads <= _MOST_FUSED_HEADS
+        and query.shape[-1] <= _MOST_FUSED_HEAD_SIZE
+        and 0 < key.shape[1] <= heads
+        and heads % key.shape[1] == 0
+    )
+
+
+for _key in ("PrivateUse1", "AutogradPrivateUse1"):
+    _aten.impl("scaled_dot_product_attention", _scaled_dot_product_attention, _key)
+
+
 def _check_npu(name: str, *tensors: Tensor) -> None:
     for tensor in tensors:
         if tensor.device.type != "npu":
