@@ -62,7 +62,7 @@ class Regression:
     def save(self, stem, module):
         return stem
 
-    def preview(self, position, step, module):
+    def preview(self, position, step, module, since=0.0):
         pass
 
 

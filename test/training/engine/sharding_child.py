@@ -62,7 +62,7 @@ class NoisePrediction:
         self.saved[stem] = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
         return stem
 
-    def preview(self, position, step, module):
+    def preview(self, position, step, module, since=0.0):
         """Computes with the whole module on the main process alone, as a preview does."""
         with torch.no_grad():
             self.saved[position] = self._predict(module, [part[:1] for part in sample(0).inputs]).float().cpu()
