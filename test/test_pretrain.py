@@ -490,45 +490,50 @@ def test_a_loss_that_is_never_finite_fails_the_run_without_a_block(train, monkey
 
 
 def test_bad_samples_are_listed_and_counted_and_too_many_stop_the_run(train, shards, tmp_path):
-    """One image without its end, one caption that is no text, one sample without image, among 24."""
+    """Three images without their end, one caption that is no text, one sample without image, among 24."""
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in sorted(shards.glob("*.tar")):
         with tarfile.open(path) as old, tarfile.open(broken / path.name, "w") as new:
             for member in old:
                 content = old.extractfile(member).read()
-                if member.name == "000000001.jpg":
+                if member.name in ("000000001.jpg", "000000006.jpg", "000010004.jpg"):
                     content = content[: len(content) // 2]
                 if member.name == "000010002.txt":
-                    content = b"\xff\xfe red"
+                    content = b"a caf\xe9"  # cp1252
                 if member.name != "000010007.jpg":
                     member.size = len(content)
                     new.addfile(member, io.BytesIO(content))
-    common = ("--train_batch_size=4", "--max_train_steps=5", "--save_model_as=safetensors")
-    status, out, printed = train(*common, "--max_bad_samples=0.09", data=broken)
+    common = ("--train_batch_size=4", "--max_train_steps=7", "--save_model_as=safetensors")
+    status, out, printed = train(*common, "--max_bad_samples=0.2", data=broken)
     assert status == 0, printed
     listed = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
-    assert [(line["step"] == 0, line["sample"].rpartition(":")[2]) for line in listed[:1]] == [(True, "000010007")]
-    assert {(line["sample"], line["reason"].partition(":")[0]) for line in listed[1:]} == {
+    assert [(line["step"], line["sample"].rpartition(":")[2]) for line in listed[:2]] == [
+        (0, "000010002"),
+        (0, "000010007"),
+    ]
+    assert "caption is not UTF-8" in listed[0]["reason"] and "no image" in listed[1]["reason"]
+    assert {(line["sample"], line["reason"].partition(":")[0]) for line in listed[2:]} == {
         (f"{broken}/00000.tar:000000001", "OSError"),
-        (f"{broken}/00001.tar:000010002", "caption"),
+        (f"{broken}/00000.tar:000000006", "OSError"),
+        (f"{broken}/00001.tar:000010004", "OSError"),
     }
     block = printed[printed.index("--- Final result ---") :]
-    assert "\nSamples replaced (quarantine.jsonl) : 2\n" in block
-    assert "\nSamples left out of the index (quarantine.jsonl) : 1\n" in block
-    assert "replaced=2" in printed
-    assert metrics(out)[-1]["quarantined"] == 2
+    assert "\nSamples replaced (quarantine.jsonl) : 3\n" in block
+    assert "\nSamples left out of the index (quarantine.jsonl) : 2\n" in block
+    assert "replaced=3" in printed
+    assert metrics(out)[-1]["quarantined"] == 3
 
-    status, out, printed = train(*common, "--max_bad_samples=0.05", data=broken, out="stopped")
+    status, out, printed = train(*common, "--max_bad_samples=0.085", data=broken, out="stopped")
     assert status == 1
-    assert "training stopped: --max_bad_samples 0.05: 2 of" in printed
-    assert "× OSError: Truncated File Read" in printed and "× caption: " in printed
+    assert "training stopped: --max_bad_samples 0.085: 2 of" in printed
+    assert "× OSError: Truncated File Read" in printed
     assert "Final result" not in printed
 
     status, _, printed = train(*common, data=broken, out="refused")
     assert status == 2
-    assert "error: --max_bad_samples 0.01: 1 of 24 samples (4.17%)" in printed
-    assert "no image" in printed
+    assert "error: --max_bad_samples 0.01: 2 of 24 samples (8.33%)" in printed
+    assert "no image" in printed and "caption is not UTF-8" in printed
 
 
 def alpha_images(folder, alpha):
