@@ -527,7 +527,7 @@ def test_bad_samples_are_listed_and_counted_and_too_many_stop_the_run(train, sha
     status, out, printed = train(*common, "--max_bad_samples=0.085", data=broken, out="stopped")
     assert status == 1
     assert "training stopped: --max_bad_samples 0.085: 2 of" in printed
-    assert "× OSError: Truncated File Read" in printed
+    assert "× OSError: image file is truncated" in printed
     assert "Final result" not in printed
 
     status, _, printed = train(*common, data=broken, out="refused")
