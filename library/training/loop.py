@@ -172,6 +172,7 @@ class Trainer:
         self.validator = validator
         self.profiler = profiler
         self.start_step, self.speed, self.counters = start_step, SpeedMeter(), counters or Counters()
+        self._scale: float | None = None  # of the loss, as the log of the last step has read it: a read waits
         self.quarantine = Quarantine(
             accelerator, options.output_dir, writer.write_text, options.epoch_samples, options.max_bad_samples
         )
@@ -225,7 +226,9 @@ class Trainer:
         """
         lr = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
         asked, scaler = Requests(), self.accelerator.scaler
-        scale = None if scaler is None else scaler.get_scale()
+        if scaler is not None and self._scale is None:
+            self._scale = scaler.get_scale()
+        scale = self._scale
         for overflows in itertools.count():
             total = self._forward_backward(batches)
             numbers = self._numbers(batches, total, self.parallel.clip(self.options.max_grad_norm))
@@ -235,8 +238,7 @@ class Trainer:
                 self._leave_weights_alone()
                 return StepResult(replace(numbers, grad_norm=math.nan), overflows, False, lr)
             self.parallel.check_norm(numbers.grad_norm)
-            hopeless = scaler is None or scaler.get_scale() <= LOWEST_SCALE
-            if hopeless and not math.isfinite(numbers.grad_norm):
+            if not math.isfinite(numbers.grad_norm) and (scaler is None or scaler.get_scale() <= LOWEST_SCALE):
                 self._leave_weights_alone(scale)
                 return StepResult(numbers, overflows, False, lr)
             if self._update():
@@ -293,6 +295,7 @@ class Trainer:
         self.quarantine.add(step, batches, result.numbers.replaced)
         self.counters.quarantined = self.quarantine.count
         scaler = self.accelerator.scaler
+        self._scale = None if scaler is None else scaler.get_scale()
         self.writer.write(
             StepMetrics(
                 step=step + 1,
@@ -301,7 +304,7 @@ class Trainer:
                 average_loss=finite_or_none(self.counters.average.value),
                 lr=result.lr,
                 grad_norm=finite_or_none(result.grad_norm),
-                loss_scale=scaler.get_scale() if scaler is not None else None,
+                loss_scale=self._scale,
                 overflows=result.overflows,
                 images_per_second=images / seconds,
                 images_per_second_without_wait=images / max(seconds - waited, 1e-9),
