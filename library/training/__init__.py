@@ -2,6 +2,7 @@
 
 run                 from options to a finished run: what every script does around its task, in one order
 loop                the loop: train, train_step, loss
+counters            what a step did, what the loop has counted, the figures of a run
 build               from options to the parts of a run: model, recipe, placement, encoders, objective, task
 task                what the loop does with a batch: its loss, checkpoints, pictures
 identity            what a run learns: facts and digests that ranks compare and states hold

@@ -14,9 +14,9 @@ from library.disk_space import missing_space
 from library.errors import InputError
 from library.models.attention import report as attention_report
 from library.options.training import TrainingOptions
+from library.training.counters import RunReport
 from library.training.engine.optimizers import ParameterGroup
 from library.training.log.final_block import FinalFigures, write_case_log
-from library.training.loop import RunReport
 
 logger = logging.getLogger(__name__)
 

@@ -33,6 +33,7 @@ from library.signals import Signals
 from library.training.build import MakeRecipe, Parts, build_parts, load_token_counter
 from library.training.cache_filling import make_caches
 from library.training.cadence import Cadence
+from library.training.counters import Counters, RunReport
 from library.training.due import loop_options
 from library.training.engine.bf16_update import bf16_update
 from library.training.engine.compiling import check_backend
@@ -51,7 +52,7 @@ from library.training.engine.trials import check_exactness
 from library.training.log.metrics import MetricsWriter
 from library.training.log.shown_data import caption_lines, show_data
 from library.training.log.startup import plan_lines
-from library.training.loop import Counters, RunReport, Trainer
+from library.training.loop import Trainer
 from library.training.output_folder import check_room, finish, prepare_output
 from library.training.ranks.agreement import check_agreement, describe_run
 from library.training.ranks.main_process import on_main_process
