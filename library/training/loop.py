@@ -55,7 +55,7 @@ MAX_NOT_FINITE = 3  # steps running whose loss is not finite
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How long the loop runs and what it does between steps. `after_step` gets the number of steps done."""
+    """How long the loop runs and what it does between steps."""
 
     max_train_steps: int
     accumulation: int
@@ -176,6 +176,10 @@ class Trainer:
                 return StepResult(numbers, overflows, False, lr)
             if self._update():
                 return StepResult(numbers, overflows, True, lr)
+            # A device that saturates shows an overflow to its scaler alone: the norm is finite all the same.
+            if scaler is not None and scaler.get_scale() < LOWEST_SCALE:
+                self._leave_weights_alone(scale)
+                return StepResult(numbers, overflows, False, lr)
         raise AssertionError("unreachable")
 
     def _forward_backward(self, batches: Sequence[MicroBatch]) -> Tensor:
@@ -273,7 +277,9 @@ class Trainer:
     def _broken_latents(self, batches: Sequence[MicroBatch]) -> str:
         """Of the samples of one step those whose latents are not finite, for a message; "" where there is none."""
         find: Callable[[MicroBatch], list[str]] = getattr(self.task, "samples_not_finite", lambda batch: [])
-        broken = gather_object([name for batch in batches for name in find(batch)])
+        with together(self.accelerator):
+            own = [name for batch in batches for name in find(batch)]
+        broken = gather_object(own)
         return f"; the latents themselves are not finite of {', '.join(broken)}" if broken else ""
 
     def _after_step(self, steps_done: int, requests: Requests) -> None:
@@ -293,12 +299,13 @@ class Trainer:
             )
         previews = self.counters.pictures = list(self.options.previews_due(steps_done, epochs_done))
         checkpoints = self.options.checkpoints_due(steps_done, epochs_done)
-        for stem in checkpoints:
-            if self.states.cadence.with_checkpoints:
-                self.save_state(steps_done, stem)
-            self.save(stem)
+        # States come first: a checkpoint or picture that fails must not cost them.
+        for stem in checkpoints if self.states.cadence.with_checkpoints else ():
+            self.save_state(steps_done, stem)
         if requests.save or requests.stop_signal or self.states.step_is_due(steps_done):
-            self.save_state(steps_done)  # before pictures, which must not cost it
+            self.save_state(steps_done)
+        for stem in checkpoints:
+            self.save(stem)
         if not requests.stop_signal:  # the states that are saved know of pictures that are due
             self._preview(previews, steps_done)
         if took_long or checkpoints or previews:

@@ -17,7 +17,7 @@ from library.errors import TrainingError
 from library.signals import Signals
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.engine.precision import make_accelerator
-from library.training.engine.sharding import shard
+from library.training.engine.sharding import Replicated, shard
 from library.training.log.metrics import MetricsWriter
 from library.training.loop import LoopOptions, Trainer
 from library.training.state.states import StateCadence, States
@@ -186,6 +186,17 @@ def test_a_batch_whose_gradients_overflow_at_every_scale_is_named_and_passed_ove
     assert torch.equal(task.weights[3], task.weights[4]) and not torch.equal(task.weights[4], task.weights[5])
     assert "step 4: gradient at any loss scale down to 2^-10 not finite" in capsys.readouterr().out
     assert all(line["updated"] for line in metrics[4:])
+
+
+def test_an_overflow_that_shows_in_no_norm_is_passed_over_too(tmp_path, monkeypatch):
+    """Devices that saturate tell their scaler alone."""
+    monkeypatch.setattr(Replicated, "clip", lambda self, max_norm: torch.ones(()))
+    task = BrokenIn(3)
+    _, report, metrics = train(tmp_path, task, precision="fp16", steps=6)
+    assert [line["updated"] for line in metrics] == [True, True, True, False, True, True]
+    assert task.losses_asked.count(3) == 27  # at the scales from 2^16 to 2^-10
+    assert metrics[3]["loss_scale"] == metrics[4]["loss_scale"] == 2.0**16
+    assert torch.equal(task.weights[3], task.weights[4]) and report.steps_not_updated == 1
 
 
 def test_three_such_batches_running_stop_the_run_and_name_the_samples(tmp_path):
@@ -366,6 +377,24 @@ def test_two_processes_stop_at_the_same_step_though_one_alone_saw_the_bad_sample
     first, second = ((tmp_path / name).read_text() for name in ("quarantine.jsonl", "quarantine.rank1.jsonl"))
     assert json.loads(first) == {"step": 0, "sample": "0.tar:x", "reason": "no image"}
     assert len(second.splitlines()) == 5
+
+
+class NoCheckpoints(Regression):
+    """A task whose checkpoints fail."""
+
+    def save(self, stem, module):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_that_fails_costs_no_state_of_its_step(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        States, "save", lambda self, steps_done, metrics, stem=None, anew=False: saved.append(steps_done)
+    )
+    monkeypatch.setattr(States, "step_is_due", lambda self, steps_done: steps_done == 4)
+    with pytest.raises(OSError, match="No space left"):
+        train(tmp_path, NoCheckpoints(), checkpoints_due=lambda steps, epochs: ["at-4"] if steps == 4 else [])
+    assert saved == [4]
 
 
 class NoPictures(Regression):

@@ -253,8 +253,8 @@ def make_lr_schedule(
 
     if warmup_steps > max_train_steps:
         raise InputError(warmup_too_long(warmup_steps, max_train_steps))
-    rate = optimizer.defaults.get("lr")
-    if rate is None:  # as of AdaFactor with rates of its own; diffusers' polynomial begins at it
+    defaults = dict(optimizer.defaults)
+    if defaults.get("lr") is None:  # as of AdaFactor with rates of its own; diffusers' polynomial begins at it
         optimizer.defaults["lr"] = optimizer.param_groups[0]["lr"]
     try:
         return get_scheduler(
@@ -268,4 +268,4 @@ def make_lr_schedule(
     except ValueError as error:
         raise InputError(f"--lr_scheduler={name} does not go with these settings: {error}") from error
     finally:
-        optimizer.defaults["lr"] = rate
+        optimizer.defaults = defaults

@@ -26,11 +26,12 @@ from torch import Tensor
 from library.errors import InputError
 from library.tensor_file import tensor_file
 from library.training.state.lineage import Lineage, lineage_of
+from library.training.state.tensor_rows import Rows
 from library.training.state.tree import unpack
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the folder; a reader refuses a higher one
+FORMAT = 2  # of the folder; a reader refuses any other
 MANIFEST, INFO, ROWS = "manifest.json", "state.json", "rows.json"
 _CHUNK_BYTES = 16 << 20
 
@@ -67,13 +68,13 @@ class State:
     Attributes:
         whole: by name, what all ranks shared.
         own: what each rank of the run that wrote had of its own, by name; its files are opened when it is asked for.
-        rows: which rank wrote which rows, as `library.training.state.tensor_rows.Rows`, by parameter.
+        rows: which rank wrote which rows, by parameter.
     """
 
     info: StateInfo
     whole: Mapping[str, Any]
     own: Sequence[Mapping[str, Any]]
-    rows: Mapping[str, Sequence[Sequence[int]]]
+    rows: Mapping[str, Sequence[Rows]]
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,14 @@ def read_state(folder: Path, *, verified: bool = False) -> State:
     own = [_Objects(folder, rank_prefix(rank, ranks), stems) for rank in range(ranks)]
     not_shared = {Path(INFO).stem, Path(ROWS).stem, *(objects.prefix + name for objects in own for name in objects)}
     shared = [stem for stem in stems if stem not in not_shared]
-    return State(info, {stem: _read_object(folder, stem) for stem in shared}, own, _read_json(folder / ROWS))
+    return State(info, {stem: _read_object(folder, stem) for stem in shared}, own, _read_rows(folder))
+
+
+def _read_rows(folder: Path) -> dict[str, list[Rows]]:
+    try:
+        return {name: [Rows(*map(int, one)) for one in those] for name, those in _read_json(folder / ROWS).items()}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / ROWS}: damaged ({error}). Resume from another state.") from error
 
 
 class _Objects(Mapping[str, Any]):
@@ -232,10 +240,10 @@ def _read_manifest(folder: Path) -> dict[str, Entry]:
         raise InputError(f"{folder}: no such folder; --resume takes the folder of a training state (NAME-state).")
     content = _read_json(folder / MANIFEST)
     version = content.get("format")
-    if isinstance(version, int) and version > FORMAT:
+    if isinstance(version, int) and version != FORMAT:
         raise InputError(
-            f"{folder}: written by a newer version (format {version}, this one reads up to {FORMAT}). "
-            "Resume with that version, or from another state."
+            f"{folder}: written by {'a newer' if version > FORMAT else 'an older'} version (format {version}, this one "
+            f"reads {FORMAT}). Resume with that version, or from another state."
         )
     try:
         entries = {str(name): Entry(int(e["bytes"]), str(e["sha256"])) for name, e in content["files"].items()}

@@ -30,18 +30,13 @@ class Rows(NamedTuple):
 class SavedParts:
     """The parts of all parameters that the processes of some run wrote, each read when it is needed."""
 
-    def __init__(
-        self, rows: Mapping[str, Iterable[Sequence[int]]], parts_of: Callable[[int], Mapping[str, Part]]
-    ) -> None:
+    def __init__(self, rows: Mapping[str, Iterable[Rows]], parts_of: Callable[[int], Mapping[str, Part]]) -> None:
         """
         Args:
-            rows: by parameter, who wrote which; as `Rows`.
+            rows: by parameter, who wrote which.
             parts_of: gives what a rank wrote, by parameter.
-
-        Raises:
-            TypeError, ValueError: `rows` is something else.
         """
-        self._rows = {name: sorted((Rows(*found) for found in those), key=_by_start) for name, those in rows.items()}
+        self._rows = {name: sorted(those, key=_by_start) for name, those in rows.items()}
         self._parts_of = parts_of
 
     @property

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,9 +120,9 @@ def _flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def _newer(folder: Path) -> None:
+def _of_format(number: int, folder: Path) -> None:
     content = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**content, "format": content["format"] + 1}))
+    (folder / MANIFEST).write_text(json.dumps({**content, "format": number}))
 
 
 def _escape(folder: Path) -> None:
@@ -141,7 +142,8 @@ SPOILED = {
     "truncated manifest": (lambda f: os.truncate(f / MANIFEST, 100), r"manifest\.json: damaged"),
     "empty manifest": (lambda f: (f / MANIFEST).write_text("{}"), r"manifest\.json: damaged"),
     "path in the manifest": (_escape, r"manifest\.json: damaged \(\.\./outside\.json\)"),
-    "newer version": (_newer, r"written by a newer version \(format 2, this one reads up to 1\)"),
+    "older version": (partial(_of_format, 1), r"written by an older version \(format 1, this one reads 2\)"),
+    "newer version": (partial(_of_format, 3), r"written by a newer version \(format 3, this one reads 2\)"),
 }
 
 
