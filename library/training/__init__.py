@@ -16,6 +16,7 @@ due                 what is due after a step: checkpoints, previews
 step_profile        a trace of some steps by the device's profiler (--profile)
 cadence             how often something is due
 rules               rules of options that hang on the device, on torch's optimizers or on the data
+inputs              the files and folders that a run reads, as its flags name them
 written_names       the names that a run writes, by kind
 output_names        those names against what the run reads and what lies there, before anything is loaded
 output_folder       the output folder, looked at beforehand, and the figures at the end

@@ -10,10 +10,10 @@ from library.data.training_set import TrainingSet
 from library.models.files.own_checkpoint import is_own_checkpoint
 from library.options.training import TrainingOptions
 from library.training.cadence import Cadence
+from library.training.inputs import input_paths
 from library.training.loop import LoopOptions
 from library.training.state.choice import obsolete
 from library.training.state.names import epoch_name, step_name
-from library.training.state.resume import files_in_use
 from library.training.state.retention import Retention
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def loop_options(options: TrainingOptions, data: TrainingSet, steps: int) -> Loo
             return [f"e{epochs_done:06d}"]
         return [f"{steps_done:06d}"] if shows.step_is_due(steps_done) else []
 
-    in_use = {path.resolve() for path in files_in_use(options)}
+    in_use = {path.resolve() for path in input_paths(options)}
 
     def forget_checkpoints(saved: Path, stem: str) -> None:
         retention = Retention(options.saving.save_last_n_epochs, options.saving.save_last_n_steps)

@@ -5,41 +5,20 @@ for one name do not hide that two are the same.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from library.address import user_path
 from library.errors import InputError
-from library.options.flag import RUN, Flags
 from library.options.saved_config import config_path
 from library.options.training import TrainingOptions
-from library.options.values import values_of
 from library.own_folder import strangers
+from library.training.inputs import Input, inputs
 from library.training.state.names import ABANDONED
 from library.training.written_names import Written, longest_name, name_bytes, written_names
 
 _MOST_NAME_BYTES = 255
-_NO_INPUTS = ("output_dir", "output_name", "logging_dir", "case_name", "resume")
-
-
-@dataclass(frozen=True)
-class _Input:
-    """A file or folder that the run reads.
-
-    Attributes:
-        flag: named it.
-        is_data: images are looked for in it, at any depth.
-    """
-
-    flag: str
-    path: Path
-    is_data: bool
-
-    def __str__(self) -> str:
-        return f"{self.flag} {self.path}"
 
 
 @dataclass(frozen=True)
@@ -81,8 +60,10 @@ def check_written_names(options: TrainingOptions) -> list[Path]:
     output = _Output(folder, written_names(options), _ignores_case(folder))
     _check_length(options)
     _check_each_other(output)
-    for read in _inputs(options):
-        _check_input(read, output)
+    for read in inputs(options):
+        # A configuration that an earlier run wrote is left as it is by this one.
+        if read.name != "config_file" or _identity(read.path) != _identity(config_path(options)):
+            _check_input(read, output)
     return _check_present(output, options.states.resume is not None)
 
 
@@ -109,31 +90,7 @@ def _check_each_other(output: _Output) -> None:
                 )
 
 
-def _inputs(options: TrainingOptions) -> Iterator[_Input]:
-    """What the flags name of files and folders that are there."""
-    flags, data = Flags(type(options)).by_name, options.data
-    for name, values in values_of(options).items():
-        for value in values:
-            if name in _NO_INPUTS or not _is_path(name, value):
-                continue
-            path = user_path(str(value))
-            if not os.path.lexists(path):
-                continue
-            if name == "config_file" and _identity(path) == _identity(config_path(options)):
-                continue  # written by an earlier run, and left as it is by this one
-            said = f"--{name}"
-            if data.dataset_config is not None and flags[name].at != RUN:
-                said = f"{data.dataset_config}: {flags[name].key}"
-            elif name == "train_data_dir" and path == data.reg_data_dir:
-                said = "--reg_data_dir"
-            yield _Input(said, path, name in ("train_data_dir", "reg_data_dir"))
-
-
-def _is_path(name: str, value: Any) -> bool:
-    return isinstance(value, Path) or (isinstance(value, str) and (name == "vae" or name.endswith("_path")))
-
-
-def _check_input(read: _Input, output: _Output) -> None:
+def _check_input(read: Input, output: _Output) -> None:
     """Raise InputError where the run would write what it reads, or in it, or a folder around it."""
     for path in _spellings(read.path):
         inside = _below(path, output.folder)
@@ -180,6 +137,8 @@ def _check_present(output: _Output, goes_on: bool) -> list[Path]:
             )
         if written.is_own is None or is_temporary:
             continue
+        if goes_on and written.moved_aside and written.is_numbered:
+            continue  # of a step that is done, which stays, or of another branch, and the start moves it aside
         if not written.is_own(path):
             raise InputError(
                 f"{path}{_what_is_strange(path)}, and this run writes {written.what} there: move it away, or choose "
@@ -210,7 +169,7 @@ def _below(path: Path, folder: Path) -> tuple[str, ...] | None:
     return None
 
 
-def _leads_to(entry: Path, read: _Input) -> bool:
+def _leads_to(entry: Path, read: Input) -> bool:
     """Whether a name in the output folder is the same file as an input, a link to it, or a link into it."""
     if _identity(entry) is not None and _identity(entry) == _identity(read.path):
         return True

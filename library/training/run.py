@@ -49,6 +49,7 @@ from library.training.engine.precision import make_accelerator
 from library.training.engine.sharding import MakeOptimizer, Replicated, shard, sharding_kind
 from library.training.engine.swapped_backward import SwappedBlocks, SwappedFusedBackward
 from library.training.engine.trials import check_exactness
+from library.training.inputs import input_paths
 from library.training.log.metrics import MetricsWriter
 from library.training.log.shown_data import caption_lines, show_data
 from library.training.log.startup import plan_lines
@@ -69,7 +70,6 @@ from library.training.state.resume import (
     check_parameters,
     check_resumed,
     check_taken_up,
-    files_in_use,
     resumed_state,
     versions,
 )
@@ -261,7 +261,7 @@ def _train(
             saving.output_name,
             (resumed.folder, resumed.state.info) if resumed else None,
             data.epochs.steps_before_epoch,
-            files_in_use(options),
+            input_paths(options),
             config_path(options).name,
         ),
     )

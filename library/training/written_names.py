@@ -59,6 +59,11 @@ class Written:
     moved_aside: bool = False
     only_grows: bool = False
 
+    @property
+    def is_numbered(self) -> bool:
+        """Whether these are names that differ by the number of a step or epoch."""
+        return re.compile(self.pattern).groups > 0
+
     def has(self, name: str, ignore_case: bool = False) -> bool:
         """Whether a name is one of these, or what stands beside one while it is written."""
         beside = _TEMPORARY.fullmatch(name)

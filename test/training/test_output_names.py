@@ -14,6 +14,7 @@ from library.models.files.write import save_model
 from library.own_folder import is_own
 from library.training import output_names
 from library.training.due import loop_options
+from library.training.inputs import input_paths
 from library.training.output_names import check_written_names
 from library.training.state.names import step_name
 
@@ -207,6 +208,18 @@ def test_what_no_run_has_written_is_refused_and_what_one_has_is_named(place, sdx
     assert "last.safetensors was not written by a run" in refused(place, AS_FILE)
 
 
+def test_a_run_goes_on_beside_checkpoints_that_it_does_not_write_again(place, sdxl):
+    """A file of the user's in one of them, or a link to where it was moved, is in no way of a run that goes on."""
+    out, saving = place / "out", (AS_FOLDER, "--save_every_n_steps=2")
+    written = save_model(sdxl, out / "at-step00000002", "diffusers")
+    (written / "README.md").write_text("mine")
+    (out / "at-step00000004").symlink_to(place / "tokenizer")
+    assert check(place, *saving, "--resume=auto") == []
+    assert "at-step00000002 holds README.md, which no run" in refused(place, *saving)
+    shutil.copytree(written, out / "last")  # the end of the run replaces it
+    assert "last holds README.md, which no run" in refused(place, *saving, "--resume=auto")
+
+
 @pytest.mark.parametrize("form", ["safetensors", "ckpt", "diffusers", "diffusers_safetensors"])
 def test_a_checkpoint_is_known_as_its_own_also_when_moved_and_no_other_is(sdxl, tmp_path, form):
     written = save_model(sdxl, tmp_path / "model", form)
@@ -233,8 +246,9 @@ def test_a_folder_that_is_replaced_keeps_what_no_run_has_written(sdxl, tmp_path,
 
 
 @pytest.mark.parametrize("form", ["safetensors", "diffusers"])
-def test_retention_removes_checkpoints_of_runs_alone(place, sdxl, form, caplog):
+def test_retention_removes_checkpoints_of_runs_alone(place, sdxl, form, caplog, monkeypatch):
     """Not the user's, by whatever name; not what the run reads; not one with something of the user's in it."""
+    monkeypatch.setenv("HOME", str(place))
     out = place / "out"
     written = {step: save_model(sdxl, out / step_name("m", step), form) for step in (1, 2, 3, 9)}
     ending = written[1].suffix
@@ -245,7 +259,7 @@ def test_retention_removes_checkpoints_of_runs_alone(place, sdxl, form, caplog):
         (written[3] / "mine.txt").touch()
     options = sdxl_pretrain.SCRIPT.options(
         [
-            f"--pretrained_model_name_or_path={written[2]}", f"--train_data_dir={place / 'data'}",
+            f"--pretrained_model_name_or_path=~/out/{written[2].name}", f"--train_data_dir={place / 'data'}",
             f"--output_dir={out}", "--output_name=m", "--save_every_n_steps=1", "--save_last_n_steps=1",
             "--resolution=64",
         ]
@@ -315,3 +329,23 @@ def test_a_tilde_that_no_shell_has_seen_is_the_home_folder(place, monkeypatch):
     (place / "base.safetensors").symlink_to(place / "out" / "base.safetensors")
     with pytest.raises(InputError, match=r"where this run writes the final checkpoint"):
         check_written_names(options)
+
+
+def test_what_a_run_reads_is_what_its_flags_name_as_paths_for_every_subset(place, monkeypatch):
+    """Not the output folder, and no text that happens to be the name of a file here."""
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.chdir(place)
+    (place / "more").mkdir()
+    (place / "sets.toml").write_text(
+        "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '~/data'\n[[datasets.subsets]]\n"
+        "image_dir = '~/more'\n"
+    )
+    options = sdxl_pretrain.SCRIPT.options(
+        [
+            "--pretrained_model_name_or_path=~/base.safetensors", "--dataset_config=~/sets.toml", "--vae=base",
+            "--output_dir=out", "--output_name=tokenizer", "--sample_prompts=~/prompts.txt",
+        ]
+    )  # fmt: skip
+    found = {path.resolve() for path in input_paths(options)}
+    names = ("base.safetensors", "sets.toml", "data", "more", "base", "prompts.txt")
+    assert found == {place / name for name in names}

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import logging
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,12 +214,6 @@ def check_identity(resumed: Resumed, now: Mapping[str, str], anyway: bool) -> No
 def check_parameters(resumed: Resumed, names: Collection[str]) -> None:
     """Raise InputError if the state is of other parameters than those that train, by their names."""
     check_names(parts_in(resumed.state).names, names)
-
-
-def files_in_use(options: TrainingOptions) -> set[Path]:
-    """What the flags name of files and folders that are there."""
-    named = (value for value in plain_values(options).values() if isinstance(value, str))
-    return {Path(value) for value in named if os.path.exists(value)}  # noqa: PTH110 - Path.exists refuses long texts
 
 
 def versions() -> dict[str, str]:
