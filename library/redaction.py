@@ -8,7 +8,7 @@ which quote parts of addresses.
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from urllib.parse import unquote
 
 _HIDDEN = "…"
@@ -18,7 +18,8 @@ _HOST = re.compile(r"localhost|\[.*|.*\..*")  # what is hardly a user's name
 # Schemes without a user in them: there an @ belongs to a path.
 _STORES = ("s3://", "gs://", "gcs://", "hf://", "file://")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
-_TELLING_OPTION = re.compile(r"-[uHp]|--?(user|header|.*(passw|token|secret|key|auth|cookie).*)", re.IGNORECASE)
+_TELLING_NAME = re.compile(r"pass(w|$)|pwd|token|secret|key|auth|cookie|credential|signature|\bsig$", re.IGNORECASE)
+_HEADER, _USER = ("-H", "--header"), ("-u", "--user")
 _COMMAND = re.compile(r"[\w./+-]+")
 _FILE = re.compile(r"[\w./{},+~%-]*\.tar")
 _TELLING_VARIABLE = re.compile(r".*(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|ACCESS_KEY_ID)")
@@ -33,16 +34,29 @@ def redacted(text: str, secrets: Iterable[str] = ()) -> str:
     Args:
         secrets: besides those of the addresses that were given to `remember`, and of the environment's tokens.
     """
-    text = _URL.sub(lambda match: _shown_url(match["scheme"], match["rest"]), text)
+    text = addresses_redacted(text)
     for secret in sorted({*secrets, *_known, *_of_environment()}, key=len, reverse=True):
-        if len(secret) >= _SHORTEST:
-            text = text.replace(secret, _HIDDEN)
+        if len(secret) >= _SHORTEST and secret in text:
+            text = text.replace(secret, _HIDDEN) if _looks_random(secret) else _without_word(text, secret)
     return text
 
 
+def addresses_redacted(text: str) -> str:
+    """The text with its addresses as `shown_address` has them, and all else as it is."""
+    return _URL.sub(lambda match: _shown_url(match["scheme"], match["rest"]), text)
+
+
 def remember(address: str) -> None:
-    """Keep this address's secrets out of every text that is redacted from now on."""
-    _known.update(secret for secret in secrets_of(address) if len(secret) >= _SHORTEST_EVERYWHERE)
+    """Keep this address's secrets out of every text that is redacted from now on.
+
+    What may be no secret at all is an ordinary word in other texts (--profile=training, ?version=latest): of such
+    values those are kept that look random.
+    """
+    _known.update(
+        secret
+        for secret, is_certain in _secrets(address)
+        if len(secret) >= _SHORTEST_EVERYWHERE and (is_certain or _looks_random(secret))
+    )
 
 
 def remember_all(values: object) -> None:
@@ -66,19 +80,47 @@ def shown_address(address: str) -> str:
 
 def secrets_of(address: str) -> set[str]:
     """What of an address may be nowhere but there: user and password, values of its query, keys of a pipe."""
-    found: set[str] = set()
+    return {secret for secret, _ in _secrets(address)}
+
+
+def _secrets(address: str) -> Iterator[tuple[str, bool]]:
+    """Each secret, and whether its place or its name says that it is one."""
     if address.startswith("pipe:"):
-        words = _words(address.removeprefix("pipe:"))
-        for before, word in zip(["", *words], words, strict=False):
-            if "=" not in before and _TELLING_OPTION.fullmatch(before):
-                found |= {word, *re.split(r"[:\s]+", word)[1:]} - {"Bearer", "Basic"}
-            name, assigned, value = word.partition("=")
-            if assigned and re.fullmatch(r"-{0,2}\w[\w-]*", name):
-                found.add(value)
-            found |= {secret for match in _URL.finditer(word) for secret in _secrets_of_url(match["rest"])}
-        return {secret for secret in found if secret and secret not in _shown_pipe(address)}
+        command = address.removeprefix("pipe:")
+        shown = _shown_pipe(command)
+        yield from ((secret, certain) for secret, certain in _secrets_of_pipe(command) if secret not in shown)
+        return
     scheme, rest = _split(address)
-    return set() if scheme.lower() in _STORES and ":" not in rest.rpartition("@")[0] else _secrets_of_url(rest)
+    if scheme.lower() not in _STORES or ":" in rest.rpartition("@")[0]:
+        yield from _secrets_of_url(rest)
+
+
+def _secrets_of_pipe(command: str) -> Iterator[tuple[str, bool]]:
+    words = _words(command)
+    for program, option, word in zip(["", "", *words], ["", *words], words, strict=False):
+        if "=" not in option and option.startswith("-"):
+            yield from _secrets_of_option(program, option, word)
+        name, assigned, value = word.partition("=")
+        if assigned and value and re.fullmatch(r"-{0,2}\w[\w-]*", name):
+            yield value, bool(_TELLING_NAME.search(name))
+        for match in _URL.finditer(word):
+            yield from _secrets_of_url(match["rest"])
+
+
+def _secrets_of_option(program: str, option: str, word: str) -> Iterator[tuple[str, bool]]:
+    """Of an option of a command and the word behind it."""
+    parts = [part for part in re.split(r"[:\s]+", word)[1:] if part not in ("", "Bearer", "Basic")]
+    if option in _HEADER:
+        is_certain = bool(_TELLING_NAME.search(word.partition(":")[0]))
+    elif option in _USER:
+        is_certain = bool(parts)  # a name alone is no secret
+    elif option == "-p":
+        is_certain = program == "sshpass"
+    elif _TELLING_NAME.search(option):
+        is_certain = True
+    else:
+        return
+    yield from ((one, is_certain) for one in (word, *parts))
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -86,16 +128,32 @@ def _split(address: str) -> tuple[str, str]:
     return (scheme + mark, rest) if mark else ("", address)
 
 
-def _secrets_of_url(rest: str) -> set[str]:
+def _secrets_of_url(rest: str) -> Iterator[tuple[str, bool]]:
     head, tail = _head_and_tail(rest)
     users = head.rpartition("@")[0]
     if not users and ":" in head and "@" in tail:  # a password with a question mark
         users = rest.rpartition("@")[0]
     name, _, password = users.partition(":")
-    found = {users, password, *re.split(r"[@/?#]", password)} | ({name} if users and not password else set())
-    for value in re.split(r"[&;]", tail[1:]):
-        found |= {value.partition("=")[2] or value}
-    return {spelling for secret in found if secret for spelling in (secret, unquote(secret))}
+    found = [(one, True) for one in (users, password, *re.split(r"[@/?#]", password))] if password else []
+    if users and not password:
+        found += [(one, any(map(str.isdigit, one))) for one in (users, name)]  # a token, or a user's name
+    for pair in re.split(r"[&;]", tail[1:]):
+        key, _, value = pair.partition("=")
+        found.append((value or pair, bool(value and _TELLING_NAME.search(key))))
+    for secret, is_certain in found:
+        if secret:
+            yield from ((spelling, is_certain) for spelling in (secret, unquote(secret)))
+
+
+def _looks_random(text: str) -> bool:
+    """Whether a text is hardly a word, a name or a path of somebody's."""
+    return len(text) >= 12 and any(map(str.isdigit, text)) and any(map(str.isalpha, text))
+
+
+def _without_word(text: str, secret: str) -> str:
+    """The text without a secret that may be a part of other words; an escape such as %20 or \\n is no part of one."""
+    begins = r"(?:(?<![A-Za-z0-9])|(?<=%[0-9A-Fa-f]{2})|(?<=\\[nrt]))"
+    return re.sub(rf"{begins}{re.escape(secret)}(?![A-Za-z0-9])", _HIDDEN, text)
 
 
 def _head_and_tail(rest: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from library.redaction import redacted, shown_address
+from library.redaction import addresses_redacted, shown_address
 
 _LAUNCHED_BY = "LAUNCHER_COMMAND"  # set by test/launch.sh
 _RESUME = "--resume"
@@ -40,4 +40,4 @@ def restart_command(script: str, words: Sequence[str]) -> str:
 
 def _without_credentials(word: str) -> str:
     name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return f"{name}{equals}{shown_address(value) if value.startswith('pipe:') else redacted(value)}"
+    return f"{name}{equals}{shown_address(value) if value.startswith('pipe:') else addresses_redacted(value)}"

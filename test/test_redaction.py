@@ -80,3 +80,47 @@ def test_tokens_of_the_environment_are_hidden(monkeypatch):
 def test_other_texts_stay_as_they_are():
     for text in ("a: b = c@d/e.tar, 3 % of 'x'", "/data/a@b/0.tar:key", "see HTTPS//host.test/docs/a.md for more"):
         assert redacted(spelt(text)) == spelt(text)
+
+
+@pytest.fixture
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(redaction, "_known", set())
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize(
+    "address",
+    [
+        "pipe:aws --profile=training s3 cp S3//training/0.tar -",
+        "pipe:REGION=training mkdir -p training; cat training/0.tar",
+        "pipe:curl -H 'Accept: training' -u training HTTPS//h.test/0.tar?version=training",
+        "HTTPS//training@h.test/0.tar?training",
+    ],
+)
+def test_what_need_not_be_a_secret_is_a_word_in_other_texts(address):
+    redaction.remember(spelt(address))
+    assert redacted("training: the state is saved") == "training: the state is saved"
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize(
+    ("address", "secret"),
+    [
+        ("pipe:aws --secret-key=sesame s3 cp S3//b/0.tar -", "sesame"),
+        ("pipe:aws --secret-key sesame s3 cp S3//b/0.tar -", "sesame"),
+        ("pipe:DB_PASS=sesame cat 0.tar", "sesame"),
+        ("pipe:sshpass -p sesame ssh h.test cat 0.tar", "sesame"),
+        ("pipe:curl -H 'X-Auth: sesame' HTTPS//h.test/0.tar", "sesame"),
+        ("pipe:curl -u me:sesame HTTPS//h.test/0.tar", "sesame"),
+        ("pipe:cat --with=abcdef123456 0.tar", "abcdef123456"),
+        ("HTTPS//me:sesame@h.test/0.tar", "sesame"),
+        ("HTTPS//h.test/0.tar?sig=sesame", "sesame"),
+        ("HTTPS//h.test/0.tar?x=abcdef123456", "abcdef123456"),
+        ("HTTPS//token99@h.test/0.tar", "token99"),
+    ],
+)
+def test_what_its_name_its_place_or_its_look_tells_is_hidden_everywhere(address, secret):
+    redaction.remember(spelt(address))
+    for text in (f"no {secret}", f"x%20{secret}%20y", f"({secret})", f"a_{secret}\n", rf"\n{secret}"):
+        assert secret not in redacted(text)
+    assert redacted("the sesames stay") == "the sesames stay"

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from library import redaction
 from library.restart_command import restart_command
 
 
@@ -46,3 +47,9 @@ def test_secrets_are_left_out():
     command = restart_command("train.py", given)
     assert "hunter22" not in command and "s3cret9" not in command
     assert "host/a.tar" in command and "//b/c.tar" in command
+
+
+def test_what_an_address_has_in_it_stays_in_other_words(monkeypatch):
+    monkeypatch.setattr(redaction, "_known", set())
+    redaction.remember("pipe:PASSWORD=training aws s3 cp s3:" + "//b/c.tar -")
+    assert "--output_dir=out/training" in restart_command("train.py", ["--output_dir=out/training"])
