@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
@@ -19,10 +21,19 @@ _NO_MORE = b"\0"
 
 
 class Unfinished(Protocol):
-    """Writing that a signal must not cut off."""
+    """Writing that neither a signal nor another process's failure may cut off.
+
+    Attributes:
+        what: is written, in words: "a training state".
+    """
+
+    what: str
 
     def is_writing(self) -> bool:
-        """Whether something is being written."""
+        """Whether something is being written. Any thread may call it."""
+
+    def leave(self) -> None:
+        """The process ends once this is written: other processes are not waited for any longer than they write."""
 
 
 class Signals:
@@ -31,21 +42,23 @@ class Signals:
     The first SIGTERM or SIGINT asks to save and stop, SIGUSR1 to save and continue, and what will be done is said at
     once. A SIGTERM or SIGINT within DUPLICATE_S of the last one counts as the same signal (terminals, launchers and
     batch systems signal both the group and the process). One within AGAIN_S of the last ends the process at once with
-    its exit status, even if the main thread waits for another machine or a device; a training state that has begun is
-    written before. A later one is a repetition, as some batch systems send it, and says again what is waited for. The
-    context restores the earlier handlers at its end. Only the main thread may use it.
+    its exit status, even if the main thread waits for another machine or a device; a training state or checkpoint that
+    has begun is written before. A later one is a repetition, as some batch systems send it, and says again what is
+    waited for. The context restores the earlier handlers at its end. Only the main thread may use it.
 
     Attributes:
         at_stop: what is done at a stop signal, for the message.
         at_once: the first stop signal ends the process, since there is nothing to save and nobody checks the flags.
         unfinished: what is written to its end, whatever comes.
+        failure: what another process of the run has ended with, as an error of this one; ends what a signal ends.
     """
 
     def __init__(self) -> None:
         self.stop_signal: signal.Signals | None = None
         self.save_requested = False
         self.at_stop, self.at_once = "ending as soon as the work at hand can be left", False
-        self.unfinished: Unfinished | None = None
+        self.unfinished: list[Unfinished] = []
+        self.failure: Exception | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup_before = self._wakeup = -1
         self._watcher: threading.Thread | None = None
@@ -62,11 +75,14 @@ class Signals:
         return requested
 
     def stop_if_requested(self) -> None:
-        """End work that has nothing to save (indexing, caching) if a stop signal has come.
+        """End work that has nothing to save (indexing, caching) if a stop signal came or another process has failed.
 
         Raises:
             Stopped: a stop signal has come.
+            Exception: `failure`.
         """
+        if self.failure is not None:
+            raise self.failure
         if self.stop_signal is not None:
             raise Stopped(self.stop_signal)
 
@@ -84,10 +100,30 @@ class Signals:
         """
         return _AtOnce(self, what)
 
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """A context in which the main thread writes what must not be cut off.
+
+        Args:
+            what: it is, in words: "a checkpoint".
+        """
+        block = _WritingBlock(what)
+        self.unfinished.append(block)
+        try:
+            yield
+        finally:
+            self.unfinished.remove(block)
+
     def finish_unfinished(self) -> None:
-        """Wait until what is being written is complete. Any thread may call it."""
-        while self.unfinished is not None and self.unfinished.is_writing():
+        """Wait until what is being written is complete, at the end of the process. Any thread may call it."""
+        for one in list(self.unfinished):
+            one.leave()
+        while self._being_written():
             time.sleep(_LOOK_S)
+
+    def _being_written(self) -> list[str]:
+        """What is, in words."""
+        return [one.what for one in list(self.unfinished) if one.is_writing()]
 
     def __enter__(self) -> "Signals":
         read, self._wakeup = os.pipe()
@@ -152,8 +188,8 @@ class Signals:
 
     def _end_now(self, number: int, why: str) -> None:
         """End the process; a training state that has begun is completed first."""
-        if self.unfinished is not None and self.unfinished.is_writing():
-            self._write(f"{why}a training state is being written; the process ends when it is durable")
+        if being_written := self._being_written():
+            self._write(f"{why}{being_written[0]} is being written; the process ends when it is durable")
             self.finish_unfinished()
             if self._over.wait(_END_S):  # the main thread has come to its end by itself, and says more
                 return
@@ -165,6 +201,19 @@ class Signals:
         """A line on standard error, from the first process of each machine: the others would repeat it."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
             os.write(2, f"\n{line}\n".encode())  # a progress bar may stand in the line
+
+
+class _WritingBlock:
+    """`Signals.writing`; there for as long as something is written."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def is_writing(self) -> bool:
+        return True
+
+    def leave(self) -> None:
+        """It waits for no other process."""
 
 
 class _AtOnce:

@@ -4,13 +4,14 @@ import ctypes
 import os
 import signal
 import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 
 from library import signals as module
-from library.errors import Stopped
+from library.errors import Stopped, TrainingError
 from library.exit_status import run_main
 from library.signals import DUPLICATE_S, Signals, leave_signals_to_parent
 
@@ -132,7 +133,10 @@ def test_a_state_that_has_begun_is_written_to_its_end(tmp_path, monkeypatch, cap
 
     def work():
         with Signals() as signals:
-            signals.unfinished = SimpleNamespace(is_writing=lambda: time.monotonic() < end_s)
+            state = SimpleNamespace(
+                what="a training state", is_writing=lambda: time.monotonic() < end_s, leave=lambda: None
+            )
+            signals.unfinished.append(state)
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.3)
@@ -142,6 +146,25 @@ def test_a_state_that_has_begun_is_written_to_its_end(tmp_path, monkeypatch, cap
     assert _status(work) == 143
     assert 0 <= time.monotonic() - end_s < 5
     assert "a second signal: a training state is being written" in capfd.readouterr().err
+
+
+def test_what_the_main_thread_writes_is_waited_for_until_it_is_whole():
+    with Signals() as signals:
+        waits = threading.Thread(target=signals.finish_unfinished)
+        with signals.writing("a checkpoint"):
+            waits.start()
+            waits.join(0.3)
+            assert waits.is_alive()
+        waits.join(5)
+        assert not waits.is_alive() and not signals.unfinished
+
+
+def test_another_processs_failure_ends_what_a_signal_ends():
+    signals = Signals()
+    signals.stop_if_requested()
+    signals.failure = TrainingError("rank 1 has failed")
+    with pytest.raises(TrainingError, match="rank 1 has failed"):
+        signals.stop_if_requested()
 
 
 def test_one_ends_at_once_what_only_waits(capfd):

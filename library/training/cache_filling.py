@@ -221,7 +221,7 @@ class _Work:
             yield
         except BaseException as error:
             with suppress(Exception):  # of the store: what happened here matters more
-                store.set("ended", RankFailure.of(error, rank).to_json())
+                store.compare_set("ended", "", RankFailure.of(error, rank).to_json())  # the first says why
             raise
         store.set(f"done {rank}", "")
         everyone = [f"done {other}" for other in range(ranks)]

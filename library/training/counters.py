@@ -16,7 +16,7 @@ class Counters:
     average: MovingAverage = field(default_factory=MovingAverage)  # of the loss
     overflows: int = 0
     not_updated: int = 0  # steps
-    not_finite_running: int = 0  # steps that were the last ones
+    not_finite_running: int = 0  # the last steps, one after another, whose loss or gradient was not finite
     quarantined: int = 0  # samples, over all processes
     pictures: list[str] = field(default_factory=list)  # positions of those that are due at this step and not drawn yet
     saved_at: float = 0.0  # the clock's time when the state was saved that the run has gone on from

@@ -382,9 +382,10 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.progress.phase = SAVING
                 self.writer.write_text(f"writing the weights of {name}")
-                path = self.task.save(name, module)
-                self.writer.write_text(f"saving checkpoint: {path}")
-                self.options.forget_checkpoints(path, stem)
+                with self.signals.writing("a checkpoint"):
+                    path = self.task.save(name, module)
+                    self.writer.write_text(f"saving checkpoint: {path}")
+                    self.options.forget_checkpoints(path, stem)
 
     def _preview(self, positions: Sequence[str], step: int) -> None:
         if not positions:
@@ -414,6 +415,8 @@ class Trainer:
         except Stopped:
             return False  # the signal is still there for all to agree on
         except Exception as error:
+            if error is self.signals.failure:  # of another process, which ends this one
+                raise
             expected = isinstance(error, (OSError, InputError))
             logger.warning("sample pictures after step %d: %s; training goes on", step, error, exc_info=not expected)
         return True

@@ -58,7 +58,7 @@ from library.training.output_folder import check_room, finish, prepare_output
 from library.training.ranks.agreement import check_agreement, describe_run
 from library.training.ranks.main_process import on_main_process
 from library.training.ranks.rank_failure import together
-from library.training.ranks.rank_watch import Progress, companions
+from library.training.ranks.rank_watch import Progress, watch_ranks
 from library.training.rules import check_options_here, check_without_epochs
 from library.training.state.branch import start_branch
 from library.training.state.choice import clear_left_behind
@@ -118,8 +118,8 @@ def run(
     with ExitStack() as stack:
         accelerator = _gathered(options, signals)
         devices.keep_freed_memory(accelerator.device)
-        beside = companions(accelerator.process_index, accelerator.num_processes, signals, 60 * options.run.ddp_timeout)
-        stack.enter_context(beside)
+        watch = watch_ranks(accelerator.process_index, accelerator.num_processes, signals, 60 * options.run.ddp_timeout)
+        stack.enter_context(watch)
         if not accelerator.is_main_process:
             logging.getLogger().setLevel(logging.WARNING)
         check_options_here(options, trained, accelerator.device, accelerator.num_processes)
@@ -131,7 +131,7 @@ def run(
                 on_main_process(accelerator, partial(_take_folder, options, stack))
         resumed = resumed_state(options, accelerator)
         seed = _seed(options.run.seed, accelerator, resumed)
-        surroundings = Surroundings(accelerator, seed, signals, beside.progress)
+        surroundings = Surroundings(accelerator, seed, signals, watch.progress)
         data = prepare_data(
             options.data,
             seed,
@@ -177,7 +177,7 @@ def run(
             return
         on_main_process(accelerator, partial(check_room, options, parts.recipe.saved_bytes(), groups))
         if isinstance(data, TrainingData):
-            caches = make_caches(options, data, parts.encoders, accelerator, signals, beside.progress)
+            caches = make_caches(options, data, parts.encoders, accelerator, signals, watch.progress)
             data = replace(data, caches=caches)
         report = _train(options, parts, groups, data, surroundings, steps, resumed)
         if accelerator.is_main_process:
@@ -279,7 +279,7 @@ def _train(
         stack.callback(writer.close)
         states = _states(options, parts, parallel, objects, data, surroundings, lineage)
         stack.enter_context(states.writer)
-        surroundings.signals.unfinished = states.writer
+        surroundings.signals.unfinished.append(states.writer)
         stack.enter_context(logging_redirect_tqdm())
         profiler = _profiler(options, surroundings, resumed.step if resumed else 0, steps)
         if profiler is not None:

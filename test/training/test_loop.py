@@ -397,6 +397,16 @@ def test_a_checkpoint_that_fails_costs_no_state_of_its_step(tmp_path, monkeypatc
     assert saved == [4]
 
 
+def test_a_checkpoint_that_is_being_written_is_finished_before_a_process_leaves(tmp_path, monkeypatch):
+    """As when another rank fails meanwhile: the process ends only once nothing is being written."""
+    heard = Signals()
+    monkeypatch.setattr(sys.modules[__name__], "Signals", lambda: heard)
+    task, seen = Regression(), []
+    monkeypatch.setattr(task, "save", lambda stem, module: (seen.extend(heard._being_written()), stem)[1])
+    train(tmp_path, task, steps=1, checkpoints_due=lambda steps, epochs: ["last"])
+    assert seen == ["a checkpoint"] and not heard._being_written()
+
+
 class NoPictures(Regression):
     """A task whose pictures fail."""
 

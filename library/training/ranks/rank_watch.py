@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _PERIOD_S = 1.0
 _SILENT_S = 5.0  # a process that writes nothing for so long is stopped, dead or cut off
 _WARN_AT = 0.9  # of the time-out: the backend's own, when it comes, may end the process without a word
-_STOP_KEY, _FAILURE_KEY = "companions/stop", "companions/failure"
+_STOP_KEY, _FAILURE_KEY = "ranks/stop", "ranks/failure"
 _LOOK_S = 0.1  # how often a process that waits looks into the store
 _HEARD_S = 5.0  # so long a failed process waits for the others to hear of it: the store may go with it
 _CAUSE_S = 3.0  # so long a process whose collective has failed waits for another's cause
@@ -83,7 +83,11 @@ class Report:
 
 
 def waited_for(reports: Sequence[Report]) -> str:
-    """Whom the others wait for: those that answer no more, else those that are behind. A sentence without its point."""
+    """Whom the others wait for: those that answer no more, else those that are behind.
+
+    Returns:
+        A sentence without its full stop.
+    """
     silent = [report for report in reports if report.silent_s >= _SILENT_S]
     if silent:
         named = ", ".join(
@@ -100,8 +104,8 @@ def waited_for(reports: Sequence[Report]) -> str:
     return f"{named}: still {behind[0].phase}, step {place[0] + 1}"
 
 
-class Companions:
-    """Within its `with` block the thread runs; with one process there is nothing to do."""
+class RankWatch:
+    """Within its `with` block the thread exchanges this with the other processes; with one process there is none."""
 
     def __init__(self, rank: int, ranks: int, signals: Signals, timeout_s: float, store: Any) -> None:
         """
@@ -118,10 +122,10 @@ class Companions:
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> "Companions":
+    def __enter__(self) -> "RankWatch":
         if self._ranks > 1:
             self._tell(0)  # at once: a process may stop within its first second
-            self._thread = threading.Thread(target=self._run, name="companions", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
             self._thread.start()
         return self
 
@@ -160,7 +164,11 @@ class Companions:
         if self.failure is not None:
             return self.failure.as_error()
         if self._signals.stop_signal is not None:  # another process has left because of it
-            return Stopped(self._signals.stop_signal)
+            return Stopped(
+                self._signals.stop_signal,
+                f"another process has left, and no training state of this step is known to be saved "
+                f"({_first_line(error)})",
+            )
         return TrainingError(f"{self.verdict} ({_first_line(error)})") if self.verdict else None
 
     def _tell_failure(self, error: BaseException) -> None:
@@ -183,6 +191,7 @@ class Companions:
         failure = RankFailure.from_json(self._store.get(_FAILURE_KEY))
         if failure.rank != self._rank:
             self.failure = failure
+            self._signals.failure = failure.as_error()  # what can be left is left in order, not by force
             self._store.set(_heard_key(self._rank), "")
 
     def _run(self) -> None:
@@ -215,7 +224,8 @@ class Companions:
             self._leave(self.failure)
 
     def _leave(self, failure: RankFailure) -> None:
-        """End this process, whose main thread waits for one that has failed; a state that has begun is written."""
+        """End this process, whose main thread waits for one that has failed; a state or checkpoint that has begun is
+        written before."""
         self._signals.finish_unfinished()
         leave_at_once(end_with(failure.as_error()))
 
@@ -292,10 +302,10 @@ def sums_of_all(
     return torch.cat([sums, *(scalar[None] for scalar in scalars[len(on_device) :])]).tolist()
 
 
-def companions(rank: int, ranks: int, signals: Signals, timeout_s: float) -> Companions:
-    """Those of this process, over the store of torch's process group."""
+def watch_ranks(rank: int, ranks: int, signals: Signals, timeout_s: float) -> RankWatch:
+    """This process's, over the store of torch's process group."""
     store = dist.distributed_c10d._get_default_store() if ranks > 1 else None
-    return Companions(rank, ranks, signals, timeout_s, store)
+    return RankWatch(rank, ranks, signals, timeout_s, store)
 
 
 def _of_backend(error: RuntimeError) -> bool:
@@ -308,8 +318,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _key(rank: int) -> str:
-    return f"companions/{rank}"
+    return f"ranks/{rank}"
 
 
 def _heard_key(rank: int) -> str:
-    return f"companions/{rank}/heard"
+    return f"ranks/{rank}/heard"

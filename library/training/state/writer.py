@@ -43,6 +43,7 @@ from library.training.state.tree import pack
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_QUIET_S = 60.0  # at the end of a run the other ranks are not waited for once their files have not grown for so long
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class StateWriter:
     (the buffers are used again: fresh memory costs more time than the copy). The file's bytes are written from it as
     they are.
     """
+
+    what = "a training state"
 
     def __init__(
         self,
@@ -135,8 +138,12 @@ class StateWriter:
             raise ValueError("what all ranks share is written by rank 0")
         self.join()
         self._copying = True
+        self._saves += 1
         try:
             self._thread = self._begin(stem, info, own, whole, rows, other_ranks_bytes)
+        except BaseException as error:
+            self._tell_rank_0(self._partial(state_name(stem), self._saves), error)
+            raise
         finally:
             self._copying = False
 
@@ -144,6 +151,10 @@ class StateWriter:
         """True while a state is being written, or copied to be written. Any thread may call it."""
         thread = self._thread
         return self._copying or (thread is not None and thread.is_alive())
+
+    def leave(self) -> None:
+        """The process ends once the state under way is written: other ranks are waited for only while they write."""
+        self._leaving.set()
 
     def join(self) -> None:
         """Wait until nothing is being written, whether or not it could be."""
@@ -184,10 +195,10 @@ class StateWriter:
     ) -> None:
         """Write the state under way to its end; what has failed has been said.
 
-        When the block has failed, other ranks are not waited for.
+        When the block has failed, other ranks are waited for only while they write.
         """
         if error is not None:
-            self._leaving.set()
+            self.leave()
         self.join()
         self._buffers.clear()
 
@@ -212,7 +223,6 @@ class StateWriter:
         size += sum(len(json.dumps(structure, indent=1)) for structure in plain.values())
         tensors = {name: self._copied(name, found) for name, (found, _) in packed.items()}
         devices.synchronize(self.device)
-        self._saves += 1
         snapshot = _Snapshot(state_name(stem), info, tensors, plain, rows, size + other_ranks_bytes)
         self._failure = None
         thread = threading.Thread(target=self._run, args=(snapshot, self._saves), name="state writer", daemon=True)
@@ -220,7 +230,7 @@ class StateWriter:
         return thread
 
     def _what_failed(self, failure: BaseException) -> str:
-        """A sentence without its point."""
+        """A sentence without its full stop."""
         why = getattr(failure, "strerror", None) or str(failure) or type(failure).__name__
         return (
             f"--output_dir {self.output_dir}: the training state cannot be written ({why.rstrip('.')}). The earlier "
@@ -244,7 +254,7 @@ class StateWriter:
 
     def _run(self, snapshot: _Snapshot, number: int) -> None:
         """The thread: says what goes wrong, and keeps it."""
-        partial = aside(self.output_dir / snapshot.name, f"partial{number}")
+        partial = self._partial(snapshot.name, number)
         try:
             if self.rank == 0 and self._unfinished is not None:
                 remove(self._unfinished)  # a rank that was late may have written into it after all
@@ -258,16 +268,25 @@ class StateWriter:
                 self._complete(partial, snapshot, entries)
             self.failures = 0
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                if self.rank == 0:
-                    self._unfinished = partial
+            if self.rank == 0:
+                self._unfinished = partial
+                with contextlib.suppress(OSError):
                     remove(partial)
-                else:
-                    partial.mkdir(exist_ok=True)
-                    (partial / _failed(self.rank)).write_text(str(error))
+            self._tell_rank_0(partial, error)
             self.failures += 1
             self._failure = error
             logger.error("%s.", self._what_failed(error))
+
+    def _partial(self, name: str, number: int) -> Path:
+        """The folder in which all ranks write a state until it is complete."""
+        return aside(self.output_dir / name, f"partial{number}")
+
+    def _tell_rank_0(self, partial: Path, error: BaseException) -> None:
+        """On another rank: leave a note that it cannot write its part, so that rank 0 does not wait for it."""
+        if self.rank:
+            with contextlib.suppress(OSError):
+                partial.mkdir(exist_ok=True)  # another rank may have been first
+                (partial / _failed(self.rank)).write_text(str(error))
 
     def _write_own(self, partial: Path, snapshot: _Snapshot) -> dict[str, Entry]:
         entries = {}
@@ -309,21 +328,33 @@ class StateWriter:
     def _list_of(self, rank: int, partial: Path) -> tuple[dict[str, Entry], dict[str, tuple[int, int]]]:
         """The files that another rank has written, and the rows in them, once it says so."""
         done, failed = partial / _done(rank), partial / _failed(rank)
-        deadline = time.monotonic() + self.timeout_s
+        began_s = grown_s = time.monotonic()
+        bytes_there = -1  # none is looked for before
         while not done.exists():
             if failed.exists():
                 raise TrainingError(f"{self.output_dir}: rank {rank} could not write its state: {failed.read_text()}")
+            now_s = time.monotonic()
+            waited_s, at_most_s = now_s - began_s, self.timeout_s
             if self._leaving.is_set():
-                raise TrainingError(f"{self.output_dir}: rank {rank} is not waited for; {partial.name} stays unwritten")
-            if time.monotonic() > deadline:
+                if bytes_there != (bytes_there := _bytes_in(partial)):
+                    grown_s = now_s
+                waited_s, at_most_s = now_s - grown_s, _QUIET_S
+            if waited_s > at_most_s:
                 raise TrainingError(
-                    f"{self.output_dir}: rank {rank} has written nothing to {partial.name} for {self.timeout_s:.0f} s. "
+                    f"{self.output_dir}: rank {rank} has written nothing to {partial.name} for {waited_s:.0f} s. "
                     "All ranks need one --output_dir on a file system that they share."
                 )
             time.sleep(_POLL_S)
         listed = json.loads(done.read_bytes())
         done.unlink()
         return {name: Entry(**entry) for name, entry in listed["files"].items()}, listed["rows"]
+
+
+def _bytes_in(folder: Path) -> int:
+    """How much has been written into a folder by now, by whichever process."""
+    with contextlib.suppress(OSError):  # of a file that is being renamed
+        return sum(entry.stat().st_size for entry in folder.iterdir())
+    return 0
 
 
 def _done(rank: int) -> str:

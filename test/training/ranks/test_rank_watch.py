@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 from library.errors import InputError, Stopped, TrainingError
 from library.signals import Signals
 from library.training.ranks import rank_watch as module
-from library.training.ranks.rank_watch import READING, TRAINING, WAITING, Companions, Report, waited_for
+from library.training.ranks.rank_watch import READING, TRAINING, WAITING, RankWatch, Report, waited_for
 
 
 def reports(*entries):
@@ -44,7 +44,7 @@ def two(monkeypatch):
     monkeypatch.setattr(module, "_PERIOD_S", 0.02)
     monkeypatch.setattr(module, "_SILENT_S", 0.3)
     store = Shared()
-    return [Companions(rank, 2, Signals(), 1.0, store) for rank in range(2)]
+    return [RankWatch(rank, 2, Signals(), 1.0, store) for rank in range(2)]
 
 
 def wait_until(true, timeout_s=20):
@@ -84,13 +84,20 @@ def test_a_process_that_would_wait_for_one_that_has_failed_ends_with_its_cause(t
     ended = []
     monkeypatch.setattr(module, "leave_at_once", ended.append)
     monkeypatch.setattr(module, "_LEAVE_S", 0.1)
-    two[0]._signals.unfinished = SimpleNamespace(is_writing=lambda: not two[1]._thread.is_alive() and state.pop())
+    left = []
+    two[0]._signals.unfinished.append(
+        SimpleNamespace(
+            what="a training state",
+            is_writing=lambda: not two[1]._thread.is_alive() and state.pop(),
+            leave=lambda: left.append(True),
+        )
+    )
     state = [False, True]
     with two[0]:
         with pytest.raises(ValueError, match="planted"), two[1]:
             raise ValueError("planted here")
         wait_until(lambda: ended)
-    assert ended == [1] and not state  # the state that had begun was waited for
+    assert ended == [1] and not state and left  # the state that had begun was waited for
     assert re.search(r"training stopped: rank 1 on \S+ has failed: ValueError: planted here", capsys.readouterr().err)
 
 
@@ -107,6 +114,23 @@ def test_a_collective_that_breaks_because_another_process_has_failed_says_why(tw
         with pytest.raises(type(error)), two[1]:
             raise error
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:11234")
+
+
+def test_another_processs_failure_ends_work_that_looks_for_signals(two):
+    """Caching, say, which writes what it has encoded when it is ended so."""
+    with two[0]:
+        with pytest.raises(ValueError), two[1]:
+            raise ValueError("planted here")
+        wait_until(lambda: two[0].failure)
+        with pytest.raises(TrainingError, match=r"rank 1 on .* has failed: ValueError: planted here"):
+            two[0]._signals.stop_if_requested()
+
+
+def test_a_collective_that_breaks_after_a_stop_signal_says_that_no_state_is_known(two):
+    with pytest.raises(Stopped, match=r"SIGTERM; .*no training state of this step.*Connection closed") as ended, two[0]:
+        two[0]._signals.stop_signal = signal.SIGTERM
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:11234")
+    assert ended.value.saved  # so the command with which to go on is said, too
 
 
 def test_an_error_of_ones_own_stays(two):

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,6 +204,50 @@ def test_rank_0_tells_which_other_could_not_write_or_never_came(tmp_path, monkey
     with pytest.raises(TrainingError, match="No space left"):
         writers[1].finish()
     assert newest_valid(tmp_path, None) is None
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["it writes", "it never comes"])
+def test_where_all_fail_at_once_rank_0_waits_for_what_another_rank_is_writing(tmp_path, monkeypatch, late):
+    """A checkpoint fails on all ranks while one of them still writes its part of a state."""
+    monkeypatch.setattr(state_writer, "_QUIET_S", 0.3 if late else 60.0)
+    go, real, failing = threading.Event(), state_writer.write_tensors, threading.Event()
+
+    def slow(path, tensors):
+        if path.name.startswith("rank00001"):
+            go.wait(30)
+        return real(path, tensors)
+
+    monkeypatch.setattr(state_writer, "write_tensors", slow)
+    first, second = (StateWriter(tmp_path, rank=rank, ranks=2) for rank in range(2))
+
+    def fail_on_rank_0():
+        with contextlib.suppress(ZeroDivisionError), first:
+            snapshot(first, 1)
+            failing.set()
+            _ = 1 / 0
+
+    ends = threading.Thread(target=fail_on_rank_0)
+    second.snapshot(step_name(None, 1), info(1), {"optimizer": {"part": torch.zeros(3)}})
+    ends.start()
+    assert failing.wait(30)
+    time.sleep(0.3)  # longer than it takes to give up
+    if late:
+        ends.join(20)
+        assert not ends.is_alive() and first.failed()
+    go.set()
+    second.join()
+    ends.join(20)
+    assert (newest_valid(tmp_path, None) is None) == late
+
+
+def test_rank_0_does_not_wait_for_one_that_could_not_begin(tmp_path, monkeypatch):
+    first, second = (StateWriter(tmp_path, rank=rank, ranks=2, timeout_s=20) for rank in range(2))
+    monkeypatch.setattr(second, "_copied", lambda *_: (_ for _ in ()).throw(RuntimeError("no pinned memory")))
+    snapshot(first, 1)
+    with pytest.raises(RuntimeError, match="pinned"):
+        second.snapshot(step_name(None, 1), info(1), {"optimizer": {"part": torch.zeros(3)}})
+    with pytest.raises(TrainingError, match="rank 1 could not write its state: no pinned memory"):
+        first.finish()
 
 
 # Kills and power cuts ------------------------------------------------------------------------------------------------
