@@ -3,11 +3,15 @@
 import errno
 import fcntl
 import os
+import struct
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 IN_USE = "in_use"  # a file that each process which uses a folder holds a shared lock on
+_FLOCK = (
+    "hhqqi4x"  # C's struct flock on Linux: type, whence, start, length (0: to the end), process (0: the description)
+)
 _held: dict[Path, int] = {}  # descriptors of the locks that this process holds until its end
 
 
@@ -59,20 +63,26 @@ def mark_in_use(folder: Path) -> None:
     with suppress(OSError):
         descriptor = open_lock(folder / IN_USE)
         _held[folder] = descriptor
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_RDLCK))
 
 
 def used_by_others(folder: Path) -> bool:
-    """Whether another process uses a folder, or may use it where that cannot be told."""
+    """Whether another process uses a folder, or may use it where that cannot be told.
+
+    It is asked which lock would be in the way of an exclusive one, and none is taken: this process's own mark stays
+    all the time, so of two that ask at once each sees the other.
+    """
     mark_in_use(folder)
     descriptor = _held.get(folder)
     if descriptor is None:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
     except OSError:
         return True
-    finally:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return False
+    return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
+
+
+def _whole_file(kind: int) -> bytes:
+    """A lock of the whole file, which belongs to an open file description (fcntl(2)): forked processes share it."""
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0)

@@ -157,6 +157,26 @@ def test_tables_of_a_run_stay_as_long_as_it_lasts(data):
     assert not table.exists()
 
 
+def test_of_two_that_look_at_once_each_sees_the_other(tmp_path):
+    """Looking does not take the own mark away, not for a moment."""
+    assert not folder_use.used_by_others(tmp_path)
+    program = (
+        "import sys; from pathlib import Path; from library.data.index.folder_use import used_by_others; "
+        "folder = Path(sys.argv[1]); print(used_by_others(folder), flush=True); sys.stdin.readline(); "
+        "print({used_by_others(folder) for _ in range(3000)}, flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdin=-1, stdout=-1, text=True)
+    try:
+        assert other.stdout.readline() == "True\n"
+        other.stdin.write("\n")
+        other.stdin.flush()
+        assert {folder_use.used_by_others(tmp_path) for _ in range(3000)} == {True}
+        assert other.stdout.readline() == "{True}\n"
+    finally:
+        other.communicate()
+    assert not folder_use.used_by_others(tmp_path)
+
+
 def test_a_lock_that_is_a_link_leaves_what_it_leads_to(data):
     precious = data.parent / "precious"
     precious.write_text("mine")
