@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -151,6 +151,13 @@ class _Work:
         self._memory: dict[str, dict[int, MemoryShelf]] = {}
         self._rounds = 0
 
+    @cached_property
+    def _roots(self) -> list[Path]:
+        """Of each subset the folder of its block files; every folder of a cache is looked at for it, so it is kept."""
+        paths = [subset.path for subset in self._index.subsets]
+        roots = {path: cache_root(path, self._options.saving.output_dir) for path in dict.fromkeys(paths)}
+        return [roots[path] for path in paths]
+
     def shelves(
         self, kind: str, on_disk: bool, needed_bytes: int, settings: Settings, beside: BesideOf
     ) -> Callable[[int], Shelf]:
@@ -159,12 +166,11 @@ class _Work:
             _check_memory(kind, needed_bytes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             memory = self._memory[kind] = {number: MemoryShelf() for number in range(len(self._index.sources))}
             return memory.__getitem__
-        roots = [cache_root(subset.path, self._options.saving.output_dir) for subset in self._index.subsets]
-        for root in dict.fromkeys(roots):
+        for root in dict.fromkeys(self._roots):
             clear_left_behind(root)
         logger.info("cache %s on disk: %.2f GiB in all", kind, needed_bytes / _GIB)
         npz = sources_beside_images(self._index)
-        return Opened(partial(disk_shelf, self._index, kind, settings, beside, roots, npz)).__getitem__
+        return Opened(partial(disk_shelf, self._index, kind, settings, beside, self._roots, npz)).__getitem__
 
     def filled(self, kind: str, making: Making, shelves: Callable[[int], Shelf]) -> dict[int, str]:
         """Fill this process's share and wait for the others; returns the reasons of rows without entry."""
@@ -193,9 +199,8 @@ class _Work:
         rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
         shares = [(rank, ranks)] * len(self._index.subsets)
         if not in_memory and ranks > 1:
-            roots = [cache_root(subset.path, self._options.saving.output_dir) for subset in self._index.subsets]
-            seen = _sharers(list(dict.fromkeys(roots)), self._accelerator)
-            shares = [seen[root] for root in roots]
+            seen = _sharers(list(dict.fromkeys(self._roots)), self._accelerator)
+            shares = [seen[root] for root in self._roots]
         number = 0
         for source, entry in enumerate(self._index.sources):
             place, count = shares[entry.subset]

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from library.data.cache.block_files import PARTIAL_BLOCKS, BlockShelf
@@ -25,10 +26,20 @@ BesideOf = Callable[[int], Callable[[int], Beside]]  # from a source's number an
 def cache_root(data: Path, output_dir: Path) -> Path:
     """The folder of a subset's block files: beside the data, or in --output_dir where that may not be written."""
     beside = _beside(data)
-    of_kinds_and_sources = (*beside.glob("*/"), *beside.glob("*/*/"))  # another user may have made some of them
-    if all(map(may_write, (beside, *of_kinds_and_sources))):
+    of_kinds = _folders_in(beside)
+    of_sources = (folder for kind in of_kinds for folder in _folders_in(kind))
+    if all(map(may_write, chain((beside,), of_kinds, of_sources))):  # another user may have made some of them
         return beside
     return output_dir / "cache" / digest(str(beside.parent.resolve()))
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder; none where it is not there or may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
 
 
 def _beside(data: Path) -> Path:

@@ -22,6 +22,7 @@ from library.data.index import folder_use, kept_tables
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
 from library.errors import InputError
+from library.training import cache_filling
 
 NOBODY = 65534
 
@@ -129,6 +130,38 @@ def test_another_users_cache_is_not_written_to(data):
         return [len(found.made), found.damaged]
 
     assert as_nobody(find) == [0, []]
+
+
+def test_a_file_among_the_folders_of_a_cache_is_none_of_them(data):
+    """Also where Path.glob("*/") gives files, too, before Python 3.11."""
+    out = data.parent / "out"
+    root = cache_root(data, out)
+    (root / "latents" / "a.b").mkdir(parents=True)
+    for folder in (root, root / "latents"):
+        (folder / "notes.txt").touch()
+        (folder / "notes.txt").chmod(0o444)
+    assert cache_root(data, out) == root
+    (root / "latents" / "a.b").chmod(0o555)
+    assert cache_root(data, out).parent == out / "cache"
+    (root / "latents" / "a.b").chmod(0o755)
+
+
+def test_the_folders_of_a_cache_are_looked_at_once_a_run(data, monkeypatch):
+    """Not once more for each subset of one folder, each kind of cache and each sharing of the work."""
+    asked = []
+
+    def counted(path, output_dir):
+        asked.append(path)
+        return cache_root(path, output_dir)
+
+    monkeypatch.setattr(cache_filling, "cache_root", counted)
+    index = SimpleNamespace(subsets=[SimpleNamespace(path=data)] * 3, sources=[])
+    options = SimpleNamespace(saving=SimpleNamespace(output_dir=data.parent / "out"))
+    accelerator = SimpleNamespace(process_index=0, num_processes=1)
+    work = cache_filling._Work(options, SimpleNamespace(index=index), accelerator, None)
+    for kind in ("latents", "text_encoder_outputs"):
+        work.shelves(kind, True, 0, None, None)
+    assert asked == [data] and work._roots == [data / ".encoding_cache"] * 3
 
 
 def test_tables_of_a_run_stay_as_long_as_it_lasts(data):
