@@ -84,6 +84,7 @@ class CaptionSettings:
             encoder: digest of tokenizers, text encoders, their precision and the longest caption.
         """
         self._index = index
+        self._known: dict[int, str] = {}  # by source
         # A caption that is dropped has an entry of its own, whatever the rate.
         self.captions = [
             replace(options, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0) for options in captions
@@ -108,5 +109,7 @@ class CaptionSettings:
         return self._digest(number)
 
     def _digest(self, number: int) -> str:
-        source = self._index.sources[number]
-        return digest_of(self._digests[source.subset], source.class_words)
+        if number not in self._known:
+            source = self._index.sources[number]
+            self._known[number] = digest_of(self._digests[source.subset], source.class_words)
+        return self._known[number]

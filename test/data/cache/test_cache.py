@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from library.data.bad_samples import SampleError
-from library.data.cache import npz_files
+from library.data.cache import npz_files, settings
 from library.data.cache.block_files import BlockShelf
 from library.data.cache.encodings import CaptionMaking, LatentMaking
 from library.data.cache.entries import BLOCK, Cache, Caches, DamagedEntryError, Entry, Made, MemoryShelf, blocks_of
 from library.data.cache.fill import fill
 from library.data.cache.locations import disk_shelf, pictures_of, sources_beside_images
 from library.data.cache.npz_files import NpzShelf, Picture, TextLayout, TextOutputs
+from library.data.cache.settings import CaptionSettings
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
 from library.data.indexed_batches import make_loader
@@ -606,3 +607,12 @@ def test_precisions_survive_the_disk(tmp_path):
     beside.write({0: text})
     for one, other in zip(beside.read(0).tensors, text.tensors, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_settings_of_captions_are_digested_once_a_source(folder, monkeypatch):
+    index = build_index([Subset(folder, ".txt")], use_cache=False)
+    of_row = CaptionSettings(index, [TREATMENT.captions], "encoders")
+    digest = Mock(side_effect=settings.digest_of)
+    monkeypatch.setattr(settings, "digest_of", digest)
+    assert {of_row(row) for row in range(len(index))} == {of_row.of_source(0)}
+    assert digest.call_count == len(index.sources) == 1
