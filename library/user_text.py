@@ -21,6 +21,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_ALL_MARKS = tuple(mark for mark, _ in _MARKS)
 
 
 def decode_text(data: bytes) -> str:
@@ -29,7 +30,9 @@ def decode_text(data: bytes) -> str:
     Raises:
         ValueError: it is in no such encoding; a sentence about it, without its full stop, with the way out.
     """
-    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
+    encoding = "utf-8"
+    if data.startswith(_ALL_MARKS):
+        encoding = next(encoding for mark, encoding in _MARKS if data.startswith(mark))
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

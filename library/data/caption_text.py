@@ -22,6 +22,8 @@ def caption_lines(text: str) -> str:
 
     Lines end with a line feed, a carriage return or both. Other separators that Unicode has are white space.
     """
+    if text.isprintable():  # then it is one line: all that ends or separates lines is not printable
+        return text.strip()
     lines = _LINE_END.split(text.translate(_OTHER_SEPARATORS))
     return "\n".join(line.strip() for line in lines if line.strip())
 

@@ -6,8 +6,8 @@ Sizes are those of the upright picture: EXIF orientation is applied first.
 import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import IO, Any
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
 
 from PIL import Image, UnidentifiedImageError, features
 
@@ -15,7 +15,7 @@ from library.data.bad_samples import SampleError
 from library.data.image_formats import avif, jpeg, png, webp
 from library.data.image_formats.colour_profile import Conversion, channels_of, conversion
 from library.data.image_formats.exif import orientation_of
-from library.data.image_formats.file_bytes import Facts, FileBytes
+from library.data.image_formats.file_bytes import FIRST_BLOCK, Facts, FileBytes
 from library.data.image_formats.jpeg import Jpeg
 from library.data.image_formats.jpeg_data import WatchedJpeg
 
@@ -58,8 +58,7 @@ class Picture:
         return self.image.size[::-1] if self.is_turned else self.image.size
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What the index wants to know of an image.
 
     Attributes:
@@ -70,7 +69,7 @@ class Header:
 
     upright_wh_px: tuple[int, int]
     is_turned: bool = False
-    profile: Conversion = field(default_factory=Conversion)
+    profile: Conversion = Conversion()
 
 
 def upright_size(read: FileBytes) -> tuple[int, int]:
@@ -100,8 +99,10 @@ def header(read: FileBytes) -> Header:
 def header_if_known(read: FileBytes) -> Header:
     """The same, but for an image whose size another file gives: what cannot be read says nothing, and costs nothing."""
     try:
-        found: Facts | None = reported(lambda: _facts_of_header(read))
-    except SampleError:
+        found = _facts_of_header(read)
+    except MemoryError:  # says nothing about the sample
+        raise
+    except Exception:  # of the kinds that `reported` tells of
         found = None
     return Header((0, 0)) if found is None else _header(found)
 
@@ -169,9 +170,9 @@ def _facts(read: FileBytes) -> Facts:
 
 def _facts_of_header(read: FileBytes) -> Facts | None:
     """Size and orientation of the kinds whose headers are read here; None of others."""
-    start = read(0, 16)
+    start = read(0, min(read.size, FIRST_BLOCK))
     if start.startswith(jpeg.START):
-        return jpeg.facts(read)
+        return jpeg.plain_facts(start) or jpeg.facts(read)
     if start.startswith(png.START):
         return png.facts(read)
     if webp.is_webp(start):

@@ -7,11 +7,14 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, UnidentifiedImageError
 
 from library.data import image_header
 from library.data.bad_samples import SampleError
 from library.data.fit import Fit
+from library.data.image_formats import jpeg
 from library.data.image_formats.exif import orientation_of
 from library.data.image_formats.file_bytes import FileBytes
 from library.data.sample.decode import decode
@@ -312,3 +315,29 @@ def test_headers_of_damaged_files_raise_nothing_else():
             image_header.header_if_known(FileBytes.of(bytes(data)))
             with suppress(SampleError):
                 pixels_of(bytes(data), (24, 16))
+
+
+def test_of_a_jpeg_without_metadata_one_kib_is_read_once():
+    data, asked = encoded(gradient(640, 480), quality=100), []
+
+    def read_at(offset, count):
+        asked.append((offset, count))
+        return data[offset : offset + count]
+
+    found = image_header.header_if_known(FileBytes(read_at, len(data)))
+    assert (found.upright_wh_px, found.is_turned, asked) == ((640, 480), False, [(0, 1024)])
+
+
+SEGMENTS = [b"\xff\xe0\0\x04JF", b"\xff\xdb\0\x43" + bytes(65), b"\xff\xfe\0\x02", b"\xff", b"\0", b"\xff\xd0"]
+SEGMENTS += [b"\xff\xe1\0\x06ABCD", b"\xff\xda\0\x02", b"\xff\xd9", b"\xff\xfe\0\x01", b"\xff\xd8\0\x02"]
+FRAME = b"\xff\xc2\0\x0b\x08\x01\x02\x03\x04\x01\x01\x11\0"
+
+
+@given(st.lists(st.sampled_from(SEGMENTS), max_size=4), st.integers(0, 20))
+def test_the_short_look_at_a_jpeg_says_what_the_long_one_does(segments, cut):
+    data = jpeg.START + b"".join(segments) + FRAME + bytes(16)
+    data = data[: len(data) - cut]
+    if (found := jpeg.plain_facts(data)) is not None:
+        assert found == jpeg.facts(FileBytes.of(data)) == (0x304, 0x102, 1, b"", 1)
+    else:
+        assert cut == 20 or set(segments) & {*SEGMENTS[3:10]}

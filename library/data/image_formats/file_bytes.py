@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-_BLOCK = 1 << 12  # bytes; holds the header of nearly every image
+FIRST_BLOCK = 1 << 10  # bytes; holds the header of nearly every image without metadata
+_BLOCK = 1 << 12  # of further reads
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What an image's header says.
 
     Attributes:
@@ -51,5 +52,6 @@ class FileBytes:
         count = max(0, min(count, self.size - offset))
         if not count:
             return b""
-        self._start, self._block = offset, self.read_at(offset, min(max(count, _BLOCK), self.size - offset))
+        least = _BLOCK if self._block else FIRST_BLOCK
+        self._start, self._block = offset, self.read_at(offset, min(max(count, least), self.size - offset))
         return self._block[:count]

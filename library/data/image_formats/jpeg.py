@@ -1,5 +1,6 @@
 """Segments of JPEG (ITU-T T.81, annex B): size, orientation and colour profile, and the file without metadata."""
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _SOS, _EOI, _DRI = 0xDA, 0xD9, 0xDD
 _APP0, _APP1, _APP2, _APP14, _APP15, _COM = 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
 _NO_CONTENT = frozenset({0x01, *range(0xD0, 0xD8)})  # markers without a segment
+_FRAME = struct.Struct(">HHB")  # behind the precision: height, width, components
+_NOT_PLAIN = _NO_CONTENT | {0, 0xFF, _APP1, _APP2, _SOS, _EOI}  # metadata, or no segment that is passed over
 _ICC = b"ICC_PROFILE\0"  # then the number of this part, from 1, and how many there are (ICC.1:2022, B.4)
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _BETWEEN_SCANS = frozenset({0xC4, 0xCC, 0xDB, _DRI, _COM, *range(_APP0, 0xF0)})  # tables and metadata
@@ -102,6 +105,23 @@ def facts(read: FileBytes) -> Facts:
         if segment.marker in (_APP1, _APP2):
             metadata.add(segment.marker, read(segment.begin, segment.end - segment.begin))
     raise OSError("image file is truncated: a JPEG without a frame's header")
+
+
+def plain_facts(beginning: bytes) -> Facts | None:
+    """The same, by a file's first bytes, where they hold the frame's header and neither metadata nor anything odd come
+    before it; None of all others. Most files of large sets are such, and the index looks at each of them.
+    """
+    position, last = len(START), len(beginning) - 10
+    while position <= last and beginning[position] == 0xFF:
+        marker = beginning[position + 1]
+        if marker in _SOF:
+            height, width, channels = _FRAME.unpack_from(beginning, position + 5)
+            return Facts(width, height, channels=channels)
+        length = beginning[position + 2] << 8 | beginning[position + 3]
+        if marker in _NOT_PLAIN or length < 2:
+            return None
+        position += 2 + length
+    return None
 
 
 def without_metadata(data: bytes) -> Jpeg:

@@ -7,7 +7,7 @@ KEY.txt, KEY.mask.png. It differs where what stands between the first and the la
 
 import re
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from library.data.index.rows import IMAGE_EXTENSIONS, printable
 
@@ -21,8 +21,7 @@ OF_ITS_OWN = "its key ends at the first dot, and there is an image of that key; 
 Content = TypeVar("Content")
 
 
-@dataclass(frozen=True)
-class MemberName:
+class MemberName(NamedTuple):
     """A member's name, taken apart.
 
     Attributes:
@@ -43,9 +42,10 @@ class MemberName:
         if not base or not extension:
             return None
         key = base
-        between, dot, last = extension.rpartition(".")
-        if dot and last and not _WORD.fullmatch(between):
-            key, extension = f"{base}.{between}", last
+        if "." in extension:
+            between, _, last = extension.rpartition(".")
+            if last and not _WORD.fullmatch(between):
+                key, extension = f"{base}.{between}", last
         front = folder + slash
         return cls(front + key, printable(f".{extension.lower()}"), front + base)
 
@@ -90,8 +90,8 @@ class Group(Generic[Content]):
 
     @property
     def image(self) -> str:
-        """The extension of its only image."""
-        return self.images[0]
+        """The extension of the first image that is a regular file."""
+        return next(extension for extension in self.members if extension in IMAGE_EXTENSIONS)
 
     @property
     def further_images(self) -> list[str]:
@@ -99,7 +99,7 @@ class Group(Generic[Content]):
         return [
             extension
             for extension in self.extensions
-            if extension not in IMAGE_EXTENSIONS and _ending(extension) in IMAGE_EXTENSIONS
+            if extension.count(".") > 1 and extension not in IMAGE_EXTENSIONS and _ending(extension) in IMAGE_EXTENSIONS
         ]
 
     def problem(self, captions: tuple[str, ...], extras: tuple[str, ...]) -> str:
@@ -111,13 +111,15 @@ class Group(Generic[Content]):
         """
         if self.reason:
             return self.reason
-        if self.key.startswith("/") or ".." in self.key.split("/"):
+        if self.key.startswith("/") or (".." in self.key and ".." in self.key.split("/")):
             return "its name in the tar leads out of the folder that it would be unpacked to"
         if self.twice:
             return f"several members of one name in the tar ({_listed(self.twice)})"
         images = self.images
         if len(images) > 1:
             return f"{len(images)} images of one name in the tar"
+        if images and not self.odd:
+            return ""
         wanted = {*images, *captions, *(extension for extension in self.further_images if _extra(extension) in extras)}
         if not images:
             wanted |= set(self.odd)

@@ -137,7 +137,9 @@ def _scan(fd: int) -> _Scan:
                 continue
             at = (member.part, name.key)
             runs, last = runs + (at != last), at
-            group = scan.groups.setdefault(at, Group(name.key, name.short_key))
+            group = scan.groups.get(at)
+            if group is None:
+                group = scan.groups[at] = Group(name.key, name.short_key)
             if group.add(name.extension, member, member.odd):
                 added_in[at] = runs
             elif added_in[at] == runs:
@@ -162,11 +164,12 @@ def _samples(scan: _Scan) -> Iterator[Group[Member]]:
     KEY.0.txt beside KEY.jpg is one more text of that sample: a group whose key has further dots and that has no image
     is left out where the group of the short key has one.
     """
-    with_image = {at for at, group in scan.groups.items() if group.images}
     seen: set[str] = set()
     for (part, key), group in scan.groups.items():
-        if key != group.short_key and not group.images and (part, group.short_key) in with_image:
-            continue
+        if key != group.short_key and not group.images:
+            short = scan.groups.get((part, group.short_key))
+            if short is not None and short.images:
+                continue
         if part and key in seen:
             scan.lost += [(name, CAME_BEFORE) for name in group.lost()]
             continue

@@ -46,6 +46,8 @@ class Sidecar:
         """
         keys = list(keys)
         found = {key: key for key in keys if key in self.facts}
+        if len(found) == len(self.facts):
+            return {key: self.facts[key] for key in found}, [], ""
         for spelling in (_base, _number):
             mine = _unique(spelling, (key for key in keys if key not in found))
             theirs = _unique(spelling, self.facts.keys() - found.values())

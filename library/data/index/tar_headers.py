@@ -8,9 +8,10 @@ ends without one, and takes a name's front from its own field only where the hea
 
 import contextlib
 import os
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 BLOCK = 512  # bytes; headers and contents start at multiples of it
 _REGULAR = b"0\x007"  # regular file, its old spelling, contiguous file
@@ -23,7 +24,7 @@ _KINDS = {
     b"M": "the rest of a file in another tar",
 }
 _SPARSE = "a sparse file"
-_MAX_EXTENSION_BYTES = 1 << 20  # a long name or pax header larger than this is no real one
+MAX_EXTENSION_BYTES = 1 << 20  # a long name or pax header larger than this is no real one
 _USED_FIELDS = ("path", "size", "linkpath")  # of pax headers, and those that mark sparse files
 _SPARSE_FIELD = "GNU.sparse."
 _MAX_DIGITS = 19  # of a decimal size
@@ -43,8 +44,7 @@ class TornTarError(ValueError):
         self.inside, self.behind_end = inside, behind_end
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A file in a tar: its path there and where its contents are, in bytes.
 
     Attributes:
@@ -94,7 +94,7 @@ def walk(
     position, part, ended = 0, 0, -1  # ended: where the last end mark is
     while True:
         header = read_at(BLOCK, position)
-        if len(header) == BLOCK and not any(header):
+        if len(header) == BLOCK and not header[0] and not any(header):
             ended = position if ended < 0 else ended
             position = behind_zeros(position + BLOCK)
             continue
@@ -115,7 +115,7 @@ def walk(
             walker = _Walker(read_at, file_bytes)
         member, position = walker.take(header, position)
         if member is not None:
-            yield replace(member, part=part) if part else member
+            yield member._replace(part=part) if part else member
 
 
 class _Walker:
@@ -132,6 +132,11 @@ class _Walker:
         """The member that a header begins, None where it begins none; and where the next header is."""
         self.begun = True
         kind, offset = header[156:157], position + BLOCK
+        if kind == b"0" and not (self._pax or self._long or self._shared_pax):  # nearly all are such: the short way
+            size, name = _number(header[124:136]), _short_name(header)
+            self._check_end(offset + size, position, name)
+            after = offset + -(-size // BLOCK) * BLOCK
+            return (None if name.endswith("/") else Member(name, offset, size)), after
         fields = {**self._shared_pax, **self._pax}
         extension = kind in b"LKxg"
         if kind in _WITHOUT_CONTENT:
@@ -165,7 +170,7 @@ class _Walker:
 
     def _extend(self, kind: bytes, size: int, offset: int, position: int) -> None:
         """Read a long name or a pax header."""
-        if size > _MAX_EXTENSION_BYTES:
+        if size > MAX_EXTENSION_BYTES:
             raise TornTarError(f"the extended header at byte {position} is {size} bytes long")
         content = self._read_at(size, offset)
         if len(content) < size:
@@ -261,17 +266,31 @@ def _checksum_holds(header: bytes) -> bool:
         expected = _number(header[148:156])
     except TornTarError:
         return False
-    counted = sum(header) - sum(header[148:156]) + 8 * 32
+    counted = _sum(header[:256]) + _sum(header[256:]) - sum(header[148:156]) + 8 * 32
     return expected == counted or expected == counted - 256 * sum(byte > 127 for byte in header)
+
+
+def _sum(data: bytes) -> int:
+    """The sum of at most 256 bytes: Adler-32 has it, and one more, in its lower half (RFC 1950, section 8.2).
+
+    It is taken modulo 65521 there, which is more than 1 + 256 * 255. This takes a tenth of the time of sum().
+    """
+    return (zlib.adler32(data) & 0xFFFF) - 1
 
 
 def _number(field: bytes) -> int:
     """An octal number, or a base-256 one (GNU, for sizes of 8 GiB and more)."""
+    if (digits := field.rstrip(b" \0")).isdigit():
+        return _octal(digits, field)
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip() or b"0"
     if not digits.isdigit():  # int() takes signs and underscores
         raise TornTarError(f"{field!r} is no number")
+    return _octal(digits, field)
+
+
+def _octal(digits: bytes, field: bytes) -> int:
     try:
         return int(digits, 8)
     except ValueError as error:

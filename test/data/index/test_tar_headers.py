@@ -116,6 +116,16 @@ def test_garbage_after_a_member_is_reported(tmp_path, make_tar):
     assert "no tar header at byte 1024" in error
 
 
+@pytest.mark.parametrize("fill", [b"\xff", b"a", b"\x01\xfe\x80"])
+def test_a_checksum_is_the_whole_sum_of_the_bytes(tmp_path, fill):
+    """That of 0xFF throughout is more than any that is taken modulo 65521 or 65536."""
+    header = (fill * 512)[:148] + b" " * 8 + (fill * 512)[:356]
+    for off in (0, 1, -1, 65521, -65521, 65536, -65536):
+        digits = b"%07o\0" % ((sum(header) + off) % 8**7)
+        (tmp_path / "a").write_bytes(header[:148] + digits + header[156:])
+        assert looks_like_tar(tmp_path / "a") == (off == 0)
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_damage_gives_members_inside_the_file_or_the_clear_error(tmp_path_factory, data):
