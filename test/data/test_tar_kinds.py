@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from library.data.bad_samples import check_left_out
+from library.data.bad_samples import SampleError, check_left_out
 from library.data.index.rows import row_keys
 from library.data.index.shard_members import MemberName
 from library.data.index.shards import scan_shard
@@ -423,3 +423,17 @@ def test_a_stream_counts_a_shard_as_the_stats_beside_it_say(tmp_path, monkeypatc
         assert set(names) == {f"file://{tmp_path}/0.tar"}
         lost.append(sum(batch.lost for batch in batches) / len(names))
     assert lost == [1, 70]
+
+
+@pytest.mark.parametrize("comment_bytes", [20_000, 1_000_000])
+def test_an_image_behind_a_large_pax_header_is_read_by_its_name(tmp_path, comment_bytes):
+    """Its name is not ASCII, so that it stands in the pax header, in front of the comment."""
+    name, fields = "größe", {"comment": "x" * comment_bytes}
+    content = tar((f"{name}.jpg", JPEG, fields), (f"{name}.txt", b"a text", fields), format=tarfile.PAX_FORMAT)
+    (tmp_path / "0.tar").write_bytes(content)
+    index = build_index([Subset(tmp_path, ".txt")], use_cache=False)
+    reader = Reader(index)
+    assert (index.key(0), reader.image(0), reader.caption(0)) == (name, JPEG, "a text")
+    (tmp_path / "0.tar").write_bytes(content.replace("größe".encode(), "grüße".encode()))
+    with pytest.raises(SampleError, match="has changed since it was indexed"):
+        reader.image(0)

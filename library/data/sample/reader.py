@@ -10,9 +10,11 @@ from library.data.image_header import MAX_BYTES
 from library.data.index.rows import CaptionKind
 from library.data.index.shard_members import MemberName
 from library.data.index.table import Index
-from library.data.index.tar_headers import BLOCK, names_of
+from library.data.index.tar_headers import BLOCK, MAX_EXTENSION_BYTES, names_of
 
-_BLOCKS_BEFORE = 16  # of a tar, in front of a member's contents: names that do not fit into its header stand there
+# Of a tar, in front of a member's contents: names that do not fit into its header stand there. What does not do is
+# followed by the next; the last holds a long name and a pax header of the largest sizes that the index takes.
+_BYTES_BEFORE = (16 * BLOCK, 256 * BLOCK, 2 * (MAX_EXTENSION_BYTES + 2 * BLOCK))
 _MAX_OPEN = 64  # shards kept open; the usual limit of a process is 1024 files
 
 
@@ -85,13 +87,19 @@ class Reader:
             data = os.pread(self._descriptor(path), BLOCK + size, offset - BLOCK)
             if len(data) < BLOCK + size:
                 raise SampleError("its shard has become shorter since it was indexed")
-            if not _is_named(key, data[:BLOCK], size):
-                start = max(0, offset - _BLOCKS_BEFORE * BLOCK)
-                if not _is_named(key, os.pread(self._descriptor(path), offset - start, start), size):
-                    raise SampleError("its shard has changed since it was indexed")
+            if not _is_named(key, data[:BLOCK], size) and not self._is_named_before(key, path, offset, size):
+                raise SampleError("its shard has changed since it was indexed")
         except OSError as error:
             raise SampleError(f"cannot be read: {error.strerror}") from error
         return data[BLOCK:]
+
+    def _is_named_before(self, key: str, path: Path, offset: int, size: int) -> bool:
+        """Whether an extended header in front of a member gives it the key."""
+        for before in _BYTES_BEFORE:
+            start = max(0, offset - before)
+            if _is_named(key, os.pread(self._descriptor(path), offset - start, start), size):
+                return True
+        return False
 
     def _descriptor(self, path: Path) -> int:
         if path in self._open:
