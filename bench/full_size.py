@@ -137,6 +137,8 @@ def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) 
     model = random_model(size, folder)
     made_seconds, made_peak = time.perf_counter() - began, _peak()
     write_pictures(folder / "pictures", side_px, count=8)
+    (folder / "model" / "unet").mkdir(parents=True)  # what is looked for before anything loads
+    (folder / "model" / "unet" / "config.json").write_text("{}")
     before = {name: parameter.detach().flatten()[:4].clone() for name, parameter in model.unet.named_parameters()}
     saving = {}
     load, save = build.load_model, Task.save
@@ -153,7 +155,7 @@ def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) 
         with contextlib.redirect_stdout(sys.stderr):
             status = sdxl_pretrain.main(
                 [
-                    f"--pretrained_model_name_or_path={folder}", f"--train_data_dir={folder / 'pictures'}",
+                    f"--pretrained_model_name_or_path={folder / 'model'}", f"--train_data_dir={folder / 'pictures'}",
                     f"--resolution={side_px}", "--caption_extension=.txt", f"--output_dir={folder / 'out'}",
                     f"--max_train_steps={steps}", "--gradient_checkpointing", "--save_model_as=safetensors",
                     "--max_data_loader_n_workers=0", "--seed=0", "--learning_rate=1e-5", "--fused_backward_pass",

@@ -294,11 +294,11 @@ def step_profiler(device: torch.device, folder: Path, name: str, steps: int) -> 
     torch_npu's on Ascend, which writes NAME_…_ascend_pt/ASCEND_PROFILER_OUTPUT/trace_view.json, torch's elsewhere,
     which writes NAME.….pt.trace.json. Both are in Chrome's format; the latter TensorBoard's plugin opens, too.
     """
-    module: Any = torch.profiler if torch_npu_of(device) is None else importlib.import_module("torch_npu.profiler")
-    return module.profile(
-        activities=module.supported_activities(),
-        schedule=module.schedule(wait=0, warmup=0, active=steps, repeat=1),
-        on_trace_ready=module.tensorboard_trace_handler(str(folder), worker_name=name),
+    profiler: Any = torch.profiler if torch_npu_of(device) is None else importlib.import_module("torch_npu.profiler")
+    return profiler.profile(
+        activities=profiler.supported_activities(),
+        schedule=profiler.schedule(wait=0, warmup=0, active=steps, repeat=1),
+        on_trace_ready=profiler.tensorboard_trace_handler(str(folder), worker_name=name),
         record_shapes=True,
     )
 

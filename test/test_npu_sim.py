@@ -221,7 +221,10 @@ def dotted(node: ast.AST) -> str:
 
 
 def used_names(path: Path) -> set[tuple[str, str]]:
-    """(module, name) of every torch_npu.NAME, torch.npu.NAME, imported name and, in the device module, module.NAME."""
+    """(module, name) of every torch_npu.NAME, torch.npu.NAME and imported name.
+
+    In the device module also of module.NAME and profiler.NAME.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module in REAL:
@@ -229,8 +232,8 @@ def used_names(path: Path) -> set[tuple[str, str]]:
         if not isinstance(node, ast.Attribute):
             continue
         owner = dotted(node.value).replace("torch.npu", "torch_npu.npu")
-        if path.name == "device.py" and owner == "module":
-            owner = "torch_npu.npu"
+        if path.name == "device.py":
+            owner = {"module": "torch_npu.npu", "profiler": "torch_npu.profiler"}.get(owner, owner)
         if owner in REAL:
             found.add((owner, node.attr))
     return found

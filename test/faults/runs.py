@@ -53,6 +53,8 @@ class Run:
     @property
     def text(self) -> str:
         """What it has printed so far."""
+        if not self.log.exists():  # the process makes it
+            return ""
         with self.log.open("rb") as file:
             file.seek(self._offset)
             return file.read().decode(errors="replace")

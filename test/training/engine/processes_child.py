@@ -143,7 +143,6 @@ def plainly(max_grad_norm=0.05, steps=8, averages=None):
     """The same training by torch alone, on the whole batch; `averages` gets diffusers' averages."""
     module = model()
     average = EMAModel(module.parameters(), decay=0.5)
-    average.optimization_step = 1
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
@@ -411,6 +410,8 @@ def main():
             except Exception:
                 failures[name] = traceback.format_exc()
             (OUT / f"{RANK}.json").write_text(json.dumps(failures))
+            if failures[name] is not None:
+                sys.exit(1)  # the other process may be in another collective, and would wait in it
 
 
 if __name__ == "__main__":

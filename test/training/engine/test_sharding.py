@@ -24,14 +24,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
 
-def torchrun(processes, script, *arguments):
+def torchrun(processes, script, *arguments, may_fail=False):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, str(HERE / script), *map(str, arguments)],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500,
     )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert may_fail or done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0, 2.0, 2.0 - 5e-7, 2.0 + 2e-6, 3.0])
@@ -177,14 +177,14 @@ CHECKS = [
 def checked(tmp_path_factory):
     """What each of the two processes wrote."""
     folder = tmp_path_factory.mktemp("checked")
-    torchrun(2, "processes_child.py", folder)
+    torchrun(2, "processes_child.py", folder, may_fail=True)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_in_two_processes(checked, name):
     for failures in checked:
-        assert failures[name] is None, failures[name]
+        assert failures.get(name, "an earlier one has failed") is None, failures.get(name)
 
 
 def test_oss_is_adamw_with_oss_sharding():
