@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from library.errors import InputError
 
@@ -29,22 +29,28 @@ def too_many(bad: int, seen: int, samples: int, max_share: float) -> bool:
     return bad > max_share * max(seen, min(samples, _JUDGED_FROM))
 
 
-def check_left_out(left_out: Iterable[tuple[str, str]], indexed: int, max_share: float) -> None:
+def check_left_out(
+    left_out: Iterable[tuple[str, str]], indexed: int, max_share: float, unnamed: Mapping[str, int] | None = None
+) -> None:
     """Refuse a data set of which the index had to leave out too much.
 
     Args:
         left_out: (name, reason) of samples that cannot be used.
         indexed: samples that can.
+        unnamed: how many more cannot be used, by reason.
 
     Raises:
         InputError: they are too many; the message has the reasons and how often each holds.
     """
     pairs = list(left_out)
-    if len(pairs) <= max_share * (len(pairs) + indexed):
+    count = len(pairs) + sum((unnamed or {}).values())
+    if count <= max_share * (count + indexed):
         return
     some = "; ".join(f"{name}: {reason}" for name, reason in pairs[:_NAMED])
     reasons = Counter(kind(reason) for _, reason in pairs)
-    raise InputError(f"{summary(len(pairs), len(pairs) + indexed, max_share, reasons)} The first: {some}")
+    for reason, more in (unnamed or {}).items():
+        reasons[kind(reason)] += more
+    raise InputError(f"{summary(count, count + indexed, max_share, reasons)} The first: {some}")
 
 
 def summary(bad: int, of: int, max_share: float, reasons: Counter[str]) -> str:

@@ -115,6 +115,11 @@ class TrainingData:
         """(name, reason) of samples that the index could not use."""
         return self.index.bad
 
+    @property
+    def left_out_count(self) -> int:
+        """How many samples they are: an entry may stand for many that are in no file."""
+        return self.index.left_out
+
     def of_one_process(self) -> "TrainingData":
         """The same data in the same order, all of it in one process."""
         return replace(self, share=self.share.of_one_process())
@@ -215,7 +220,7 @@ def prepare_data(
     subsets = [_subset(subset, options.dataset_config, between, extras, output_dir) for subset in options.subsets]
     index = build_index(subsets, progress=_index_bar, between=between)
     try:
-        check_left_out(index.bad, len(index), options.max_bad_samples)
+        check_left_out(index.bad, len(index), options.max_bad_samples, index.unnamed)
     except InputError:
         for warning in index.warnings:  # there will be no report that has them
             logger.warning("%s", warning)

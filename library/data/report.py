@@ -115,7 +115,7 @@ def _dropped(index: Index) -> str:
     if not index.bad:
         return "none"
     named = "; ".join(f"{name}: {reason}" for name, reason in index.bad[:_NAMED])
-    return f"{len(index.bad)} of {len(index) + len(index.bad)}: {named}{_more(len(index.bad))}"
+    return f"{index.left_out} of {len(index) + index.left_out}: {named}{_more(len(index.bad))}"
 
 
 def _more(count: int) -> str:

@@ -37,6 +37,10 @@ class TrainingSet(Protocol):
         """(name, reason) of samples that were found unusable beforehand."""
 
     @property
+    def left_out_count(self) -> int:
+        """How many samples they are: an entry may stand for many that are in no file."""
+
+    @property
     def largest_bucket(self) -> tuple[int, int]:
         """Width and height in px of the bucket whose batches need the most memory."""
 

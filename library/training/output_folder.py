@@ -70,7 +70,7 @@ def finish(
         process_count=accelerator.num_processes,
         batch_per_device=options.data.train_batch_size,
         quarantined=report.quarantined,
-        left_out=len(data.left_out),
+        left_out=data.left_out_count,
         overflows=report.overflows,
         steps_not_updated=report.steps_not_updated,
     )

@@ -202,6 +202,12 @@ def of_index(path, extension=".txt"):
     return dict(zip(keys, images, strict=True)), part.bad
 
 
+def lost(path):
+    """How many samples of a shard are lost."""
+    part = scan_shard(Source(path, True, ".txt"))
+    return len(part.bad) + part.unnamed.total()
+
+
 def of_stream(path, extension=".txt"):
     """The same of a stream, with a reason for each image that is lost."""
     images, lost, numbers = {}, [], []
@@ -327,15 +333,32 @@ def test_a_shard_that_is_none_is_named_with_what_it_is(tmp_path, kind, message):
 def test_a_shard_that_is_none_counts_as_its_stats_say(tmp_path, beside, content, count):
     (tmp_path / "0.tar").write_bytes(b"<html>")
     (tmp_path / beside).write_bytes(content)
-    assert len(of_index(tmp_path / "0.tar")[1]) == count
+    assert lost(tmp_path / "0.tar") == count
 
 
 def test_a_torn_shard_counts_as_its_stats_say_and_a_whole_one_does_not(tmp_path):
     (tmp_path / "0_stats.json").write_text('{"successes": 70}')
     (tmp_path / "0.tar").write_bytes(KINDS["cut within an image"][0])
-    assert len(of_index(tmp_path / "0.tar")[1]) == 68
+    assert lost(tmp_path / "0.tar") == 68
     (tmp_path / "0.tar").write_bytes(TWO)
     assert of_index(tmp_path / "0.tar")[1] == []
+    assert lost(tmp_path / "0.tar") == 0
+
+
+@pytest.mark.parametrize("beside", ["stats", "parquet"])
+def test_many_samples_that_are_in_no_file_are_counted_without_an_entry_each(tmp_path, beside):
+    (tmp_path / "0.tar").write_bytes(TWO if beside == "parquet" else b"<html>")
+    write_tar(tmp_path / "1.tar", sample("x"))
+    if beside == "stats":
+        (tmp_path / "0_stats.json").write_text('{"successes": 10000}')
+    else:
+        keys, sizes = [f"far{number}" for number in range(10_000)], [64] * 10_000
+        write_parquet(tmp_path / "0.parquet", key=keys, width=sizes, height=sizes)
+    index = build_index([Subset(tmp_path, ".txt")], use_cache=False)
+    assert index.left_out == 10_000 and len(index.bad) < 10
+    assert any("10000 images cannot be read" in warning for warning in index.warnings)
+    with pytest.raises(InputError, match=rf"10000 of {10_000 + len(index)} samples .*: 10000 ×"):
+        check_left_out(index.bad, len(index), 0.5, index.unnamed)
 
 
 def write_parquet(path, **columns):

@@ -59,6 +59,7 @@ class Part:
         rows: ROW array.
         text: uint8, the bytes that name_offset and STORED captions point into.
         bad: (key, reason) of images that cannot be used.
+        unnamed: how many more cannot be used, by reason; they are in no file, and `bad` has an entry for many of them.
         warnings: sentences for the user; the source's name is put before them.
         without_image: samples that have no image.
         strange_extensions: what those samples have, with counts.
@@ -74,6 +75,7 @@ class Part:
     rows: np.ndarray
     text: np.ndarray
     bad: list[tuple[str, str]] = field(default_factory=list)
+    unnamed: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
     without_image: int = 0
     strange_extensions: Counter[str] = field(default_factory=Counter)
@@ -84,6 +86,16 @@ class Part:
     profiles: Counter[str] = field(default_factory=Counter)
     unusable_profiles: list[str] = field(default_factory=list)
     extras: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add_absent(self, count: int, what: str, reason: str) -> None:
+        """Count samples that cannot be used and are in no file, however many, by one entry.
+
+        Args:
+            what: they are, behind their number.
+        """
+        if count > 0:
+            self.bad.append((f"({count} {what})", reason))
+            self.unnamed[reason] += count - 1
 
     def note_profile(self, key: str, profile: Conversion) -> None:
         """Count what the colour profile of an image does."""
@@ -104,7 +116,7 @@ class Summary:
         named_without_caption: keys of the first of those.
         blank, many_lines, unusable_profiles: how many keys Part has.
         named_blank, named_many_lines, named_unusable_profiles: the first of those.
-        bad, warnings, without_image, strange_extensions, further_images, other_captions, profiles:
+        bad, unnamed, warnings, without_image, strange_extensions, further_images, other_captions, profiles:
             as in Part.
     """
 
@@ -120,6 +132,7 @@ class Summary:
     named_unusable_profiles: list[str]
     profiles: dict[str, int]
     bad: list[list[str]]
+    unnamed: dict[str, int]
     warnings: list[str]
     without_image: int
     strange_extensions: dict[str, int]
@@ -147,6 +160,7 @@ class Summary:
             part.unusable_profiles[:NAMED],
             dict(part.profiles),
             [[key, reason] for key, reason in part.bad],
+            dict(part.unnamed),
             part.warnings,
             part.without_image,
             dict(part.strange_extensions),

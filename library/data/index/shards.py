@@ -10,7 +10,7 @@ from library.data.caption_text import MAX_CAPTION_BYTES, caption_lines, caption_
 from library.data.image_formats.file_bytes import FileBytes
 from library.data.image_header import MAX_BYTES, header, header_if_known
 from library.data.index.extras import extra_arrays, places_in_shard
-from library.data.index.rows import COMMON_CAPTION_EXTENSIONS, CaptionKind, Part, TextPool, printable, row_array
+from library.data.index.rows import COMMON_CAPTION_EXTENSIONS, NAMED, CaptionKind, Part, TextPool, printable, row_array
 from library.data.index.shard_members import (
     BEGINNING_BYTES,
     CAME_BEFORE,
@@ -23,6 +23,8 @@ from library.data.index.shard_members import (
 from library.data.index.sidecar import Facts, Sidecar, read_sidecar, stated_samples
 from library.data.index.sources import Source
 from library.data.index.tar_headers import Member, TornTarError, members
+
+_NOT_IN_TAR = "its shard's parquet has it, the tar does not"
 
 
 @dataclass
@@ -71,7 +73,8 @@ def scan_shard(source: Source) -> Part:
         part.bad.append((scan.cut, "its shard ends or is damaged within it"))
     elif scan.torn and scan.members:
         part.bad.append(("", scan.torn))
-    part.bad += [(key, "its shard's parquet has it, the tar does not") for key in missing]
+    part.bad += [(key, _NOT_IN_TAR) for key in missing[:NAMED]]
+    part.add_absent(len(missing) - NAMED, "more samples", _NOT_IN_TAR)
     if scan.torn or not scan.members:
         _add_unread(part, scan, sidecar, source)
     return part
@@ -111,9 +114,7 @@ def _add_unread(part: Part, scan: _Scan, sidecar: Sidecar, source: Source) -> No
     stated = None if sidecar.known else stated_samples(source.path.with_name(f"{source.path.stem}_stats.json"))
     reason = scan.torn or "it holds no file"
     lacking = 0 if stated is None else stated - len(part.rows) - len(part.bad)
-    part.bad += [
-        (f"(sample {number + 1} of {lacking} that its stats file has besides)", reason) for number in range(lacking)
-    ]
+    part.add_absent(lacking, "samples that its stats file has besides", reason)
     if not scan.members and not scan.cut and not sidecar.known and stated is None:
         part.bad.append(("", reason))
         return

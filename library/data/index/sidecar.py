@@ -53,7 +53,7 @@ class Sidecar:
             theirs = _unique(spelling, self.facts.keys() - found.values())
             found |= {key: theirs[name] for name, key in mine.items() if name in theirs}
         taken = {*found.values(), *keys, *map(_base, keys), *map(_number, keys)}
-        missing = [key for key in self.facts if not taken & {key, _base(key), _number(key)}]
+        missing = [key for key in self.facts if not taken & ({key, _base(key), _number(key)} - {None})]
         strange = bool(keys and missing and not found)
         warning = f"none of the {len(missing)} keys of its parquet file is in the tar: it may be another shard's."
         return {key: self.facts[theirs_] for key, theirs_ in found.items()}, missing, warning if strange else ""

@@ -25,7 +25,7 @@ from library.data.index.sources import Listed, Source, Subset, find_sources, ima
 from library.errors import InputError
 
 # The number is raised whenever a scan of unchanged data gives another table.
-_VERSION = [9, *ROW.descr]
+_VERSION = [10, *ROW.descr]
 
 Progress = Callable[[int, int], None]
 
@@ -41,6 +41,7 @@ class Index:
         tables: of each source.
         warnings: sentences for the user.
         bad: (name, reason) of images that were left out.
+        unnamed: how many more were left out, by reason; they are in no file, and `bad` has an entry for many of them.
         fingerprint: digest of everything that the rows say, and of the sources' names and repeats.
     """
 
@@ -50,11 +51,17 @@ class Index:
     tables: tuple[Table, ...]
     warnings: tuple[str, ...]
     bad: tuple[tuple[str, str], ...]
+    unnamed: Counter[str]
     fingerprint: str
     _opened: Opened[Arrays] = field(repr=False, compare=False)
 
     def __len__(self) -> int:
         return int(self.starts_S[-1])
+
+    @property
+    def left_out(self) -> int:
+        """How many samples were left out."""
+        return len(self.bad) + self.unnamed.total()
 
     def place(self, row: int) -> tuple[int, int]:
         """The number of a row's source, and its place there."""
@@ -147,11 +154,11 @@ def build_index(
         summaries_of = [summaries[place] for place in own]
         warnings += _check(subset, [sources[place] for place in own], summaries_of, said[number])
     starts_S = np.cumsum([0, *(summary.count for summary in summaries)])
-    bad = tuple(_bad(sources, summaries))
+    bad, unnamed = tuple(_bad(sources, summaries)), _unnamed(summaries)
     fingerprint = _fingerprint(subsets, sources, summaries)
     tables_S = tuple(made)
     return Index(
-        tuple(subsets), tuple(sources), starts_S, tables_S, tuple(warnings), bad, fingerprint, opened(tables_S)
+        tuple(subsets), tuple(sources), starts_S, tables_S, tuple(warnings), bad, unnamed, fingerprint, opened(tables_S)
     )
 
 
@@ -222,7 +229,8 @@ def _check(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summar
     pairs = zip(sources, summaries, strict=True)
     warnings = [f"{source.path}: {warning}" for source, summary in pairs for warning in summary.warnings]
     if bad := [": ".join(entry) for entry in _bad(sources, summaries)]:
-        warnings.append(f"{len(bad)} images cannot be read and are left out: {_some(bad, len(bad))}")
+        count = len(bad) + _unnamed(summaries).total()
+        warnings.append(f"{count} images cannot be read and are left out: {_some(bad, len(bad))}")
     if without := sum(summary.without_image for summary in summaries):
         strange = sum((Counter(summary.strange_extensions) for summary in summaries), Counter()).most_common(NAMED)
         warnings.append(
@@ -275,6 +283,11 @@ def _bad(sources: Sequence[Source], summaries: Sequence[Summary]) -> Iterator[tu
     """(name, reason) of what the scans left out."""
     for source, summary in zip(sources, summaries, strict=True):
         yield from ((source.name(key), reason) for key, reason in summary.bad)
+
+
+def _unnamed(summaries: Sequence[Summary]) -> Counter[str]:
+    """How many more the scans left out, by reason."""
+    return sum((Counter(summary.unnamed) for summary in summaries), Counter())
 
 
 def _check_captions(

@@ -63,6 +63,7 @@ class StreamedData:
     samples: int | None
     positions: dict[int, Position] = field(default_factory=dict)
     left_out: Sequence[tuple[str, str]] = ()
+    left_out_count: int = 0
 
     def __post_init__(self) -> None:
         self.epochs = StreamEpochs(self.samples, self.global_batch)
