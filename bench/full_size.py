@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sdxl_pretrain
 from library import device as devices
 from library.families import SDXL
+from library.models.files.diffusers_config import unet_config_to_diffusers
 from library.models.model import Model
 from library.models.unet import UNet, UNetConfig
 from tools.demo.make_tokenizer import write_tokenizer
@@ -137,8 +138,10 @@ def measure(size: str, side_px: int, steps: int, more: list[str], folder: Path) 
     model = random_model(size, folder)
     made_seconds, made_peak = time.perf_counter() - began, _peak()
     write_pictures(folder / "pictures", side_px, count=8)
-    (folder / "model" / "unet").mkdir(parents=True)  # what is looked for before anything loads
-    (folder / "model" / "unet" / "config.json").write_text("{}")
+    configs = {"unet": unet_config_to_diffusers(model.unet.config), "text_encoder": {}, "text_encoder_2": {}}
+    for part, config in configs.items():
+        (folder / "model" / part).mkdir(parents=True)  # what is looked at before anything loads
+        (folder / "model" / part / "config.json").write_text(json.dumps(config))
     before = {name: parameter.detach().flatten()[:4].clone() for name, parameter in model.unet.named_parameters()}
     saving = {}
     load, save = build.load_model, Task.save
