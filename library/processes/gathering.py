@@ -37,21 +37,26 @@ def wait_for_all(place: Place, signals: Signals, timeout_s: float) -> Store:
         store = PrefixStore(f"gathering/{place.attempt}", tcp_store)
         store.set(_key(place.rank), platform.node())
         said_s = started_s + _SAY_AFTER_S - _SAY_EACH_S
-        while missing := [rank for rank in range(place.world_size) if not store.check([_key(rank)])]:
+        everyone = [_key(rank) for rank in range(place.world_size)]
+        while not store.check(everyone):  # one question, whatever their number: all ask the one store
             now_s = time.monotonic()
-            if now_s - started_s > timeout_s:
+            is_over = now_s - started_s > timeout_s
+            if not is_over and now_s - said_s <= _SAY_EACH_S:
+                time.sleep(_POLL_S)
+                continue
+            missing = [rank for rank, key in enumerate(everyone) if not store.check([key])]
+            if missing and is_over:
                 raise InputError(
                     f"{_named(missing)} of WORLD_SIZE={place.world_size} {_have(missing)} not come to "
                     f"{place.address}:{place.port} within --ddp_timeout={timeout_s / 60:g} minutes. Start what is "
                     "missing, see why it has ended, or unset WORLD_SIZE and RANK to train by this process alone"
                 )
-            if now_s - said_s > _SAY_EACH_S:
+            if missing:
                 said_s = now_s
                 logger.info(
                     "waiting for %s of %d processes at %s:%d", _named(missing), place.world_size, place.address,
                     place.port,
                 )  # fmt: skip
-            time.sleep(_POLL_S)
     return tcp_store
 
 

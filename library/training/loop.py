@@ -124,8 +124,10 @@ class Trainer:
         self.quarantine.begin(self.start_step, self.options.left_out)
         if self.options.preview_at_first and not self.start_step:
             self._preview(["000000"], 0)
+            self.stop_if_asked()  # what a signal has cut off is drawn anew, since the next start begins anew
         if self.counters.pictures:  # a signal has cut them off, or the run has ended in mid-work
-            self._preview(self.counters.pictures, self.start_step)
+            self._preview(self.counters.pictures, self.start_step, self.counters.saved_at)
+            self.stop_if_asked()  # before a step: a later state does not know of these pictures any more
         for step in range(self.start_step, self.options.max_train_steps):
             self.progress.at(step, READING)
             if self.profiler is not None:
@@ -387,7 +389,12 @@ class Trainer:
                     self.writer.write_text(f"saving checkpoint: {path}")
                     self.options.forget_checkpoints(path, stem)
 
-    def _preview(self, positions: Sequence[str], step: int) -> None:
+    def _preview(self, positions: Sequence[str], step: int, since: float = 0.0) -> None:
+        """Sample pictures. Every process calls; the others wait.
+
+        Args:
+            since: pictures of these positions that are younger than this time are there already; 0: none is.
+        """
         if not positions:
             return
         with (
@@ -398,7 +405,7 @@ class Trainer:
         ):
             if self.accelerator.is_main_process:
                 self.progress.phase = SAMPLING
-                if all(self._sample(position, step, module) for position in positions):
+                if all(self._sample(position, step, module, since) for position in positions):
                     self.counters.pictures = []
 
     @contextmanager
@@ -408,10 +415,10 @@ class Trainer:
             yield
             self.progress.phase = WAITING
 
-    def _sample(self, position: str, step: int, module: torch.nn.Module) -> bool:
+    def _sample(self, position: str, step: int, module: torch.nn.Module, since: float) -> bool:
         """Sample pictures; whatever goes wrong with them costs pictures alone. False where a signal cuts them off."""
         try:
-            self.task.preview(position, step, module, self.counters.saved_at)
+            self.task.preview(position, step, module, since)
         except Stopped:
             return False  # the signal is still there for all to agree on
         except Exception as error:

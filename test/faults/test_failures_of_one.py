@@ -80,6 +80,17 @@ def test_so_it_is_wherever_one_process_can_fail(start_two, tmp_path):
     )
 
 
+@pytest.mark.all
+def test_a_checkpoint_that_one_process_writes_is_whole_though_another_fails_meanwhile(start_two, tmp_path):
+    """It takes longer than a process may take to end once another has failed."""
+    out = tmp_path / "out"
+    fails = ("fail", "library.training.loop:Trainer._others_waiting", 1, 0)
+    ranks = start_two(out, *CHECKPOINTS, faults_of=([("hold_checkpoint", str(tmp_path / "there"), 15.0)], [fails]))
+    assert [one.wait() for one in ranks] == [1, 1], ranks[0].text
+    assert "planted here" in ranks[0].text
+    assert [path.name for path in out.glob("*.safetensors")] == ["at-step00000002.safetensors"]
+
+
 @pytest.mark.parametrize("what", ["manifest", pytest.param("weights", marks=pytest.mark.all)])
 def test_processes_that_see_different_states_do_not_go_on(start_two, tmp_path, what):
     out = tmp_path / "out"

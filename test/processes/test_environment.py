@@ -101,6 +101,21 @@ def test_processes_wait_for_each_other_and_say_for_whom(monkeypatch, caplog):
     assert f"waiting for rank 2 of 3 processes at 127.0.0.1:{port}" in caplog.text
 
 
+def test_the_store_is_asked_for_all_at_once(monkeypatch):
+    """All processes ask the one store many times a second."""
+    asked = []
+
+    class Counted(gathering.PrefixStore):
+        def check(self, keys):
+            asked.append(keys)
+            return super().check(keys)
+
+    monkeypatch.setattr(gathering, "PrefixStore", Counted)
+    with pytest.raises(InputError, match="ranks 1, 2, "):
+        wait_for_all(Place(0, 200, "127.0.0.1", free_port(), False, ""), Signals(), 0.4)
+    assert len(asked) < 200 + 100  # once each, to name those that are missing
+
+
 def test_who_does_not_come_is_named(monkeypatch):
     with pytest.raises(InputError, match=r"ranks 1, 2 of WORLD_SIZE=3 have not come to 127.0.0.1:\d+ within"):
         wait_for_all(Place(0, 3, "127.0.0.1", free_port(), False, ""), Signals(), 0.3)

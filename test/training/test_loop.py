@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from library.errors import TrainingError
+from library.errors import Stopped, TrainingError
 from library.signals import Signals
+from library.training.counters import Counters
 from library.training.engine.optimizers import ParameterGroup, make_lr_schedule, make_optimizer
 from library.training.engine.precision import make_accelerator
 from library.training.engine.sharding import Replicated, shard
@@ -76,8 +78,9 @@ def micro_batches(steps, accumulation, batch):
 
 
 def train(
-    tmp_path, task=None, steps=8, accumulation=1, batch=12, precision="no", max_grad_norm=1.0, batches=None, **options
-):
+    tmp_path, task=None, steps=8, accumulation=1, batch=12, precision="no", max_grad_norm=1.0, batches=None,
+    counters=None, start_step=0, **options,
+):  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = make_accelerator(precision)
     torch.manual_seed(0)
@@ -92,8 +95,9 @@ def train(
     writer = MetricsWriter(tmp_path, None, steps)
     states = States(StateWriter(tmp_path), parallel, {}, StateCadence(), lambda step, metrics: None, str)
     trainer = Trainer(
-        task or Regression(), accelerator, parallel, FixedEpochs(), loop_options, writer, states, Signals()
-    )
+        task or Regression(), accelerator, parallel, FixedEpochs(), loop_options, writer, states, Signals(),
+        counters=counters, start_step=start_step,
+    )  # fmt: skip
     try:
         report = trainer.train(batches or micro_batches(steps, accumulation, batch))
     finally:
@@ -405,6 +409,53 @@ def test_a_checkpoint_that_is_being_written_is_finished_before_a_process_leaves(
     monkeypatch.setattr(task, "save", lambda stem, module: (seen.extend(heard._being_written()), stem)[1])
     train(tmp_path, task, steps=1, checkpoints_due=lambda steps, epochs: ["last"])
     assert seen == ["a checkpoint"] and not heard._being_written()
+
+
+class Pictures(Regression):
+    """A task that notes from when on pictures count as drawn; `error` comes in place of the first."""
+
+    def __init__(self, signals=None, error=None):
+        super().__init__()
+        self.signals, self.error = signals, error
+
+    def preview(self, position, step, module, since=0.0):
+        self.previews.append((position, since))
+        if isinstance(self.error, Stopped):
+            self.signals.stop_signal = signal.SIGTERM
+        if self.error is not None:
+            raise self.error
+
+
+def due_at_step_4():
+    return Counters(pictures=["000004"], saved_at=123.0)
+
+
+def test_only_pictures_of_the_state_that_a_run_goes_on_from_may_be_there_already(tmp_path):
+    """Later ones may be there, too, drawn by a run that was abandoned: those are drawn anew."""
+    task = Pictures()
+    due = lambda steps, epochs: ["000006"] if steps == 6 else []  # noqa: E731
+    train(tmp_path, task, counters=due_at_step_4(), start_step=4, previews_due=due)
+    assert task.previews == [("000004", 123.0), ("000006", 0.0)]
+
+
+@pytest.mark.parametrize("start_step", [0, 4])
+def test_pictures_that_are_cut_off_before_the_first_step_are_still_due(tmp_path, monkeypatch, start_step):
+    """A step, and the state after it, would forget them."""
+    heard = Signals()
+    monkeypatch.setattr(sys.modules[__name__], "Signals", lambda: heard)
+    task, counters = Pictures(heard, Stopped(signal.SIGTERM)), due_at_step_4() if start_step else None
+    with pytest.raises(Stopped):
+        train(tmp_path, task, counters=counters, start_step=start_step, preview_at_first=True)
+    assert len(task.previews) == 1 and not task.losses_asked
+    assert counters is None or counters.pictures == ["000004"]
+
+
+def test_another_processs_failure_is_no_failure_of_pictures(tmp_path, monkeypatch):
+    heard = Signals()
+    heard.failure = TrainingError("rank 1 has failed")
+    monkeypatch.setattr(sys.modules[__name__], "Signals", lambda: heard)
+    with pytest.raises(TrainingError, match="rank 1 has failed"):
+        train(tmp_path, Pictures(heard, heard.failure), preview_at_first=True)
 
 
 class NoPictures(Regression):
