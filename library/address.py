@@ -43,8 +43,11 @@ class Address:
         try:
             kept = _IPV6.sub(lambda match: match[0].replace("::", _COLONS), self.text)
             return [shard.replace(_COLONS, "::") for shard in expand_urls(kept)]
-        except (ValueError, AssertionError) as error:
-            raise InputError(f"{flag} {self}: cannot be expanded ({error})") from error
+        except (ValueError, AssertionError) as error:  # their texts quote the address, or the environment
+            reason = "its braces do not match: close each { with a }"
+            if isinstance(error, AssertionError):
+                reason = "it has a ${NAME}, and the environment has no WDS_NAME"
+            raise InputError(f"{flag} {self}: cannot be expanded: {reason}") from None
 
 
 def user_path(text: str) -> Path:

@@ -19,7 +19,11 @@ _HOST = re.compile(r"localhost|\[.*|.*\..*")  # what is hardly a user's name
 _STORES = ("s3://", "gs://", "gcs://", "hf://", "file://")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
 _TELLING_NAME = re.compile(r"pass(w|$)|pwd|token|secret|key|auth|cookie|credential|signature|\bsig$", re.IGNORECASE)
-_HEADER, _USER = ("-H", "--header"), ("-u", "--user")
+_HEADER, _USER = ("-H", "--header"), ("-u", "--user", "-U", "--proxy-user")
+# curl's -H, -u and -U behind its short options that take no value (-sSu), perhaps with the value attached (-ume:word).
+_SHORT = re.compile(r"-[sSfLkgGqvNiIjJlnOpRaBZ0-6#]*([HuU])(.*)", re.DOTALL)
+_LONG = re.compile(r"(--header|--user|--proxy-user)=(.*)", re.DOTALL)
+_SCHEMES = ("bearer", "basic", "token")  # of an Authorization header
 _COMMAND = re.compile(r"[\w./+-]+")
 _FILE = re.compile(r"[\w./{},+~%-]*\.tar")
 _TELLING_VARIABLE = re.compile(r".*(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|API_KEY|ACCESS_KEY_ID)")
@@ -99,7 +103,14 @@ def _secrets_of_pipe(command: str) -> Iterator[tuple[str, bool]]:
     words = _words(command)
     for program, option, word in zip(["", "", *words], ["", *words], words, strict=False):
         if "=" not in option and option.startswith("-"):
-            yield from _secrets_of_option(program, option, word)
+            short = _SHORT.fullmatch(option)
+            yield from _secrets_of_option(program, f"-{short[1]}" if short and not short[2] else option, word)
+        yield from _secrets_of_attached(option, word)
+        # A header whose quotes are missing or do not match is in several words.
+        if word.lower() not in _SCHEMES and (
+            option.lower() in _SCHEMES or (option.endswith(":") and _TELLING_NAME.search(option))
+        ):
+            yield word, True
         name, assigned, value = word.partition("=")
         if assigned and value and re.fullmatch(r"-{0,2}\w[\w-]*", name):
             yield value, bool(_TELLING_NAME.search(name))
@@ -109,7 +120,7 @@ def _secrets_of_pipe(command: str) -> Iterator[tuple[str, bool]]:
 
 def _secrets_of_option(program: str, option: str, word: str) -> Iterator[tuple[str, bool]]:
     """Of an option of a command and the word behind it."""
-    parts = [part for part in re.split(r"[:\s]+", word)[1:] if part not in ("", "Bearer", "Basic")]
+    parts = [part for part in re.split(r"[:\s]+", word)[1:] if part and part.lower() not in _SCHEMES]
     if option in _HEADER:
         is_certain = bool(_TELLING_NAME.search(word.partition(":")[0]))
     elif option in _USER:
@@ -121,6 +132,16 @@ def _secrets_of_option(program: str, option: str, word: str) -> Iterator[tuple[s
     else:
         return
     yield from ((one, is_certain) for one in (word, *parts))
+
+
+def _secrets_of_attached(program: str, word: str) -> Iterator[tuple[str, bool]]:
+    """Of an option that has its value in the same word: -ume:word, -H"Authorization: …", --header=…, sshpass -pword."""
+    if program == "sshpass" and word.startswith("-p") and len(word) > 2:
+        yield from ((word, True), (word[2:], True))
+    elif (short := _SHORT.fullmatch(word)) and ":" in short[2]:
+        yield from _secrets_of_option("", f"-{short[1]}", short[2])
+    elif long := _LONG.fullmatch(word):
+        yield from _secrets_of_option("", long[1], long[2])
 
 
 def _split(address: str) -> tuple[str, str]:

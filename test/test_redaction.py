@@ -112,6 +112,12 @@ def test_what_need_not_be_a_secret_is_a_word_in_other_texts(address):
         ("pipe:sshpass -p sesame ssh h.test cat 0.tar", "sesame"),
         ("pipe:curl -H 'X-Auth: sesame' HTTPS//h.test/0.tar", "sesame"),
         ("pipe:curl -u me:sesame HTTPS//h.test/0.tar", "sesame"),
+        ("pipe:curl -ume:sesame HTTPS//h.test/0.tar", "sesame"),
+        ("pipe:curl -sSLu me:sesame HTTPS//h.test/0.tar", "sesame"),
+        ("pipe:curl -sH'Authorization: Bearer sesame' HTTPS//h.test/0.tar", "sesame"),
+        ('pipe:curl -s -H"Authorization: Bearer sesame HTTPS//h.test/0.tar', "sesame"),  # a quote is missing
+        ("pipe:wget --header='X-Auth: sesame' HTTPS//h.test/0.tar", "sesame"),
+        ("pipe:sshpass -psesame ssh h.test cat 0.tar", "-psesame"),
         ("pipe:cat --with=abcdef123456 0.tar", "abcdef123456"),
         ("HTTPS//me:sesame@h.test/0.tar", "sesame"),
         ("HTTPS//h.test/0.tar?sig=sesame", "sesame"),
@@ -124,3 +130,12 @@ def test_what_its_name_its_place_or_its_look_tells_is_hidden_everywhere(address,
     for text in (f"no {secret}", f"x%20{secret}%20y", f"({secret})", f"a_{secret}\n", rf"\n{secret}"):
         assert secret not in redacted(text)
     assert redacted("the sesames stay") == "the sesames stay"
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize("braces", ["{0..1", "0..1}", "${NO_SUCH_NAME}"])
+def test_an_address_that_cannot_be_expanded_is_not_quoted(braces):
+    address = f'pipe:get --x \'sesame\' -s -H"Authorization: Bearer sesame" "HTTPS//h.test/{braces}.tar"'
+    with pytest.raises(InputError, match=r"--train_data_dir pipe:get … .*cannot be expanded: it") as raised:
+        Address(spelt(address)).shards("--train_data_dir")
+    assert "sesame" not in str(raised.value) and raised.value.__cause__ is None

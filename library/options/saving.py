@@ -1,5 +1,6 @@
 """Options of checkpoints: where they go, in which form, how often, how many are kept."""
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,12 +12,15 @@ SAVE_PRECISIONS = ("float", "fp16", "bf16")
 # Forms of checkpoints, and how their names end; a diffusers folder's name has no ending.
 SAVE_ENDINGS = {"ckpt": ".ckpt", "safetensors": ".safetensors", "diffusers": "", "diffusers_safetensors": ""}
 SAVE_FORMS = tuple(SAVE_ENDINGS)
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories: control characters, no UTF-8, breaks of lines, paragraphs
 
 
 def file_stem(text: str) -> str:
-    """A name for files, without folders."""
-    if not text or text in (".", "..") or "/" in text or "\0" in text:
+    """A name for files, without folders and without what a listing of them does not show."""
+    if not text or text in (".", "..") or "/" in text:
         raise ValueError("must be a file name without '/'")
+    if text != text.strip() or any(unicodedata.category(letter) in _UNSEEN for letter in text):
+        raise ValueError("must be a file name without line breaks, control characters and blanks around it")
     return text
 
 

@@ -102,6 +102,10 @@ def test_an_extension_without_its_dot_gets_one():
         (["--seed=-1"], "--seed must be a whole number of at least 0"),
         ([f"--seed={2**64}"], r"--seed must be a whole number of at least 0 and less than 2\*\*64"),
         (["--output_name=a/b"], "--output_name.*without '/'"),
+        *(
+            (["--output_name=" + name], "--output_name.*without line breaks")
+            for name in (" ", "a\r", "a\nb", "a\x1b[1mb")
+        ),
         (["--max_train_steps=many"], "--max_train_steps must be a whole number of at least 1, got 'many'"),
         (["--full_fp16", "--mixed_precision=fp16"], "Use --mixed_precision=fp16, which keeps fp32 weights"),
         (["--case_name=c/d"], "--case_name.*without '/'"),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from library.data.index.folder_walk import Folder
 from library.data.index.rows import NAMED, printable
+from library.errors import InputError
 
+_MOST_REPEATS = 100_000
 _DREAMBOOTH = re.compile(r"(\d+)_(.+)")
 _ALMOST = re.compile(r"(\d{1,3})[ _-]+(.*)")  # a year (2023-holiday) is no number of repeats
 _OF_REGULARISATION = re.compile(r"(?i)reg|reg[-_ ]?images|regulari[sz]ation([-_ ]images)?|class[-_ ]images")
@@ -25,6 +27,20 @@ def class_folders(folders: Sequence[Folder], data: Path) -> dict[Path, tuple[int
         for folder in folders
         if folder.path.parent == data and (named := class_of(folder.path.name)) is not None
     }
+
+
+def check_repeats(path: Path, repeats: int) -> None:
+    """Refuse a class folder whose number is hardly one of repeats, such as the date of 20240131_trip.
+
+    Raises:
+        InputError: the number is larger than 100,000.
+    """
+    if repeats > _MOST_REPEATS:
+        raise InputError(
+            f"{printable(str(path))}: the name of a folder 'N_class words' says that an epoch shows each of its images "
+            f"N times, here {repeats:,} times; at most {_MOST_REPEATS:,} are possible. Rename the folder: to 1_WORDS, "
+            "or to a name that does not begin with a number and '_'."
+        )
 
 
 def top_of(path: Path, data: Path) -> Path:

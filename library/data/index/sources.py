@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from library.data.index.class_folders import class_folders, misplaced, top_of, unused
+from library.data.index.class_folders import check_repeats, class_folders, misplaced, top_of, unused
 from library.data.index.extras import (
     Extra,
     ExtraFile,
@@ -185,7 +185,10 @@ def _find_in_folder(subset: Subset, plain: Source) -> Found:
         repeats, class_words = classes.get(top, (1, plain.class_words))
         source = replace(plain, path=folder.path, repeats=repeats * plain.repeats, class_words=class_words)
         if repeats:
-            found.listed += _shards(folder, source)
+            shards = _shards(folder, source)
+            if shards or folder.images:
+                check_repeats(top, repeats)
+            found.listed += shards
         if repeats and (not shown or top in shown):
             images += _folder(folder, replace(source, is_shard=False), data)
             used.append(folder)

@@ -94,15 +94,18 @@ def parse_optimizer_args(arguments: Iterable[str]) -> dict[str, Any]:
     """'weight_decay=0.01' and 'betas=0.9,0.999' as keyword arguments.
 
     Raises:
-        InputError: an argument is not NAME=VALUE, or its value is no Python literal.
+        InputError: an argument is not NAME=VALUE, its value is no Python literal, or a name is given twice.
     """
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
+        name = name.strip()
+        if name in parsed:
+            raise InputError(f"--optimizer_args {argument!r}: {name} is given twice; leave out one of them")
         try:
             if not (name and equals):
                 raise ValueError("no '='")
-            parsed[name.strip()] = ast.literal_eval(value)
+            parsed[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError) as error:
             raise InputError(
                 f"--optimizer_args {argument!r} is not NAME=VALUE with a number, tuple, True, False or quoted text"

@@ -4,6 +4,7 @@ import pytest
 
 from library.data.index.sources import Subset
 from library.data.index.table import build_index
+from library.errors import InputError
 
 
 @pytest.fixture
@@ -57,3 +58,11 @@ def test_one_level_too_deep_and_in_the_right_place(build, tmp_path):
 
 def test_regularisation_images_in_their_own_place_are_no_fault(build):
     assert build("reg/1.jpg", flag="--reg_data_dir").warnings == ()
+
+
+@pytest.mark.parametrize("name", ["99999999999999999999_dog", "20240131_trip", "100001_dog"])
+def test_a_number_that_is_hardly_one_of_repeats_is_refused(build, tmp_path, name):
+    (tmp_path / "data" / "20240131_empty").mkdir(parents=True)
+    assert repeats(build("100000_dog/1.jpg")) == [100_000]
+    with pytest.raises(InputError, match=f"data/{name}: the name of a folder 'N_class words' says .* N times"):
+        build(f"{name}/deeper/1.jpg")

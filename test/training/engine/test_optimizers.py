@@ -60,6 +60,7 @@ def test_adamw_steps_as_torchs_plain_one(optimizer_type):
         ("Muon", [], "--optimizer_args: Muon refuses them"),  # it takes matrices alone
         ("AdamW", ["weight_decay"], "--optimizer_args 'weight_decay' is not NAME=VALUE"),
         ("AdamW", ["weight_decay=abc"], "--optimizer_args 'weight_decay=abc'"),
+        ("AdamW", ["weight_decay=0.1", "weight_decay =0.2"], "weight_decay is given twice"),
         ("AdamW", ["momentum=0.9"], "--optimizer_args momentum: AdamW takes betas"),
         ("AdamW", ["lr=1"], "--optimizer_args lr"),
         ("AdamW", ["betas=2,3"], "--optimizer_args: AdamW refuses"),
