@@ -12,6 +12,7 @@ MODELS = (PathTo.MODEL, PathTo.VAE, PathTo.TOKENIZER)
 MODEL_FLAG, VAE_FLAG = "--pretrained_model_name_or_path", "--vae"
 _PARTS, _WEIGHTS = ("unet", "text_encoder", "text_encoder_2"), (".safetensors", ".bin")  # the VAE may be another
 _TOKENIZER_FOLDERS = ("tokenizer", "tokenizer_2")
+MODEL_PARTS = (*_PARTS, *_TOKENIZER_FOLDERS, "vae", "scheduler")  # the folders of a pipeline
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 

@@ -72,6 +72,10 @@ class Encoders(Protocol):
         """Pixels a side that one latent stands for."""
 
     @property
+    def latent_channels(self) -> int:
+        """Of the VAE's latents."""
+
+    @property
     def latents_ending(self) -> str:
         """How the names of .npz files with latents end."""
 
@@ -112,8 +116,8 @@ def make_caches(
         making = LatentMaking(data.index, data.buckets, images, encoders.image_digest(), encoders.encode_images, size)
         needed = _latent_bytes(data, encoders)
         mirrored = [entry.flip_aug for entry in images]
-        ending, latent_px = encoders.latents_ending, encoders.latent_px
-        beside = partial(pictures_of, data.index, data.buckets, making.settings, mirrored, ending, latent_px)
+        layout_of_latents = encoders.latents_ending, encoders.latent_px, encoders.latent_channels
+        beside = partial(pictures_of, data.index, data.buckets, making.settings, mirrored, *layout_of_latents)
         shelves = work.shelves("latents", asked.cache_latents_to_disk, needed, making.settings, beside)
         bad = work.filled("latents", making, shelves)
         latents = Cache(data.index, shelves, bad, making.settings, foreign=asked.skip_cache_check)

@@ -124,6 +124,11 @@ class Encoders:
         return downscale_factor(self.vae)
 
     @property
+    def latent_channels(self) -> int:
+        """Of the VAE's latents."""
+        return latent_shape(self.vae, 0, 0)[0]
+
+    @property
     def latents_ending(self) -> str:
         """How the names of .npz files with latents end, as sd-scripts names them for the family."""
         return self._module.family.latents_ending

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from library.address import user_path
 from library.options.flag import RUN, Flags, PathTo
-from library.options.model_paths import MODELS
+from library.options.model_paths import MODEL_PARTS, MODELS
 from library.options.training import TrainingOptions
 from library.options.values import values_of
 
@@ -54,6 +54,22 @@ def inputs(options: TrainingOptions) -> Iterator[Input]:
             elif name == "train_data_dir" and path == data.reg_data_dir:
                 said = "--reg_data_dir"
             yield Input(name, said, path, name in ("train_data_dir", "reg_data_dir"))
+            if path_to in MODELS:
+                yield from (Input(name, said, link, False) for link in _links_in(path))
+
+
+def _links_in(folder: Path) -> Iterator[Path]:
+    """The links among a model folder's files, its parts and their files: what they lead to is read, too."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:  # it is a file, or cannot be read, which is said where it is read
+        return
+    for entry in entries:
+        is_part = entry.name in MODEL_PARTS
+        if entry.is_symlink() and (is_part or not entry.is_dir()):  # not of a link to where a user keeps his runs
+            yield entry
+        if is_part:
+            yield from _links_in(entry)
 
 
 def input_paths(options: TrainingOptions) -> set[Path]:

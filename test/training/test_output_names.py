@@ -115,6 +115,22 @@ def test_what_a_link_in_the_output_folder_leads_to_is_not_written_over(place):
     assert "last.safetensors leads to --pretrained" in refused(place, model="base.safetensors")
 
 
+@pytest.mark.parametrize("link", ["unet", "unet/model.safetensors", "model_index.json"])
+def test_what_links_in_the_model_lead_to_is_not_written_over(place, link):
+    """Not of a link to where a user keeps his runs, which no model is read from."""
+    written = place / "out" / "last" / link
+    written.parent.mkdir(parents=True)
+    written.write_bytes(b"")
+    model = place / "m3"
+    model.mkdir()
+    (model / "runs").symlink_to(place / "out")
+    (model / link).parent.mkdir(exist_ok=True)
+    (model / link).symlink_to(written)
+    said = f"{model / link} lies in {place / 'out' / 'last'}, where this run writes the final checkpoint"
+    assert said in refused(place, AS_FOLDER, model="m3")
+    assert check(place, AS_FOLDER, "--output_name=other", model="m3") == []
+
+
 def test_a_name_of_other_case_is_the_same_where_the_file_system_says_so(place, monkeypatch):
     (place / "out" / "Dogs").mkdir()
     named = (AS_FOLDER, "--output_name=dogs")

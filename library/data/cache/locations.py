@@ -102,6 +102,7 @@ def pictures_of(
     mirrored: Sequence[bool],
     ending: str,
     latent_px: int,
+    channels: int,
     number: int,
 ) -> Callable[[int], Picture]:
     """The .npz of the latents of a source's images, by place.
@@ -111,6 +112,7 @@ def pictures_of(
         mirrored: of each subset, whether the latents of mirrored images are kept, too.
         ending: of the files' names, by the model's family.
         latent_px: pixels a side that one latent stands for.
+        channels: of the latents.
         number: of the source.
     """
     source = index.sources[number]
@@ -121,7 +123,8 @@ def pictures_of(
         path = source.path / index.key(first + place)
         size = buckets.size(int(buckets_n[place]))
         size_wh_px = (int(record["width"]), int(record["height"]))
-        return Picture(path, settings(first + place), size_wh_px, size, ending, mirrored[source.subset], latent_px)
+        made_with, is_mirrored = settings(first + place), mirrored[source.subset]
+        return Picture(path, made_with, size_wh_px, size, ending, is_mirrored, latent_px, channels)
 
     return picture
 

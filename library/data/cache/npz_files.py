@@ -24,6 +24,7 @@ _TEXT_ENDING_OF_ONE = "_sd_te_outputs.npz"  # ours: sd-scripts keeps no outputs 
 _TEXT_KEYS = ("hidden_state1", "hidden_state2", "pool2")
 # The keys of .npz files that are this project's own: of what they were made, and the moments of latents.
 _FACTS, _MOMENT = "made_of", "moment"
+_FLOATS = (np.float16, np.float32, np.float64)  # that torch takes from numpy
 _SETTINGS_DIGITS = 8  # of the settings' digest, in names of files
 
 
@@ -161,6 +162,7 @@ class Picture:
         ending: of the file's name after the image's size, by the model's family.
         mirrored: whether latents of the mirrored image are needed, too.
         latent_px: pixels a side that one latent stands for.
+        channels: of the latents of the VAE that is trained with.
     """
 
     image: Path
@@ -170,6 +172,7 @@ class Picture:
     ending: str
     mirrored: bool = False
     latent_px: int = 8
+    channels: int = 4
 
     @property
     def path(self) -> Path:
@@ -205,10 +208,10 @@ class Picture:
         return arrays
 
     def entry(self, file: Any) -> Entry:
-        """An entry of this project, or of another program's latents of the bucket's size.
+        """An entry of this project, or another program's latents (C, h, w) of the bucket's size and the VAE's channels.
 
         Raises:
-            KeyError: it holds no latents of that size, or none of the mirrored image where they are needed.
+            KeyError: it holds no such latents, or none of the mirrored image where they are needed.
         """
         if _FACTS in file:
             content, settings, size_ids = json.loads(str(file[_FACTS]))
@@ -217,9 +220,12 @@ class Picture:
                 tensors.append(torch.from_numpy(file[name]))
             return Entry(Made(content, settings), tuple(size_ids), tuple(tensors))
         bucket_w, bucket_h = self.bucket_wh_px
-        rows, columns = bucket_h // self.latent_px, bucket_w // self.latent_px
-        for suffix in (f"_{rows}x{columns}", ""):
-            if f"latents{suffix}" in file and file[f"latents{suffix}"].shape[-2:] == (rows, columns):
+        shape_CHW = self.channels, bucket_h // self.latent_px, bucket_w // self.latent_px
+        names = ("latents", "latents_flipped") if self.mirrored else ("latents",)
+        for suffix in (f"_{shape_CHW[1]}x{shape_CHW[2]}", ""):
+            found = [file[f"{name}{suffix}"] for name in names if f"{name}{suffix}" in file]
+            # Latents of another kind of model can lie under the same name.
+            if len(found) == len(names) and all(one.shape == shape_CHW and one.dtype in _FLOATS for one in found):
                 break
         else:
             raise KeyError("latents")
@@ -228,8 +234,7 @@ class Picture:
         size_ids = (height, width, top, left, bucket_h, bucket_w)
         if self.mirrored:
             size_ids += (height, width, top, max(bucket_w - right, 0), bucket_h, bucket_w)
-        names = ("latents", "latents_flipped") if self.mirrored else ("latents",)
-        means = [torch.from_numpy(file[f"{name}{suffix}"]).float() for name in names]
+        means = [torch.from_numpy(one).float() for one in found]
         moments = tuple(part for mean in means for part in (mean, torch.zeros_like(mean)))
         return Entry(Made("", ""), size_ids, moments)
 
@@ -299,9 +304,10 @@ class TextOutputs:
             KeyError: it holds no outputs of the layout's shapes.
         """
         shapes = self.layout.parts
-        parts = {key: torch.from_numpy(file[key]) for key in shapes}
-        if {key: tuple(part.shape) for key, part in parts.items()} != shapes:
+        found = {key: file[key] for key in shapes}
+        if any(found[key].shape != shape or found[key].dtype not in _FLOATS for key, shape in shapes.items()):
             raise KeyError(_TEXT_KEYS[0])
+        parts = {key: torch.from_numpy(one) for key, one in found.items()}
         if any(key in file for key in _TEXT_KEYS if key not in shapes):
             raise KeyError("outputs of another family's text encoders")
         made = Made(*json.loads(str(file[_FACTS]))) if _FACTS in file else Made("", "")

@@ -93,7 +93,7 @@ def npz_shelf(data):
             path = data.index.sources[source].path / data.index.key(first + place)
             size = int(record["width"]), int(record["height"])
             settings = data.making.settings(first + place)
-            return Picture(path, settings, size, data.buckets.size(int(buckets[place])), "_sdxl.npz")
+            return Picture(path, settings, size, data.buckets.size(int(buckets[place])), "_sdxl.npz", channels=3)
 
         return NpzShelf(picture)
 
@@ -280,7 +280,7 @@ def test_two_runs_with_other_settings_leave_each_other_their_entries(folder, tmp
     def on_disk(data):
         settings, npz = data.making.settings, sources_beside_images(data.index) if kind == "npz" else frozenset()
         mirrored = [images.flip_aug for images in data.images]
-        beside = partial(pictures_of, data.index, data.buckets, settings, mirrored, "_sdxl.npz", 8)
+        beside = partial(pictures_of, data.index, data.buckets, settings, mirrored, "_sdxl.npz", 8, 3)
         return partial(disk_shelf, data.index, "latents", settings, beside, [tmp_path / "cache"], npz)
 
     first, second = Data(folder, on_disk), Data(folder, on_disk, **OTHER_SETTINGS[other])
@@ -378,9 +378,8 @@ def test_the_crop_of_a_mirrored_image_is_read_as_sd_scripts_wrote_it(folder):
     latents = np.zeros((3, 4, 4), np.float32)
     arrays = {"latents": latents, "latents_flipped": latents, "original_size": [40, 30], "crop_ltrb": [0, 4, 31, 28]}
     np.savez(folder / "00.npz", **arrays)
-    entry = Picture(folder / "00.png", "s", (40, 30), (32, 32), "_sdxl.npz", mirrored=True).entry(
-        np.load(folder / "00.npz")
-    )
+    entry = Picture(folder / "00.png", "s", (40, 30), (32, 32), "_sdxl.npz", mirrored=True, channels=3)
+    entry = entry.entry(np.load(folder / "00.npz"))
     assert entry.variant(False)[0] == (30, 40, 4, 0, 32, 32)
     assert entry.variant(True)[0] == (30, 40, 4, 1, 32, 32)
 
@@ -404,6 +403,24 @@ def test_npz_files_of_sd_scripts_train_as_they_are_if_one_asks_for_it(folder, na
     filled = checked.fill()
     assert (filled.foreign, filled.kept, filled.computed) == (1, 11, 1)
     assert checked.shelves(0).read(0).made.settings
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [np.zeros((16, 4, 4), np.float32), np.zeros((1, 3, 4, 4), np.float32), np.zeros((3, 4, 4), np.int64),
+     np.zeros((3, 4, 4), "V2")],
+    ids=["16 channels", "a batch", "whole numbers", "bf16 of another library"],
+)  # fmt: skip
+def test_npz_of_another_kind_of_model_is_not_taken_and_stays(folder, latents):
+    """SD3 and Flux have latents of 16 channels."""
+    path = folder / "00_0040x0030_sdxl.npz"
+    arrays = {"latents": latents, "original_size": np.array([40, 30]), "crop_ltrb": np.array([5, 0, 37, 32])}
+    np.savez(path, **{f"{key}_4x4": array for key, array in arrays.items()})
+    before = path.read_bytes()
+    data = Data(folder, npz_shelf)
+    filled = data.fill(check=False)
+    assert (filled.foreign, filled.kept, filled.computed) == (0, 0, 12)
+    assert path.read_bytes() == before and data.entries()[0].tensors[0].shape == (3, 4, 4)
 
 
 def test_npz_of_another_resolution_is_not_taken(folder):
