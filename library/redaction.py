@@ -121,6 +121,8 @@ def _secrets_of_pipe(command: str) -> Iterator[tuple[str, bool]]:
 def _secrets_of_option(program: str, option: str, word: str) -> Iterator[tuple[str, bool]]:
     """Of an option of a command and the word behind it."""
     parts = [part for part in re.split(r"[:\s]+", word)[1:] if part and part.lower() not in _SCHEMES]
+    if option in _HEADER and word.endswith(":"):
+        return  # the name alone, of a header in several words
     if option in _HEADER:
         is_certain = bool(_TELLING_NAME.search(word.partition(":")[0]))
     elif option in _USER:

@@ -71,6 +71,11 @@ def test_what_an_error_of_another_library_quotes_is_hidden():
     assert redacted("nonnumeric port: 'pa/ssword'", secrets_of(address)) == "nonnumeric port: '…'"
 
 
+def test_the_name_of_a_header_in_several_words_is_no_secret():
+    quoted = 'curl -H"X-Auth: sesame HTTPS//h.test/0.tar'  # a quote is missing, and the shell says so
+    assert redacted(f"sh: `{quoted}'", secrets_of(f"pipe:{quoted}")).startswith('sh: `curl -H"X-Auth: … ')
+
+
 def test_tokens_of_the_environment_are_hidden(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")

@@ -42,7 +42,9 @@ class SourceOptions(OptionGroup):
         key="metadata_file",
         path_to=PathTo.FILE,
     )
-    dataset_repeats: int = flag(1, "Show each image so many times an epoch", least=1, at=SUBSET, key="num_repeats")
+    dataset_repeats: int = flag(
+        1, "Show each image so many times an epoch", least=1, below=2**31, at=SUBSET, key="num_repeats"
+    )
     is_reg: bool = flag(
         False, "Take the images as regularisation images, which are shown as often as the others of their data set",
         at=ONE_SUBSET, on_command_line=False,

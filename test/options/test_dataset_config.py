@@ -126,7 +126,7 @@ def test_what_is_not_there_yet_is_refused_where_it_is_asked_for(tmp_path, value)
         (config(subset={"num_repeat": 3}), r"num_repeat in \[\[datasets\.subsets\]\] 1.*Did you mean num_repeats"),
         (config(general={"image_dir": "x"}), r"image_dir does not belong in \[general\].*\[\[datasets\.subsets\]\]"),
         (config(subset={"resolution": 512}), r"resolution does not belong in \[\[datasets\.subsets\]\] 1"),
-        (config(subset={"num_repeats": 0}), r"num_repeats .* at least 1, got 0"),
+        (config(subset={"num_repeats": 0}), r"num_repeats .* at least 1 and less than 2\*\*31, got 0"),
         (config(subset={"num_repeats": True}), r"num_repeats .* whole number"),
         (config(subset={"shuffle_caption": 1}), r"shuffle_caption .* true or false, got 1"),
         (config(subset={"caption_dropout_rate": 1.5}), r"caption_dropout_rate .* 0 to 1, got 1\.5"),

@@ -108,6 +108,7 @@ def test_an_extension_without_its_dot_gets_one():
         ),
         (["--max_train_steps=many"], "--max_train_steps must be a whole number of at least 1, got 'many'"),
         (["--full_fp16", "--mixed_precision=fp16"], "Use --mixed_precision=fp16, which keeps fp32 weights"),
+        (["--dataset_repeats=99999999999999999999"], r"--dataset_repeats.*less than"),
         (["--case_name=c/d"], "--case_name.*without '/'"),
     ],
 )
