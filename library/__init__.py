@@ -28,7 +28,8 @@ and the modules that every layer may import:
     keyed_random        random numbers as a pure function of seed, purpose and counters
     redaction           texts without the secrets of addresses, commands and the environment
     restart_command     the command by which a run that was stopped goes on
-    signals             SIGTERM, SIGINT and SIGUSR1 as flags that long work checks
+    progress_bar        progress bars that do no harm where nobody reads them any more
+    signals             SIGTERM, SIGINT, SIGHUP and SIGUSR1 as flags that long work checks
     tensor_file         the safetensors format as a stream
     user_text           texts that users write, with or without a byte-order mark
 """

@@ -1,17 +1,17 @@
-"""SIGTERM, SIGINT and SIGUSR1 as flags that long work checks; workers leave them to their parent."""
+"""SIGTERM, SIGINT, SIGHUP and SIGUSR1 as flags that long work checks; workers leave them to their parent."""
 
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from library.errors import Stopped
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DUPLICATE_S = 1.0  # a stop signal so soon after the first is the same one, delivered twice
 AGAIN_S = 8.0  # a later one within this time of the last means: now, without saving
 _LOOK_S = 0.1
@@ -39,12 +39,13 @@ class Unfinished(Protocol):
 class Signals:
     """A context in which the signals only set flags, which the work checks between two of its units.
 
-    The first SIGTERM or SIGINT asks to save and stop, SIGUSR1 to save and continue, and what will be done is said at
-    once. A SIGTERM or SIGINT within DUPLICATE_S of the last one counts as the same signal (terminals, launchers and
-    batch systems signal both the group and the process). One within AGAIN_S of the last ends the process at once with
-    its exit status, even if the main thread waits for another machine or a device; a training state or checkpoint that
-    has begun is written before. A later one is a repetition, as some batch systems send it, and says again what is
-    waited for. The context restores the earlier handlers at its end. Only the main thread may use it.
+    The first SIGTERM, SIGINT or SIGHUP (a closed terminal, but not under nohup) asks to save and stop, SIGUSR1 to save
+    and continue, and what will be done is said at once. Another stop signal within DUPLICATE_S of the last one counts
+    as the same (terminals, launchers and batch systems signal both the group and the process). One within AGAIN_S of
+    the last ends the process at once with its exit status, even if the main thread waits for another machine or a
+    device; a training state or checkpoint that has begun is written before. A later one is a repetition, as some batch
+    systems send it, and says again what is waited for. The context restores the earlier handlers at its end. Only the
+    main thread may use it.
 
     Attributes:
         at_stop: what is done at a stop signal, for the message.
@@ -66,7 +67,7 @@ class Signals:
 
     @property
     def stop_requested(self) -> bool:
-        """True from the first SIGTERM or SIGINT on."""
+        """True from the first stop signal on."""
         return self.stop_signal is not None
 
     def take_save_request(self) -> bool:
@@ -132,6 +133,8 @@ class Signals:
         self._watcher.start()
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number in (*STOPPING, signal.SIGUSR1):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -200,7 +203,8 @@ class Signals:
     def _write(self, line: str) -> None:
         """A line on standard error, from the first process of each machine: the others would repeat it."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            os.write(2, f"\n{line}\n".encode())  # a progress bar may stand in the line
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{line}\n".encode())  # a progress bar may stand in the line
 
 
 class _WritingBlock:
@@ -241,6 +245,7 @@ def leave_signals_to_parent() -> None:
     signal.set_wakeup_fd(-1)  # the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # SIGTERM is blocked in every thread; the thread below receives it, which tells it the sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True, name="end with parent").start()

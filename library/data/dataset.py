@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from library.data.bad_samples import check_left_out
 from library.data.cache.entries import NO_CACHES, Caches
@@ -40,6 +39,7 @@ from library.errors import InputError
 from library.options.buckets import BucketOptions
 from library.options.data import DataOptions, SubsetOptions
 from library.options.values import fill
+from library.progress_bar import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -364,12 +364,12 @@ def _index_bar(subset: Subset) -> Callable[[int, int], None]:
 
 def _bar(name: str) -> Callable[[int, int], None]:
     """A progress bar that shows when there is something to do. The one process that does it calls this."""
-    bar: tqdm | None = None
+    bar: ProgressBar | None = None
 
     def show(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(desc=name, total=total, mininterval=0.5)
+            bar = ProgressBar(desc=name, total=total, mininterval=0.5)
         bar.update(done - bar.n)
         if done == total:
             bar.close()

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from tqdm import tqdm
 
 from library.data.bad_samples import check_left_out
 from library.data.cache.encodings import CaptionMaking, LatentMaking
@@ -40,6 +39,7 @@ from library.data.dataset import TrainingData
 from library.data.index.mapped_file import Opened
 from library.errors import InputError
 from library.options.training import TrainingOptions
+from library.progress_bar import ProgressBar
 from library.signals import Signals
 from library.training.ranks.rank_failure import RankFailure
 from library.training.ranks.rank_watch import CACHING, PREPARING, Progress
@@ -349,7 +349,7 @@ def _sharers(roots: Sequence[Path], accelerator: Accelerator) -> dict[Path, tupl
 @contextmanager
 def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over this process's share."""
-    with tqdm(desc=name, disable=not shown, mininterval=0.5) as bar:
+    with ProgressBar(desc=name, disable=not shown, mininterval=0.5) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from library.progress_bar import ProgressBar
 from library.training.log.appended_lines import AppendedLines
 from library.training.log.tensorboard import Board
 from library.training.state.names import METRICS
@@ -131,7 +130,7 @@ class MetricsWriter:
             goes_on = board_folder is not None and (logging_dir / board_folder).is_dir()
             self.board_folder = board_folder if goes_on else f"{time.strftime('%Y%m%d%H%M%S')}/finetuning"
             self._board = Board(logging_dir / str(self.board_folder), steps_done + 1 if goes_on else None)
-        self.bar = tqdm(
+        self.bar = ProgressBar(
             total=total_steps, initial=steps_done, desc="steps", smoothing=0.1, dynamic_ncols=True, mininterval=0.5
         )
 

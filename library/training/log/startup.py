@@ -109,7 +109,7 @@ def _states_in_words(states: StateOptions) -> str:
         f"each {states.save_state_every_n_steps} steps" if states.save_state_every_n_steps else "",
         f"each {states.save_state_every_n_minutes:g} minutes" if states.save_state_every_n_minutes else "",
         "at the end" if states.save_state_on_train_end and not states.save_state else "",
-        "on SIGTERM, SIGINT and SIGUSR1",
+        "on SIGTERM, SIGINT, SIGHUP and SIGUSR1",
     ]
     return ", ".join(filter(None, occasions))
 
