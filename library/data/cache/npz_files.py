@@ -304,10 +304,9 @@ class TextOutputs:
             KeyError: it holds no outputs of the layout's shapes.
         """
         shapes = self.layout.parts
-        found = {key: file[key] for key in shapes}
-        if any(found[key].shape != shape or found[key].dtype not in _FLOATS for key, shape in shapes.items()):
+        parts = {key: torch.from_numpy(file[key]) for key in shapes}
+        if any(part.shape != shapes[key] or not part.is_floating_point() for key, part in parts.items()):
             raise KeyError(_TEXT_KEYS[0])
-        parts = {key: torch.from_numpy(one) for key, one in found.items()}
         if any(key in file for key in _TEXT_KEYS if key not in shapes):
             raise KeyError("outputs of another family's text encoders")
         made = Made(*json.loads(str(file[_FACTS]))) if _FACTS in file else Made("", "")
