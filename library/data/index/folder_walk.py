@@ -10,7 +10,7 @@ from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 
-from library.data.index.rows import COMMON_CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, NAMED, printable
+from library.data.index.rows import COMMON_CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, NAMED, first_few, printable
 
 _OTHER_PICTURES = frozenset(
     {
@@ -159,7 +159,7 @@ def passed_over(folders: Iterable[Folder], data: Path, metadata: Path | None = N
         "them out if they do not belong to the data",
     }
     return [
-        f"{len(found[kind])} {sentence.format(data=data)}: {_some(found[kind])}."
+        f"{len(found[kind])} {sentence.format(data=data)}: {first_few([printable(name) for name in found[kind]])}."
         for kind, sentence in sentences.items()
         if found.get(kind)
     ]
@@ -188,8 +188,3 @@ def _kind(name: str, names: set[str]) -> str | None:
         if name.endswith(ending) and f"{name.removesuffix(ending)}.tar" not in names:
             return "sidecars"
     return None
-
-
-def _some(names: list[str]) -> str:
-    more = f"; and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return "; ".join(map(printable, names[:NAMED])) + more

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from library.data.caption_text import caption_lines
-from library.data.index.rows import NAMED, printable
+from library.data.index.rows import first_few, printable
 from library.errors import InputError
 from library.user_text import read_user_text
 
@@ -79,11 +79,11 @@ class Metadata:
             found |= {image: keys[name] for image in alike if image not in found}
         unused = [printable(key) for key in self.entries if key not in used and key not in of_several]
         if unused:
-            self.warnings.append(f"{len(unused)} keys of {self.path} name no image in {data}: {_some(unused)}.")
+            self.warnings.append(f"{len(unused)} keys of {self.path} name no image in {data}: {first_few(unused)}.")
         if of_several:
             self.warnings.append(
                 f"{len(of_several)} keys of {self.path} could be several images in {data}, and are not used: "
-                f"{_some(list(of_several.values()))}. Give their paths inside that folder."
+                f"{first_few(list(of_several.values()))}. Give their paths inside that folder."
             )
         return {image: self.entries[key] for image, key in found.items()}
 
@@ -126,10 +126,10 @@ def read_metadata(path: Path, extras: Mapping[str, bool] | None = None) -> Metad
         except ValueError as error:
             wrong.append(f"{printable(key)}: {error}")
     if wrong:
-        raise InputError(f"metadata {path}: {_some(wrong)}.")
+        raise InputError(f"metadata {path}: {first_few(wrong)}.")
     found = Metadata(path, entries)
     if twice:
-        named = _some(list(map(printable, twice)))
+        named = first_few(list(map(printable, twice)))
         found.warnings.append(f"{len(twice)} keys stand twice in {path}, and the last of each counts: {named}.")
     return found
 
@@ -176,8 +176,3 @@ def _extras(entry: object, extras: Mapping[str, bool]) -> dict[str, str]:
             )
         found[name] = value
     return found
-
-
-def _some(names: list[str]) -> str:
-    more = f"; and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return "; ".join(names[:NAMED]) + more

@@ -7,7 +7,7 @@ and the table of a shard can be one array on disk.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -206,6 +206,17 @@ class TextPool:
     def array(self) -> np.ndarray:
         """All of it, uint8."""
         return np.frombuffer(b"".join(self._parts), np.uint8)
+
+
+def first_few(names: Sequence[str], count: int | None = None) -> str:
+    """The first few of a list for a message, and how many more there are.
+
+    Args:
+        names: the list, or its beginning.
+        count: of the whole list, where `names` is its beginning.
+    """
+    more = (len(names) if count is None else count) - NAMED
+    return "; ".join(names[:NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def printable(name: str) -> str:

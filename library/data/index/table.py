@@ -19,7 +19,7 @@ from library.data.index.extras import Extra
 from library.data.index.folders import scan_folder
 from library.data.index.kept_tables import Arrays, Job, Notes, Table, cache_folders, kept_name, opened, tables
 from library.data.index.mapped_file import Opened
-from library.data.index.rows import NAMED, ROW, Part, Summary, row_key, stored_text
+from library.data.index.rows import NAMED, ROW, Part, Summary, first_few, row_key, stored_text
 from library.data.index.shards import scan_shard
 from library.data.index.sources import Listed, Source, Subset, find_sources, image_extensions
 from library.errors import InputError
@@ -230,7 +230,7 @@ def _check(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summar
     warnings = [f"{source.path}: {warning}" for source, summary in pairs for warning in summary.warnings]
     if bad := [": ".join(entry) for entry in _bad(sources, summaries)]:
         count = len(bad) + _unnamed(summaries).total()
-        warnings.append(f"{count} images cannot be read and are left out: {_some(bad, len(bad))}")
+        warnings.append(f"{count} images cannot be read and are left out: {first_few(bad, len(bad))}")
     if without := sum(summary.without_image for summary in summaries):
         strange = sum((Counter(summary.strange_extensions) for summary in summaries), Counter()).most_common(NAMED)
         warnings.append(
@@ -256,7 +256,7 @@ def _profiles(sources: Sequence[Source], summaries: Sequence[Summary]) -> list[s
         return []
     return [
         f"{unusable} images have a colour profile that is damaged or of other colours than theirs; they train as if "
-        f"they had none: {_some(named, unusable)}"
+        f"they had none: {first_few(named, unusable)}"
     ]
 
 
@@ -267,14 +267,14 @@ def _lines(subset: Subset, sources: Sequence[Source], summaries: Sequence[Summar
     if blank := sum(summary.blank for summary in summaries):
         named = [source.name(key) for source, summary in pairs for key in summary.named_blank]
         found.append(f"{blank} caption files of {subset} are blank, and count as if they were not there: "
-                     f"{_some(named, blank)}.")  # fmt: skip
+                     f"{first_few(named, blank)}.")  # fmt: skip
     many = sum(summary.many_lines for summary in summaries)
     if many and not subset.any_line:
         named = [source.name(key) for source, summary in pairs for key in summary.named_many_lines]
         found.append(
             f"{many} captions of {subset} have more lines than one: the first that is not empty trains, the others do "
-            f"not: {_some(named, many)}. Write each caption on one line, or add --enable_wildcard, which takes one of "
-            "its lines at each step."
+            f"not: {first_few(named, many)}. Write each caption on one line, or add --enable_wildcard, which takes one "
+            "of its lines at each step."
         )
     return found
 
@@ -322,10 +322,5 @@ def _check_captions(
     named = [source.name(key) for source, summary in pairs for key in summary.named_without_caption]
     return [
         f"{missing} of {count} images have no caption ending in {looked_for} and train with an empty one: "
-        f"{_some(named, missing)}.{hint}"
+        f"{first_few(named, missing)}.{hint}"
     ]
-
-
-def _some(names: list[str], count: int) -> str:
-    """The first few of a list."""
-    return "; ".join(names[:NAMED]) + (f"; and {count - NAMED} more" if count > NAMED else "")
